@@ -1,0 +1,1 @@
+"""JaxServe: LLM inference and LoRA finetuning in one jitted step."""

@@ -1,0 +1,1 @@
+"""The jitted step and the loop around it."""

@@ -1,0 +1,1 @@
+"""The paged KV cache: pages on the host, the pool on the device."""

@@ -1,0 +1,1 @@
+"""The decoder: pure maths with two open slots, families as data, weights streamed in."""
