@@ -1,0 +1,115 @@
+"""Runs anywhere: a loop over spans of keys with an online softmax; memory does not grow with the context.
+
+Spans start at fixed absolute positions and a span that a row does not see leaves its sums bit for bit alone, so a
+row's result depends neither on its neighbours nor on how long their contexts are. The matmuls contract last axes
+and have at least two rows: on XLA's CPU backend such a row's bits do not depend on the number of rows either, so a
+token computed in a prefill block equals the same token computed as a decode row.
+
+Shapes: T rows, N blocks, Q rows per block, H query heads, K kv heads, g = H / K, C head dim, P pages,
+G tokens per page, S keys per span.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
+
+SPAN_KEYS = 256  # keys per loop step; at least one page
+MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
+
+
+def ragged_paged_attention(
+    q_THC: Float[Array, "T H C"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    layout: AttentionLayout,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Float[Array, "T H C"], Float[Array, "T H"]]:
+    settings = {"scale": scale, "softcap": softcap, "window": window}
+    parts = []
+    for rows, block in ((slice(0, layout.chunk_rows), layout.row_block), (slice(layout.chunk_rows, None), 1)):
+        q_NQHC = q_THC[rows].reshape(-1, block, *q_THC.shape[1:])
+        if q_NQHC.shape[0]:
+            position_NQ = layout.position_T[rows].reshape(-1, block)
+            pages_NM = layout.page_table_BM.at[layout.sequence_T[rows].reshape(-1, block)[:, 0]].get(mode="clip")
+            parts.append(_attend_blocks(q_NQHC, k_PKGC, v_PKGC, position_NQ, pages_NM, **settings))
+    out_THC, lse_TH = (jnp.concatenate([p[i] for p in parts]) if len(parts) > 1 else parts[0][i] for i in (0, 1))
+    return out_THC, lse_TH
+
+
+def _attend_blocks(
+    q_NQHC: Float[Array, "N Q H C"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    position_NQ: Int[Array, "N Q"],
+    pages_NM: Int[Array, "N M"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+) -> tuple[Float[Array, "NQ H C"], Float[Array, "NQ H"]]:
+    N, Q, H, C = q_NQHC.shape
+    K, G = k_PKGC.shape[1:3]
+    group = H // K
+    rows = max(Q * group, 2)  # one row would be a matrix-vector product, with other bits
+    q_NKRC = q_NQHC.reshape(N, Q, K, group, C).transpose(0, 2, 1, 3, 4).reshape(N, K, Q * group, C)
+    q_NKRC = jnp.pad(q_NKRC, ((0, 0), (0, 0), (0, rows - Q * group), (0, 0)))
+    position_NR = jnp.pad(jnp.repeat(position_NQ, group, axis=1), ((0, 0), (0, rows - Q * group)), constant_values=-1)
+    low_NR = jnp.zeros_like(position_NR) if window is None else jnp.maximum(position_NR - (window - 1), 0)
+
+    pages_per_span = min(max(SPAN_KEYS // G, 1), pages_NM.shape[1])
+    pages_NM = jnp.pad(pages_NM, ((0, 0), (0, -pages_NM.shape[1] % pages_per_span)))
+    span = pages_per_span * G
+    accumulate = jnp.promote_types(q_NQHC.dtype, jnp.float32)
+
+    def add_span(index, carry):
+        top_NKR, total_NKR, out_NKRC = carry
+        ids_NJ = lax.dynamic_slice_in_dim(pages_NM, index * pages_per_span, pages_per_span, axis=1)
+        key_S = index * span + jnp.arange(span)
+        last_N = position_NR.max(1)
+        k_NKSC = _gather(k_PKGC, ids_NJ)
+        # a page may hold another sequence's leftovers past this one's end: 0 x NaN would spread them
+        v_NKSC = jnp.where((key_S[None] <= last_N[:, None])[:, None, :, None], _gather(v_PKGC, ids_NJ), 0)
+        score_NKRS = _dot(q_NKRC, k_NKSC, ((3,), (3,)), accumulate) * scale
+        if softcap is not None:
+            score_NKRS = softcap * jnp.tanh(score_NKRS / softcap)
+        seen_NRS = (key_S[None, None] <= position_NR[..., None]) & (key_S[None, None] >= low_NR[..., None])
+        score_NKRS = jnp.where(seen_NRS[:, None], score_NKRS, MASKED)
+        new_top_NKR = jnp.maximum(top_NKR, score_NKRS.max(-1))
+        weight_NKRS = jnp.where(seen_NRS[:, None], jnp.exp(score_NKRS - new_top_NKR[..., None]), 0)
+        decay_NKR = jnp.exp(top_NKR - new_top_NKR)
+        total_NKR = total_NKR * decay_NKR + weight_NKRS.sum(-1)
+        new_NKRC = _dot(weight_NKRS.astype(v_NKSC.dtype), v_NKSC, ((3,), (2,)), accumulate)
+        return new_top_NKR, total_NKR, out_NKRC * decay_NKR[..., None] + new_NKRC
+
+    spans = jnp.max(position_NR) // span + 1  # -1 // span + 1 = 0: nothing but padding
+    first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if window else 0
+    start = (
+        jnp.full((N, K, rows), MASKED, accumulate),
+        jnp.zeros((N, K, rows), accumulate),
+        jnp.zeros((N, K, rows, C), accumulate),
+    )
+    top_NKR, total_NKR, out_NKRC = lax.fori_loop(first, spans, add_span, start)
+    out_NKRC = (out_NKRC / jnp.where(total_NKR == 0, 1, total_NKR)[..., None]).astype(q_NQHC.dtype)
+    lse_NKR = jnp.where(total_NKR == 0, -jnp.inf, top_NKR + jnp.log(jnp.where(total_NKR == 0, 1, total_NKR)))
+
+    def to_rows(x):
+        x = x[:, :, : Q * group].reshape(N, K, Q, group, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 2).reshape(N * Q, H, *x.shape[4:])
+
+    return to_rows(out_NKRC), to_rows(lse_NKR)
+
+
+def _gather(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) -> Float[Array, "N K S C"]:
+    pages_NJKGC = pool_PKGC.at[ids_NJ].get(mode="clip")
+    N, J, K, G, C = pages_NJKGC.shape
+    return pages_NJKGC.transpose(0, 2, 1, 3, 4).reshape(N, K, J * G, C)
+
+
+def _dot(x: jax.Array, y: jax.Array, contract: tuple[tuple[int], tuple[int]], accumulate: jnp.dtype) -> jax.Array:
+    return lax.dot_general(x, y, (contract, ((0, 1), (0, 1))), preferred_element_type=accumulate)
