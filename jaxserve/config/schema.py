@@ -1,0 +1,182 @@
+"""The sections of a configuration and their defaults; ``EngineConfig`` is what the engine takes."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PositiveInt,
+    ValidationError,
+    create_model,
+    model_validator,
+)
+
+from jaxserve.config.messages import problems
+from jaxserve.errors import ConfigError
+from jaxserve.sampling import SamplingParams
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys, lax conversions ("16" for 16) and non-finite numbers are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelOptions(Section):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of weights, activations and KV pages; auto is the checkpoint's own."""
+    load_format: Literal["auto", "dummy"] = "auto"
+    """dummy: random weights made from config.json alone."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer; by default the model's."""
+    max_model_len: PositiveInt | None = None
+    """Most tokens of prompt and output together; by default what the model was made for."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of dummy weights and of requests that bring none."""
+
+
+class EngineOptions(Section):
+    max_num_seqs: PositiveInt = 64
+    """Most sequences that run at once."""
+    max_num_batched_tokens: PositiveInt = 2048
+    """Most rows of one step, prompt chunks and decodes together."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] = 64
+    """Tokens per KV page."""
+    num_kv_pages: PositiveInt | None = None
+    """KV pages; by default what gpu_memory_utilization leaves room for."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0.0, le=1.0)] = 0.9
+    """Share of the device's memory that weights, adapters and KV pages may take."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV pages of a prompt's known beginning."""
+    enable_chunked_prefill: bool = True
+    """Split long prompts over several steps."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Order of the waiting requests; in priority the smallest number goes first."""
+    tensor_parallel: PositiveInt = 1
+    """Devices that share each matrix."""
+    max_logprobs: Annotated[int, Field(ge=0, le=128)] = 20
+    """Most log-probabilities a request may ask for per token."""
+    max_queue: PositiveInt = 1024
+    """Most requests that wait; more are refused."""
+
+    @model_validator(mode="after")
+    def _every_sequence_gets_a_row(self):
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            rows, sequences = self.max_num_batched_tokens, self.max_num_seqs
+            raise ValueError(f"max_num_batched_tokens {rows} is below max_num_seqs {sequences}")
+        return self
+
+
+class LoraOptions(Section):
+    enable_lora: bool = True
+    """Keep room for adapters beside the base model."""
+    max_loras: PositiveInt = 8
+    """Adapters on the device at once."""
+    max_lora_rank: Annotated[int, Field(ge=1, le=512)] = 64
+    """Largest rank of an adapter."""
+    max_cpu_loras: PositiveInt = 256
+    """Adapters in host memory at once."""
+
+    @model_validator(mode="after")
+    def _host_holds_what_the_device_holds(self):
+        if self.max_cpu_loras < self.max_loras:
+            raise ValueError(f"max_cpu_loras {self.max_cpu_loras} is below max_loras {self.max_loras}")
+        return self
+
+
+class EngineConfig(ModelOptions, EngineOptions, LoraOptions):
+    """Keyword arguments of ``Engine.from_pretrained``.
+
+    Raises:
+      ConfigError: unknown or wrong fields, all of them at once.
+    """
+
+    def __init__(self, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError([p.line() for p in problems(error, type(self))]) from None
+
+
+class LoraModule(NamedTuple):
+    """An adapter to load at start-up."""
+
+    name: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.name}={self.path}"
+
+
+def _lora_module(value: Any) -> Any:
+    """``name=path``, or vLLM's JSON object {"name": ..., "path": ...}, to a LoraModule."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("{"):
+        fields = json.loads(value)
+        name, path = fields.get("name"), fields.get("path")
+    else:
+        name, _, path = value.partition("=")
+    if not (isinstance(name, str) and isinstance(path, str) and name and path) or "=" in name:
+        raise ValueError("an adapter is written name=path")
+    return LoraModule(name, path)
+
+
+class ModelSection(ModelOptions):
+    path: str | None = None
+    """Directory of the model."""
+
+
+class LoraSection(LoraOptions):
+    modules: Annotated[
+        tuple[Annotated[LoraModule, BeforeValidator(_lora_module), PlainSerializer(str)], ...], Field(strict=False)
+    ] = ()
+    """Adapters to load at start-up, as name=path."""
+
+    @model_validator(mode="after")
+    def _names_differ(self):
+        names = [module.name for module in self.modules]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"modules name {twice[0]!r} twice")
+        return self
+
+
+_SAMPLING_TYPES = get_type_hints(SamplingParams)
+_SAMPLING_FIELDS: dict[str, Any] = {
+    field.name: (_SAMPLING_TYPES[field.name], field.default) for field in dataclasses.fields(SamplingParams)
+}
+
+
+class SamplingSection(create_model("_SamplingFields", __base__=Section, **_SAMPLING_FIELDS)):
+    """The fields of SamplingParams: what requests of the command line ask for."""
+
+    def params(self) -> SamplingParams:
+        return SamplingParams(**dict(self))
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        self.params().validate(vocab_size=2**31)
+        return self
+
+
+class Config(Section):
+    """A whole run. The sections are the top-level keys of a file."""
+
+    model: ModelSection = ModelSection()
+    engine: EngineOptions = EngineOptions()
+    lora: LoraSection = LoraSection()
+    sampling: SamplingSection = SamplingSection()
+
+    def engine_config(self) -> EngineConfig:
+        """The part that ``Engine.from_pretrained`` takes."""
+        merged: Mapping[str, Any] = {**dict(self.model), **dict(self.engine), **dict(self.lora)}
+        return EngineConfig(**{name: merged[name] for name in EngineConfig.model_fields})
