@@ -1,0 +1,150 @@
+"""One step's input: a frozen pytree on the device, one int32 and one float32 buffer on the way there.
+
+Packing everything into two host arrays makes a step one cheap transfer instead of twenty.
+
+Shapes: T rows, Tc chunk rows, B sequence slots, M pages per sequence, R drawn tokens, N row blocks and Q rows per
+block of the adapters, J their work items, S the four adapter sites.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import jax
+import numpy as np
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Int
+
+from jaxserve.engine.buckets import Bucket
+from pallas_kernels.token_sampling import SampleRows
+
+FROM_DEVICE = -1  # a token the host has not read yet: the device's own last token of that slot
+LORA_ROWS = 8  # rows per block of the multi-adapter matmul
+NUM_FLAGS = 6
+RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS = range(NUM_FLAGS)
+
+
+@struct.dataclass
+class LoraBatch:
+    """Adapter work of a step; see ``pallas_kernels.lora_matmul.LoraPlan``. One item list per site."""
+
+    row_NQ: Int[Array, "N Q"]
+    place_T: Int[Array, "T"]
+    block_SJ: Int[Array, "S J"]
+    page_SJ: Int[Array, "S J"]
+    items_S: Int[Array, "S"]
+
+
+@struct.dataclass
+class TokenBatch:
+    """One step's tokens: chunk rows in aligned blocks, then decode rows; padded to the bucket."""
+
+    token_T: Int[Array, "T"]  # FROM_DEVICE: the slot's last token
+    position_T: Int[Array, "T"]  # place in the sequence; -1: padding
+    slot_T: Int[Array, "T"]  # sequence slot; B: padding
+    page_table_BM: Int[Array, "B M"]
+    target_T: Int[Array, "Tc"]  # chunk rows whose next token's log-probability is wanted: that token; else -1
+    sample_row_R: Int[Array, "R"]  # the row whose hidden state draws
+    sample_slot_R: Int[Array, "R"]  # B: padding
+    edited_R: Int[Array, "R"]  # 1: the slot's logit edits apply
+    counted_R: Int[Array, "R"]  # 1: the slot's token counts are kept
+    rows: SampleRows
+    flags: Int[Array, "6"]  # what at least one row of the batch needs: RANDOM ... PROMPT_LOGPROBS
+    lora: LoraBatch | None
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """Where each field lies in the two buffers, for one bucket."""
+
+    bucket: Bucket
+    num_slots: int
+    pages_per_seq: int
+    lora_blocks: int = 0
+    lora_items: int = 0
+    num_sites: int = 4
+
+    @cached_property
+    def int_fields(self) -> dict[str, tuple[int, ...]]:
+        T, R = self.bucket.rows, self.num_samples
+        fields = {
+            "token_T": (T,),
+            "position_T": (T,),
+            "slot_T": (T,),
+            "page_table_BM": (self.num_slots, self.pages_per_seq),
+            "target_T": (self.bucket.chunk_rows,),
+            "sample_row_R": (R,),
+            "sample_slot_R": (R,),
+            "edited_R": (R,),
+            "counted_R": (R,),
+            "top_k_R": (R,),
+            "seed_R2": (R, 2),
+            "choice_R": (R,),
+            "sample_position_R": (R,),
+            "flags": (NUM_FLAGS,),
+        }
+        if self.lora_blocks:
+            fields |= {
+                "row_NQ": (self.lora_blocks, LORA_ROWS),
+                "place_T": (T,),
+                "block_SJ": (self.num_sites, self.lora_items),
+                "page_SJ": (self.num_sites, self.lora_items),
+                "items_S": (self.num_sites,),
+            }
+        return fields
+
+    @cached_property
+    def float_fields(self) -> dict[str, tuple[int, ...]]:
+        names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
+        return {name: (self.num_samples,) for name in names}
+
+    @property
+    def num_samples(self) -> int:
+        """Tokens a step can draw: one per decode row; a chunk step may finish prompts in any slot."""
+        return self.num_slots if self.bucket.chunk_rows else self.bucket.decode_rows
+
+    def empty(self) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
+        """New host buffers of a step with nothing to do, and views of their fields."""
+        ints = np.zeros(sum(map(prod, self.int_fields.values())), np.int32)
+        floats = np.zeros(sum(map(prod, self.float_fields.values())), np.float32)
+        int_views, float_views = _views(ints, self.int_fields), _views(floats, self.float_fields)
+        int_views["position_T"][:] = -1
+        int_views["target_T"][:] = -1
+        int_views["slot_T"][:] = self.num_slots
+        int_views["sample_slot_R"][:] = self.num_slots
+        float_views["repetition_R"][:] = 1
+        float_views["top_p_R"][:] = 1
+        if self.lora_blocks:
+            int_views["row_NQ"][:] = self.bucket.rows
+            int_views["place_T"][:] = self.lora_blocks * LORA_ROWS
+        return ints, int_views, floats, float_views
+
+    def unpack(self, ints: jax.Array, floats: jax.Array) -> TokenBatch:
+        """The buffers as a TokenBatch, inside jit."""
+        i, f = _views(ints, self.int_fields), _views(floats, self.float_fields)
+        rows = SampleRows(
+            temperature_R=f["temperature_R"],
+            top_k_R=i["top_k_R"],
+            top_p_R=f["top_p_R"],
+            min_p_R=f["min_p_R"],
+            repetition_R=f["repetition_R"],
+            presence_R=f["presence_R"],
+            frequency_R=f["frequency_R"],
+            seed_R2=lax.bitcast_convert_type(i["seed_R2"], np.uint32),
+            choice_R=i["choice_R"],
+            position_R=i["sample_position_R"],
+        )
+        lora = LoraBatch(*(i[k] for k in ("row_NQ", "place_T", "block_SJ", "page_SJ", "items_S"))) if self.lora_blocks else None
+        plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R")
+        return TokenBatch(
+            **{name: i[name] for name in (*plain, "edited_R", "counted_R", "flags")}, rows=rows, lora=lora
+        )
+
+
+def _views(buffer, fields: dict[str, tuple[int, ...]]):
+    views, start = {}, 0
+    for name, shape in fields.items():
+        views[name] = buffer[start : start + prod(shape)].reshape(shape)
+        start += prod(shape)
+    return views

@@ -1,0 +1,227 @@
+"""StepPlan to the two host buffers of a TokenBatch; a few numpy operations, whatever the batch holds.
+
+What a sequence brings once (sampling parameters, adapter) is kept in arrays indexed by slot and gathered per step;
+page tables grow in place. Every index that reaches the device is checked here: JAX itself never complains.
+"""
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from jaxserve.engine import batch as flags
+from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS, BatchLayout
+from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.state import MAX_EDITS
+from jaxserve.errors import EngineError
+from jaxserve.scheduler.plan import StepPlan
+from jaxserve.scheduler.request import Sequence
+from pallas_kernels.token_sampling import GREEDY_BELOW
+
+FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+INTS = ("top_k", "choice", "edited", "counted", "logprobs")
+
+
+@dataclass
+class Packed:
+    """One step ready to go up."""
+
+    bucket: Bucket
+    ints: np.ndarray
+    floats: np.ndarray
+    fields: dict[str, np.ndarray]  # views of ``ints``
+
+
+@dataclass
+class AdapterRows:
+    """Which bank pages an adapter owns and which sites it changes."""
+
+    pages: tuple[int, ...]
+    sites: tuple[int, ...]
+
+
+@dataclass
+class Slots:
+    """Per-slot values of the running sequences."""
+
+    num_slots: int
+    pages_per_seq: int
+    page_table_BM: np.ndarray = field(init=False)
+    num_pages_B: np.ndarray = field(init=False)
+    lead_page_B: np.ndarray = field(init=False)  # first bank page of the slot's adapter; 0: base
+    seed_B2: np.ndarray = field(init=False)
+    ints: dict[str, np.ndarray] = field(init=False)
+    floats: dict[str, np.ndarray] = field(init=False)
+    adapters: dict[int, AdapterRows] = field(default_factory=dict)  # by lead page
+
+    def __post_init__(self):
+        B = self.num_slots
+        self.page_table_BM = np.zeros((B, self.pages_per_seq), np.int32)
+        self.num_pages_B = np.zeros(B, np.int32)
+        self.lead_page_B = np.zeros(B + 1, np.int32)  # the last entry stands for padding rows
+        self.seed_B2 = np.zeros((B, 2), np.int32)
+        self.ints = {name: np.zeros(B, np.int32) for name in INTS}
+        self.floats = {name: np.zeros(B, np.float32) for name in FLOATS}
+
+    def admit(self, seq: Sequence, seed: int, adapter: AdapterRows | None, edited: bool) -> None:
+        """Takes over a slot for a sequence that starts (or starts again)."""
+        slot, p = seq.slot, seq.request.params
+        greedy = p.temperature < GREEDY_BELOW
+        values = (0.0 if greedy else p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty)
+        for name, value in zip(FLOATS, (*values, p.frequency_penalty), strict=True):
+            self.floats[name][slot] = value
+        logprobs = -1 if p.logprobs is None else p.logprobs
+        for name, value in zip(INTS, (max(p.top_k, 0), seq.index, edited, p.uses_penalties, logprobs), strict=True):
+            self.ints[name][slot] = value
+        self.seed_B2[slot] = np.array([seed & (2**64 - 1)], np.uint64).view(np.int32)
+        self.num_pages_B[slot] = 0
+        self.lead_page_B[slot] = adapter.pages[0] if adapter else 0
+        if adapter:
+            self.adapters[adapter.pages[0]] = adapter
+
+    def grow(self, seq: Sequence) -> None:
+        """Copies the pages a sequence got since the last step into its page-table row."""
+        known, pages = self.num_pages_B[seq.slot], seq.pages
+        if len(pages) != known:
+            self.page_table_BM[seq.slot, known : len(pages)] = pages[known:]
+            self.num_pages_B[seq.slot] = len(pages)
+
+
+class Packer:
+    """Turns plans into buffers for one engine."""
+
+    def __init__(self, slots: Slots, layouts: dict[Bucket, BatchLayout], row_block: int, num_kv_pages: int, vocab_size: int):
+        self.slots = slots
+        self.layouts = layouts
+        self.row_block = row_block
+        self.num_kv_pages = num_kv_pages
+        self.vocab_size = vocab_size
+
+    def pack(self, plan: StepPlan, bucket: Bucket) -> Packed:
+        """Fills the buffers of ``bucket`` with the plan's rows."""
+        layout = self.layouts[bucket]
+        ints, i, floats, f = layout.empty()
+        chunk_ends = self._chunks(plan, i)
+        self._decodes(plan, i, bucket)
+        i["page_table_BM"][:] = self.slots.page_table_BM
+        self._samples(plan, i, f, bucket, chunk_ends)
+        if layout.lora_blocks:
+            self._adapters(i, layout)
+        self._check(i, bucket)
+        return Packed(bucket, ints, floats, i)
+
+    def _chunks(self, plan: StepPlan, i: dict[str, np.ndarray]) -> list[int]:
+        """Lays chunk segments into aligned blocks; returns each segment's last row."""
+        ends, row = [], 0
+        for segment in plan.chunks:
+            seq, start, length = segment.seq, segment.start, segment.length
+            self.slots.grow(seq)
+            rows = slice(row, row + length)
+            i["token_T"][rows] = seq.tokens[start : start + length]
+            i["position_T"][rows] = np.arange(start, start + length)
+            i["slot_T"][rows] = seq.slot
+            if seq.request.params.prompt_logprobs is not None and start < len(seq.request.prompt_ids) - 1:
+                targets = seq.request.prompt_ids[start + 1 : start + 1 + length]
+                i["target_T"][row : row + len(targets)] = targets
+                i["flags"][flags.PROMPT_LOGPROBS] = 1
+            ends.append(row + length - 1)
+            row += -(-length // self.row_block) * self.row_block
+        return ends
+
+    def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> None:
+        for row, segment in enumerate(plan.decodes, bucket.chunk_rows):
+            seq, start = segment.seq, segment.start
+            self.slots.grow(seq)
+            i["token_T"][row] = seq.tokens[start] if start < len(seq.tokens) else FROM_DEVICE
+            i["position_T"][row] = start
+            i["slot_T"][row] = seq.slot
+
+    def _samples(self, plan: StepPlan, i, f, bucket: Bucket, chunk_ends: Seq[int]) -> None:
+        count = len(plan.samples)
+        if not count:
+            return
+        slot_R = np.fromiter((sample.seq.slot for sample in plan.samples), np.int32, count)
+        row_R = [
+            chunk_ends[s.segment_index] if s.kind == "chunk" else bucket.chunk_rows + s.segment_index for s in plan.samples
+        ]
+        i["sample_row_R"][:count] = row_R
+        i["sample_slot_R"][:count] = slot_R
+        i["sample_position_R"][:count] = i["position_T"][row_R] + 1
+        i["seed_R2"][:count] = self.slots.seed_B2[slot_R]
+        for name in ("top_k", "choice", "edited", "counted"):
+            i[name + "_R"][:count] = self.slots.ints[name][slot_R]
+        for name in FLOATS:
+            f[name + "_R"][:count] = self.slots.floats[name][slot_R]
+        drawn = f["temperature_R"] > 0
+        filtered = (i["top_k_R"] > 0) | (f["top_p_R"] < 1) | (f["min_p_R"] > 0)
+        i["flags"][flags.RANDOM] = drawn.any()
+        i["flags"][flags.FILTER] = (drawn & filtered).any()
+        i["flags"][flags.EDITS] = i["edited_R"].any()
+        i["flags"][flags.PENALTIES] = i["counted_R"].any()
+        i["flags"][flags.LOGPROBS] = (self.slots.ints["logprobs"][slot_R] > 0).any()
+
+    def _adapters(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
+        """Groups the rows of each adapter into blocks and lists the (block, page) items of each site."""
+        lead_T = self.slots.lead_page_B[i["slot_T"]]
+        if not lead_T.any():
+            return
+        order = np.argsort(lead_T, kind="stable")
+        leads, starts, counts = np.unique(lead_T[order], return_index=True, return_counts=True)
+        block, row_NQ, place_T = 0, i["row_NQ"].reshape(-1), i["place_T"]
+        for lead, start, count in zip(leads.tolist(), starts.tolist(), counts.tolist(), strict=True):
+            if lead == 0:
+                continue
+            place = block * LORA_ROWS
+            rows = order[start : start + count]
+            row_NQ[place : place + count] = rows
+            place_T[rows] = np.arange(place, place + count)
+            blocks, adapter = -(-count // LORA_ROWS), self.slots.adapters[lead]
+            self._items(i, adapter, block, blocks)
+            block += blocks
+
+    def _items(self, i: dict[str, np.ndarray], adapter: AdapterRows, block: int, blocks: int) -> None:
+        items = blocks * len(adapter.pages)
+        for site in adapter.sites:
+            start = i["items_S"][site]
+            i["block_SJ"][site, start : start + items] = np.repeat(np.arange(block, block + blocks), len(adapter.pages))
+            i["page_SJ"][site, start : start + items] = np.tile(adapter.pages, blocks)
+            i["items_S"][site] = start + items
+
+    def _check(self, i: dict[str, np.ndarray], bucket: Bucket) -> None:
+        """Refuses an index the device would silently bend into range."""
+        bounds = {
+            "token_T": (FROM_DEVICE, self.vocab_size),
+            "position_T": (-1, self.slots.pages_per_seq * max(self.slots.page_size, 1)),
+            "slot_T": (0, self.slots.num_slots + 1),
+            "page_table_BM": (0, self.num_kv_pages),
+            "sample_row_R": (0, bucket.rows),
+            "sample_slot_R": (0, self.slots.num_slots + 1),
+            "target_T": (-1, self.vocab_size),
+        }
+        for name, (low, high) in bounds.items():
+            values = i[name]
+            if values.size and (values.min() < low or values.max() >= high):
+                raise EngineError(f"{name} spans {values.min()}..{values.max()}, outside [{low}, {high})")
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """A 64-bit seed as two 32-bit words."""
+    return np.array([seed & (2**64 - 1)], np.uint64).view(np.int32)
+
+
+def slot_edits(seq: Sequence, stop_ids: frozenset[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sequence's logit edits: logit_bias for ever, its stop tokens held back until min_tokens.
+
+    Returns: token [Z], value [Z], until [Z]; an entry applies to tokens drawn at a position below ``until``.
+    """
+    p = seq.request.params
+    token_Z, value_Z, until_Z = np.zeros(MAX_EDITS, np.int32), np.zeros(MAX_EDITS, np.float32), np.zeros(MAX_EDITS, np.int32)
+    edits = [(token, value, np.iinfo(np.int32).max) for token, value in (p.logit_bias or {}).items()]
+    if p.min_tokens:
+        until = len(seq.request.prompt_ids) + p.min_tokens
+        edits += [(token, -np.inf, until) for token in sorted(stop_ids)]
+    if len(edits) > MAX_EDITS:
+        raise EngineError(f"{len(edits)} logit edits exceed {MAX_EDITS}")
+    for z, (token, value, until) in enumerate(edits):
+        token_Z[z], value_Z[z], until_Z[z] = token, value, until
+    return token_Z, value_Z, until_Z

@@ -1,0 +1,102 @@
+"""What lives on the device between steps; donated to each step and returned by it.
+
+Shapes: P pages, K kv heads, G tokens per page, C head dim, B sequence slots, V vocabulary, Z logit edits per slot.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxserve.adapters.bank import Bank, BankShape
+from jaxserve.kvcache.pool import KV_AXES, LayerKV, empty_pool
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import padded_vocab
+from pallas_kernels.token_sampling import PROMPT_BIT
+from sharding import named_sharding, partition_spec
+
+MAX_EDITS = 384  # logit_bias entries plus tokens held back until min_tokens, per sequence
+
+
+@struct.dataclass
+class EngineState:
+    """The device's side of the engine."""
+
+    kv: list[LayerKV]
+    bank: Bank | None  # None: the engine serves the base model only
+    last_token_B: Int[Array, "B"]  # the latest token drawn in each slot
+    count_BV: Int[Array, "B V"]  # PROMPT_BIT and output count of each token, kept for slots with penalties
+    edit_token_BZ: Int[Array, "B Z"]
+    edit_value_BZ: Float[Array, "B Z"]  # added to the logit ...
+    edit_until_BZ: Int[Array, "B Z"]  # ... of tokens drawn at a position below this
+
+
+COUNT_AXES = (None, "vocab")
+
+
+def empty_state(
+    config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, num_slots: int, dtype: str, bank: BankShape | None
+) -> EngineState:
+    """A state with nothing in it, placed on the mesh."""
+    replicated = named_sharding(mesh, ())
+    put = lambda x: jax.device_put(x, replicated)
+    vocab = padded_vocab(config.vocab_size, mesh.size)
+    counts = jax.jit(lambda: jnp.zeros((num_slots, vocab), jnp.int16), out_shardings=named_sharding(mesh, COUNT_AXES))
+    return EngineState(
+        kv=empty_pool(config, num_pages, page_size, mesh, dtype),
+        bank=None if bank is None else bank.empty(mesh),
+        last_token_B=put(np.zeros(num_slots, np.int32)),
+        count_BV=counts(),
+        edit_token_BZ=put(np.zeros((num_slots, MAX_EDITS), np.int32)),
+        edit_value_BZ=put(np.zeros((num_slots, MAX_EDITS), np.float32)),
+        edit_until_BZ=put(np.zeros((num_slots, MAX_EDITS), np.int32)),
+    )
+
+
+def state_specs(state: EngineState, bank: BankShape | None) -> EngineState:
+    """The PartitionSpec of every array of the state."""
+    whole = PartitionSpec()
+    pool = partition_spec(KV_AXES)
+    bank_specs = None
+    if bank is not None:
+        bank_specs = jax.tree.map(lambda s: partition_spec(s.axes), bank.specs(), is_leaf=lambda x: hasattr(x, "axes"))
+    return EngineState(
+        kv=[(pool, pool) for _ in state.kv],
+        bank=bank_specs,
+        last_token_B=whole,
+        count_BV=partition_spec(COUNT_AXES),
+        edit_token_BZ=whole,
+        edit_value_BZ=whole,
+        edit_until_BZ=whole,
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def write_slot(state: EngineState, slot, token_S, kind_S, edit_token_Z, edit_value_Z, edit_until_Z) -> EngineState:
+    """Gives a slot its logit edits and the token counts of its sequence so far.
+
+    Args:
+      token_S: the sequence's known tokens, padded; kind_S: 2 prompt, 1 output, 0 padding.
+      edit_*_Z: MAX_EDITS entries; an unused one has edit_until 0.
+    """
+    width = state.count_BV.shape[1]
+    column_S = jnp.where(kind_S > 0, token_S, width)
+    output_V = jnp.zeros(width, jnp.int16).at[column_S].add((kind_S == 1).astype(jnp.int16), mode="drop")
+    in_prompt_V = jnp.zeros(width, jnp.int16).at[jnp.where(kind_S == 2, token_S, width)].set(jnp.int16(PROMPT_BIT), mode="drop")
+    return state.replace(
+        count_BV=state.count_BV.at[slot].set(output_V | in_prompt_V),
+        edit_token_BZ=state.edit_token_BZ.at[slot].set(edit_token_Z),
+        edit_value_BZ=state.edit_value_BZ.at[slot].set(edit_value_Z),
+        edit_until_BZ=state.edit_until_BZ.at[slot].set(edit_until_Z),
+    )
+
+
+@partial(jax.jit, donate_argnames="state")
+def copy_pages(state: EngineState, source_X: Int[Array, "X"], target_X: Int[Array, "X"]) -> EngineState:
+    """Copies whole K/V pages (copy-on-write when a request forks); a target of P or more is dropped."""
+    copy = lambda pool: pool.at[target_X].set(pool.at[source_X].get(mode="clip"), mode="drop")
+    return state.replace(kv=[(copy(k), copy(v)) for k, v in state.kv])

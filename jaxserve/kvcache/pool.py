@@ -1,0 +1,51 @@
+"""The paged K/V pool on the device: two arrays per layer, head-major, so one page of one head is one contiguous box.
+
+Shapes: P pages, K kv heads (repeated where there are more devices than heads), G tokens per page, C head dim, T rows.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxserve.models.config import ModelConfig
+from sharding import ArraySpec, named_sharding
+
+KV_AXES = (None, "heads", None, None)
+LayerKV = tuple[Float[Array, "P K G C"], Float[Array, "P K G C"]]
+
+
+def kv_spec(config: ModelConfig, num_pages: int, page_size: int, tensor_parallel: int) -> ArraySpec:
+    """Shape and axes of one layer's K (or V) pool."""
+    heads = max(config.num_kv_heads, tensor_parallel)
+    return ArraySpec((num_pages, heads, page_size, config.head_dim), KV_AXES)
+
+
+def page_bytes(config: ModelConfig, page_size: int, tensor_parallel: int, dtype: str) -> int:
+    """Bytes of one page over all layers, K and V, on all devices."""
+    spec = kv_spec(config, 1, page_size, tensor_parallel)
+    return 2 * config.num_layers * spec.shape[1] * page_size * config.head_dim * jnp.dtype(dtype).itemsize
+
+
+def empty_pool(config: ModelConfig, num_pages: int, page_size: int, mesh: Mesh, dtype: str) -> list[LayerKV]:
+    """A pool of zeros: a page that was never written must not hold NaN."""
+    spec = kv_spec(config, num_pages, page_size, mesh.size)
+    sharding = named_sharding(mesh, spec.axes)
+    zeros = jax.jit(lambda: jnp.zeros(spec.shape, dtype), out_shardings=sharding)
+    return [(zeros(), zeros()) for _ in range(config.num_layers)]
+
+
+def write_kv(
+    kv: LayerKV,
+    k_TKC: Float[Array, "T K C"],
+    v_TKC: Float[Array, "T K C"],
+    page_T: Int[Array, "T"],
+    offset_T: Int[Array, "T"],
+) -> LayerKV:
+    """Writes each row's key and value to its page, in place; rows whose page is P or more are dropped."""
+    k_PKGC, v_PKGC = kv
+
+    def write(pool, new):
+        return pool.at[page_T, :, offset_T].set(new.astype(pool.dtype), mode="drop", unique_indices=True)
+
+    return write(k_PKGC, k_TKC), write(v_PKGC, v_TKC)
