@@ -1,0 +1,53 @@
+"""The small pure functions a decoder layer is made of.
+
+Shapes: T tokens, I in, O out, D hidden, F ffn.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxserve.models.config import ModelConfig
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+def accumulator(x: jax.Array) -> jnp.dtype:
+    """The dtype sums over ``x`` are kept in: at least float32."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def matmul(x_TI: jax.Array, w_OI: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+    """Returns x @ w.T, [T, O] in ``out_dtype`` (default: that of x).
+
+    Contracting both last axes keeps the checkpoint's layout, and on CPU in float32 the bits of a row then depend
+    neither on T nor on its neighbours.
+    """
+    out = lax.dot_general(x_TI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=accumulator(x_TI))
+    return out.astype(out_dtype or x_TI.dtype)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the last axis; families differ in where they round.
+
+    Llama's rounds the normalised value and then multiplies by w; Gemma's multiplies by 1 + w and then rounds.
+    """
+    wide = x.astype(accumulator(x))
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    wide = wide * lax.rsqrt(mean_square + jnp.asarray(config.rms_norm_eps, wide.dtype))
+    weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    if config.norm_offset:
+        return (wide * (config.norm_offset + weight.astype(wide.dtype))).astype(x.dtype)
+    return weight * wide.astype(x.dtype)
+
+
+def gated(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
+    """[T, 2F] gate and up -> [T, F] act(gate) * up."""
+    gate_TF, up_TF = jnp.split(gate_up, 2, axis=-1)
+    act_TF = ACTIVATIONS[config.activation](gate_TF.astype(accumulator(gate_TF)))
+    return act_TF.astype(up_TF.dtype) * up_TF
+
+
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap * tanh(x / cap), or x where there is no cap."""
+    return x if cap is None else jnp.tanh(x / cap) * cap
