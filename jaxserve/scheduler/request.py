@@ -1,0 +1,86 @@
+"""What the scheduler knows about a request, and about each of its choices."""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from jaxserve.kvcache.prefix import PrefixChain
+from jaxserve.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Request:
+    """A validated request. ``adapter`` is the version it starts with and keeps; None is the bare base model."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    adapter: object | None = None
+    adapter_digest: bytes = b""
+    priority: int = 0  # lower is served earlier, under the priority policy
+    tenant: str = ""
+    salt: str = ""
+    arrival: float = 0.0  # seconds, on the clock that plan() is called with
+
+
+class State(Enum):
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One choice of a request.
+
+    Choices beside the first begin as ``followers`` of the first one, their ``leader``: it computes the prompt for
+    all of them, and they part from it with their first token.
+    """
+
+    request: Request
+    index: int
+    tokens: list[int]  # prompt, then the outputs the host has read
+    max_total: int  # prompt and outputs together never get longer
+    stop_ids: frozenset[int]
+    rank: tuple  # order of importance: the smallest is served first and preempted last
+    chain: PrefixChain
+    state: State = State.WAITING
+    finish_reason: str | None = None  # stop, length, abort or error
+    slot: int | None = None
+    pages: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are computed or in flight
+    num_verified: int = 0  # of those, the ones whose step came back finite
+    num_pending: int = 0  # tokens sampled on the device and not read yet; 2 while two steps are in flight
+    prefill_end: int = 0  # tokens to compute in chunks before (again) decoding
+    num_cached: int = 0  # prompt tokens found in the prefix cache when the sequence first started
+    num_preempted: int = 0
+    num_bypassed: int = 0  # plans in which others passed it because its adapter was not resident
+    last_step: int = -1  # index of the last plan that has a row or a sample of this sequence
+    copy_on_write: bool = False  # its last page is still the leader's to write
+    leader: "Sequence | None" = None
+    followers: "list[Sequence]" = field(default_factory=list)
+    indexed: list[bytes] = field(default_factory=list)  # digests that this sequence brought into the prefix index
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs that the host has read."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.tokens[len(self.request.prompt_ids) :]
+
+    @property
+    def prefilling(self) -> bool:
+        return self.num_computed < self.prefill_end
+
+    @property
+    def group(self) -> "list[Sequence]":
+        """The sequences that start, and are sent back to the queue, together."""
+        return [self, *self.followers]
+
+    def __repr__(self) -> str:
+        return f"Sequence({self.request.id!r}[{self.index}], {self.state.name}, {self.num_computed}/{len(self.tokens)})"

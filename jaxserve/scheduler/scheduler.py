@@ -1,0 +1,516 @@
+"""Decides, step by step, which rows of which sequences the device computes next.
+
+Shapes: P pages, G tokens per page.
+"""
+
+import heapq
+from bisect import bisect_left, insort
+from collections.abc import Sequence as Values
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.kvcache.pages import PagePool
+from jaxserve.kvcache.prefix import PrefixChain, PrefixKey
+from jaxserve.scheduler.plan import Outcome, Sample, Segment, StepPlan, StepResult
+from jaxserve.scheduler.policy import POLICIES, Policy
+from jaxserve.scheduler.request import Request, Sequence, State
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of a step and of a request. A step has at most max_num_seqs decode rows beside max_chunk_rows."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    row_block: int = 1  # a chunk takes whole blocks of this many rows
+    policy: str = "fcfs"
+    enable_chunked_prefill: bool = True
+    max_queue: int = 4096  # choices that may wait
+    max_bypass: int = 256  # plans for which a request whose adapter has no room lets others with adapters pass
+    eos_token_ids: tuple[int, ...] = ()
+    base_digest: bytes = b""
+
+    def __post_init__(self):
+        counts = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "row_block", "max_queue")
+        errors = [
+            f"{name} is {getattr(self, name)}; it must be at least 1" for name in counts if getattr(self, name) < 1
+        ]
+        if not errors and self.max_num_batched_tokens < self.row_block:
+            errors.append(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least {self.row_block}"
+            )
+        if self.policy not in POLICIES:
+            errors.append(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
+        if errors:
+            raise ConfigError(errors)
+
+    @property
+    def max_chunk_rows(self) -> int:
+        return self.max_num_batched_tokens // self.row_block * self.row_block
+
+
+class Residency(Protocol):
+    """Keeps adapters on the device while sequences use them. The base model (None) is never asked for."""
+
+    def try_acquire(self, adapter: object) -> bool:
+        """True: resident, and pinned once more."""
+        ...
+
+    def release(self, adapter: object) -> None:
+        """Takes one pin back."""
+        ...
+
+
+class Counts(NamedTuple):
+    waiting: int  # choices
+    running: int  # choices
+    preemptions: int
+    prompt_tokens: int  # of requests that have started
+    cached_tokens: int  # of those, found in the prefix cache
+
+
+@dataclass
+class _Draft:
+    """A plan in the making."""
+
+    index: int
+    room: int  # rows left for chunks
+    chunks: list[Segment] = field(default_factory=list)
+    decodes: list[Segment] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
+    page_copies: list[tuple[int, int]] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    out_of_pages: bool = False
+
+
+class Scheduler:
+    """Continuous batching over a pool of pages: plan() may run one step ahead of commit().
+
+    A sequence owns all pages of its known tokens from the moment it starts, so only decode rows ever need a page in
+    mid-flight. They are served in order of rank and take pages from the running sequence of last rank; the first one
+    can always go on, because any request fits the pool alone. A sequence that finds nobody behind it sits out.
+    """
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool, residency: Residency, policy: Policy | None = None):
+        self.config = config
+        self.pool = pool
+        self.residency = residency
+        self.policy = policy or POLICIES[config.policy]()
+        self.waiting: list[Sequence] = []  # both by rank; followers are in neither until they part from their leader
+        self.running: list[Sequence] = []
+        self._requests: dict[str, list[Sequence]] = {}
+        self._free_slots = list(range(config.max_num_seqs))
+        self._num_added = self._num_planned = self._num_committed = 0
+        self._num_queued = self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
+
+    # requests
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queues a request and returns its choices; raises InvalidRequest for what can never be served."""
+        max_total = self._checked_max_total(request)
+        params = request.params
+        eos = () if params.ignore_eos else self.config.eos_token_ids
+        stop_ids = frozenset(params.stop_token_ids or ()) | frozenset(eos)
+        root = self._prefix_key(request).root
+        rank = (*self.policy.rank(request), self._num_added)
+        self._num_added += 1
+        group = [
+            Sequence(
+                request=request,
+                index=index,
+                tokens=list(request.prompt_ids),
+                max_total=max_total,
+                stop_ids=stop_ids,
+                rank=(*rank, index),
+                chain=PrefixChain(root, self.pool.page_size),
+            )
+            for index in range(params.n)
+        ]
+        leader, followers = group[0], group[1:]
+        leader.followers = followers
+        for follower in followers:
+            follower.leader = leader
+        self._requests[request.id] = group
+        self._enqueue(leader)
+        return group
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends a request, whatever it is doing; returns the choices that this ended (none: unknown or over)."""
+        ended = [seq for seq in self._requests.get(request_id, ()) if seq.state is not State.FINISHED]
+        self._finish_all(ended, "abort")
+        return ended
+
+    def finish(self, seq: Sequence, reason: str) -> bool:
+        """Ends one choice that has had a token, as on a stop string; False when it was over already."""
+        assert seq.leader is None, f"{seq} has had no token yet"
+        assert not seq.followers, f"{seq} has had no token yet"
+        if seq.state is State.FINISHED:
+            return False
+        self._finish_all([seq], reason)
+        return True
+
+    def reset(self) -> None:
+        """After a step that failed on the device: forgets all pages and uncommitted steps, and starts the running
+        sequences over from the tokens the host has read."""
+        while self.running:
+            self._preempt(self.running[-1])
+        self.pool.drop_cache()
+        for seq in self.waiting:
+            seq.num_pending = 0
+        self._num_committed = self._num_planned
+
+    def has_work(self) -> bool:
+        """True while a request is alive or a plan is not committed."""
+        return bool(self._requests) or self._num_committed < self._num_planned
+
+    def counts(self) -> Counts:
+        num_running = self.config.max_num_seqs - len(self._free_slots)
+        return Counts(self._num_queued, num_running, self._num_preempted, self._prompt_tokens, self._cached_tokens)
+
+    # one step
+
+    def plan(self, now: float) -> StepPlan | None:
+        """The next step's rows, or None when nothing can run before a commit, an add or an adapter's arrival."""
+        draft = _Draft(self._num_planned, self.config.max_chunk_rows)
+        self._plan_decodes(draft)
+        for seq in [seq for seq in self.running if seq.prefilling]:
+            self._plan_chunk(draft, seq)
+        if not draft.out_of_pages:
+            self._admit(draft, now)
+        if not draft.chunks and not draft.decodes:
+            return None
+        self._num_planned += 1
+        return StepPlan(
+            index=draft.index,
+            chunks=tuple(draft.chunks),
+            decodes=tuple(draft.decodes),
+            samples=tuple(draft.samples),
+            page_copies=tuple(draft.page_copies),
+            preempted=tuple(draft.preempted),
+            chunk_rows=self.config.max_chunk_rows - draft.room,
+        )
+
+    def commit(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
+        """Takes in the results of the oldest plan that has none yet; sequences that are over are passed by."""
+        assert plan.index == self._num_committed, f"step {plan.index} is committed, {self._num_committed} is due"
+        assert len(result.tokens) == len(result.finite) == len(plan.samples), f"{len(plan.samples)} samples"
+        assert len(result.chunk_finite) in (0, len(plan.chunks)), f"{len(plan.chunks)} chunks"
+        self._num_committed += 1
+        outcomes = self._commit_chunks(plan, result)
+        for i, (seq, segment_index, kind) in enumerate(plan.samples):
+            if seq.state is State.FINISHED:
+                continue
+            seq.num_pending -= 1
+            segment = plan.decodes[segment_index] if kind == "decode" else plan.chunks[segment_index]
+            if not result.finite[i]:
+                outcomes.append(self._fail(seq, i))
+                continue
+            self._verify(seq, segment.start + segment.length)
+            outcomes.append(self._accept(seq, int(result.tokens[i]), i))
+        return outcomes
+
+    def check(self) -> None:
+        """Raises unless every page, slot and place in the queue is where it should be; for tests and debugging."""
+        live = [seq for group in self._requests.values() for seq in group if seq.state is not State.FINISHED]
+        self.pool.check(seq.pages for seq in live)
+        slots = [seq.slot for seq in live if seq.slot is not None]
+        assert sorted(slots + self._free_slots) == list(range(self.config.max_num_seqs)), "slots"
+        assert self.waiting == sorted(self.waiting, key=_rank), "waiting is out of order"
+        assert self.running == sorted(self.running, key=_rank), "running is out of order"
+        assert self._num_queued == sum(len(seq.group) for seq in self.waiting), "queue length"
+        heads = [seq for seq in live if seq.leader is None]
+        assert set(self.waiting) == {seq for seq in heads if seq.state is State.WAITING}, "waiting"
+        assert set(self.running) == {seq for seq in heads if seq.state is State.RUNNING}, "running"
+        for seq in live:
+            assert (seq.slot is not None) == (seq.state is State.RUNNING), seq
+            assert seq.state is State.RUNNING or not seq.pages, seq
+            assert seq.num_verified <= seq.num_computed <= len(seq.tokens) + seq.num_pending <= seq.max_total, seq
+
+    # decode rows
+
+    def _plan_decodes(self, draft: _Draft) -> None:
+        page_size, i = self.pool.page_size, 0
+        while i < len(self.running):  # preemption shortens the list, always behind i
+            seq = self.running[i]
+            i += 1
+            position = seq.num_computed
+            if position < seq.prefill_end or len(seq.tokens) + seq.num_pending >= seq.max_total:
+                continue
+            writable = position < len(seq.pages) * page_size and not seq.copy_on_write
+            if writable or self._make_writable(draft, seq):
+                draft.samples.append(Sample(seq, len(draft.decodes), "decode"))
+                draft.decodes.append(Segment(seq, position, 1))
+                seq.num_computed = position + 1
+                seq.num_pending += 1
+                seq.last_step = draft.index
+
+    def _make_writable(self, draft: _Draft, seq: Sequence) -> bool:
+        """Gives the next row a page that only ``seq`` writes; False when there is none to be had in this step."""
+        while True:
+            if seq.copy_on_write and self.pool.refcount(seq.pages[-1]) == 1:
+                # All others are gone. The leader may have filled and indexed the page with its own tokens.
+                self.pool.forget(seq.pages[-1])
+                seq.copy_on_write = False
+                return True
+            fresh = self.pool.alloc(1)
+            if fresh is not None:
+                break
+            draft.out_of_pages = True
+            if self.running[-1] is seq:
+                return False
+            draft.preempted.append(self._preempt(self.running[-1]))
+        if seq.copy_on_write:
+            # By now the leader may have written its own outputs behind the prompt. They do no harm: this sequence
+            # writes each of those positions itself before it first reads it.
+            shared = seq.pages.pop()
+            draft.page_copies.append((shared, fresh[0]))
+            self.pool.free([shared])
+            seq.copy_on_write = False
+        seq.pages.append(fresh[0])
+        return True
+
+    def _preempt(self, seq: Sequence) -> Sequence:
+        """Sends a sequence (with its followers) back to the queue; what it has computed will be computed again."""
+        assert seq.last_step < self._num_planned, f"{seq} is preempted in the step that it is part of"
+        self._remove(self.running, seq)
+        for member in seq.group:
+            self._vacate(member)
+            member.state = State.WAITING
+        seq.num_computed = seq.num_verified = seq.prefill_end = 0
+        seq.copy_on_write = False
+        seq.num_preempted += 1
+        self._num_preempted += 1
+        self._enqueue(seq)
+        return seq
+
+    # chunks
+
+    def _plan_chunk(self, draft: _Draft, seq: Sequence) -> None:
+        remaining = seq.prefill_end - seq.num_computed
+        length = min(remaining, draft.room)
+        # A recompute may be longer than a whole step; with chunking off, it alone is cut, and only at a full step.
+        if length == 0 or (length < remaining and not self._may_cut(draft)):
+            return
+        draft.chunks.append(Segment(seq, seq.num_computed, length))
+        draft.room -= -(-length // self.config.row_block) * self.config.row_block
+        seq.num_computed += length
+        seq.last_step = draft.index
+        if not seq.prefilling:
+            self._sample_group(draft, seq)
+
+    def _may_cut(self, draft: _Draft) -> bool:
+        return self.config.enable_chunked_prefill or draft.room == self.config.max_chunk_rows
+
+    def _sample_group(self, draft: _Draft, leader: Sequence) -> None:
+        """Draws a first token for every choice from the prompt's last row; followers part from their leader here."""
+        for seq in leader.group:
+            seq.num_pending += 1
+            seq.last_step = draft.index
+            draft.samples.append(Sample(seq, len(draft.chunks) - 1, "chunk"))
+        for follower in leader.followers:
+            for page in leader.pages:
+                self.pool.share(page)
+            follower.pages = leader.pages.copy()
+            follower.chain = leader.chain.copy()
+            follower.num_computed = follower.prefill_end = leader.num_computed
+            follower.num_verified = leader.num_verified
+            follower.copy_on_write = leader.num_computed % self.pool.page_size != 0
+            follower.leader = None
+            insort(self.running, follower, key=_rank)
+        leader.followers = []
+
+    # admission
+
+    def _admit(self, draft: _Draft, now: float) -> None:
+        started, hold_adapters = [], False
+        for seq in self.policy.order(self.waiting, now):
+            prefix = self._room_for(draft, seq)
+            if prefix is None:  # nobody passes a sequence that waits for rows, slots or pages: it would starve
+                break
+            if seq.request.adapter is not None and (hold_adapters or not self._acquire(seq)):
+                seq.num_bypassed += 1
+                hold_adapters |= seq.num_bypassed > self.config.max_bypass
+                continue
+            self._num_queued -= len(seq.group)
+            self._start(seq, prefix)
+            self._plan_chunk(draft, seq)
+            started.append(seq)
+        for seq in started:  # only now: ``order`` may be going through the list itself
+            self._remove(self.waiting, seq)
+
+    def _room_for(self, draft: _Draft, seq: Sequence) -> list[int] | None:
+        """The cached pages that ``seq`` can start from, or None when there is no room for it in this step."""
+        if draft.room == 0 or len(self._free_slots) < len(seq.group) or seq.last_step >= self._num_committed:
+            return None
+        prompt_rows = seq.request.params.prompt_logprobs is not None
+        prefix = [] if prompt_rows else self.pool.longest_prefix(seq.chain, seq.tokens)
+        if len(seq.tokens) - len(prefix) * self.pool.page_size > draft.room and not self._may_cut(draft):
+            return None
+        fresh = self._num_pages(len(seq.tokens)) - len(prefix)
+        revived = sum(self.pool.refcount(page) == 0 for page in prefix)
+        # Beside others, leave each running sequence a page to grow into, or the newcomer is soon preempted for it.
+        reserve = len(self.running) + len(seq.followers) if self.running else 0
+        return prefix if fresh + revived + reserve <= self.pool.num_available else None
+
+    def _acquire(self, seq: Sequence) -> bool:
+        """Pins the adapter once for each member of the group, or not at all."""
+        adapter = seq.request.adapter
+        for held in range(len(seq.group)):
+            if not self.residency.try_acquire(adapter):
+                for _ in range(held):
+                    self.residency.release(adapter)
+                return False
+        return True
+
+    def _start(self, seq: Sequence, prefix: list[int]) -> None:
+        for page in prefix:
+            self.pool.share(page)
+        fresh = self.pool.alloc(self._num_pages(len(seq.tokens)) - len(prefix))
+        assert fresh is not None, f"{self.pool.num_available} pages are not enough for {seq}"
+        seq.pages = prefix + fresh
+        seq.num_computed = seq.num_verified = len(prefix) * self.pool.page_size
+        seq.prefill_end = len(seq.tokens)
+        if seq.num_preempted == 0:
+            seq.num_cached = seq.num_computed
+            self._prompt_tokens += seq.prompt_len
+            self._cached_tokens += seq.num_cached
+        for member in seq.group:
+            member.slot = heapq.heappop(self._free_slots)
+            member.state = State.RUNNING
+        insort(self.running, seq, key=_rank)
+
+    # results
+
+    def _commit_chunks(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
+        """Indexes the pages of finite chunks, and fails the sequences of others. Without a word about the chunks,
+        a sequence's pages wait for its next sample: their values reach it through attention."""
+        outcomes = []
+        drawn = {sample.segment_index for sample in plan.samples if sample.kind == "chunk"}
+        for i, finite in enumerate(result.chunk_finite):
+            seq = plan.chunks[i].seq
+            if finite:
+                self._verify(seq, plan.chunks[i].end)
+            elif i not in drawn and seq.state is not State.FINISHED:
+                outcomes += [self._fail(member, None) for member in seq.group]
+        return outcomes
+
+    def _verify(self, seq: Sequence, end: int) -> None:
+        """Notes that keys and values up to ``end`` are finite, and indexes the pages that this fills."""
+        if seq.state is not State.RUNNING:  # preempted since: the pages are gone
+            return
+        page_size = self.pool.page_size
+        for place in range(seq.num_verified // page_size, end // page_size):
+            digest = seq.chain.digest(place, seq.tokens)
+            if self.pool.insert(seq.pages[place], digest):
+                seq.indexed.append(digest)
+        seq.num_verified = end
+
+    def _accept(self, seq: Sequence, token: int, sample: int) -> Outcome:
+        seq.tokens.append(token)
+        reason = None
+        # The device masks the stop ids while fewer than min_tokens outputs came before.
+        if token in seq.stop_ids and seq.num_outputs > seq.request.params.min_tokens:
+            reason = "stop"
+        elif len(seq.tokens) >= seq.max_total:
+            reason = "length"
+        if reason is not None:
+            self._finish_all([seq], reason)
+        return Outcome(seq, token, reason, sample)
+
+    def _fail(self, seq: Sequence, sample: int | None) -> Outcome:
+        """Ends a choice whose numbers are not finite; nothing it has computed may be found by others."""
+        for digest in seq.indexed:
+            self.pool.forget_digest(digest)
+        self._finish_all([seq], "error")
+        return Outcome(seq, None, "error", sample)
+
+    # the ends of a sequence's life
+
+    def _finish_all(self, sequences: Values[Sequence], reason: str) -> None:
+        for seq in sequences:
+            if seq.leader is None and seq.state is State.WAITING:
+                self._remove(self.waiting, seq)
+                self._num_queued -= len(seq.group)
+            elif seq.leader is None:
+                self._remove(self.running, seq)
+            if seq.state is State.RUNNING:
+                self._vacate(seq)
+            seq.state = State.FINISHED
+            seq.finish_reason = reason
+        for request_id in {seq.request.id for seq in sequences}:
+            if all(seq.state is State.FINISHED for seq in self._requests[request_id]):
+                del self._requests[request_id]
+
+    def _vacate(self, seq: Sequence) -> None:
+        """Gives back pages, slot and adapter."""
+        self.pool.free(seq.pages)
+        seq.pages = []
+        assert seq.slot is not None, f"{seq} holds no slot"
+        heapq.heappush(self._free_slots, seq.slot)
+        seq.slot = None
+        if seq.request.adapter is not None:
+            self.residency.release(seq.request.adapter)
+
+    def _enqueue(self, seq: Sequence) -> None:
+        insort(self.waiting, seq, key=_rank)
+        self._num_queued += len(seq.group)
+
+    def _remove(self, queue: list[Sequence], seq: Sequence) -> None:
+        place = bisect_left(queue, seq.rank, key=_rank)
+        assert queue[place] is seq, f"{seq} is not in its queue"
+        del queue[place]
+
+    # limits
+
+    def _checked_max_total(self, request: Request) -> int:
+        """Length at which the request must end."""
+        config, params, prompt_len = self.config, request.params, len(request.prompt_ids)
+        if prompt_len == 0:
+            raise InvalidRequest("prompt is empty; it must have at least 1 token", param="prompt")
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among live requests", "id")
+        if params.n > config.max_num_seqs:
+            raise InvalidRequest(f"n is {params.n}; it must be at most max_num_seqs {config.max_num_seqs}", "n")
+        outputs = 1 if params.max_tokens is None else params.max_tokens
+        if prompt_len + outputs > config.max_model_len:
+            raise InvalidRequest(
+                f"a prompt of {prompt_len} tokens and {outputs} output tokens exceed the context length of "
+                f"{config.max_model_len} tokens (max_model_len)",
+                "prompt" if params.max_tokens is None else "max_tokens",
+            )
+        if prompt_len > config.max_chunk_rows and not config.enable_chunked_prefill:
+            raise InvalidRequest(
+                f"prompt has {prompt_len} tokens; without chunked prefill it must fit one step of "
+                f"{config.max_chunk_rows} (max_num_batched_tokens)",
+                "prompt",
+            )
+        max_total = config.max_model_len if params.max_tokens is None else prompt_len + outputs
+        num_pages = self._num_pages(max_total - 1)  # the last token's keys and values are never needed
+        if num_pages > self.pool.num_pages:
+            raise InvalidRequest(
+                f"request needs {num_pages} KV pages for {max_total} tokens; the pool has {self.pool.num_pages}",
+                "max_tokens",
+            )
+        if self._num_queued + params.n > config.max_queue:
+            raise InvalidRequest(
+                f"queue holds {self._num_queued} choices; with n {params.n} it exceeds max_queue {config.max_queue}",
+                "max_queue",
+            )
+        return max_total
+
+    def _prefix_key(self, request: Request) -> PrefixKey:
+        return PrefixKey(
+            tenant=request.tenant,
+            salt=request.salt,
+            base_digest=self.config.base_digest,
+            adapter_digest=request.adapter_digest,
+        )
+
+    def _num_pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.pool.page_size)
+
+
+def _rank(seq: Sequence) -> tuple:
+    return seq.rank
