@@ -40,6 +40,9 @@ class PagePool:
     def num_used(self) -> int:
         return self.num_pages - self.num_available
 
+    def pages_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.page_size)
+
     def refcount(self, page: int) -> int:
         return self._refcount[page]
 

@@ -9,46 +9,13 @@ from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.errors import InvalidRequest
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.kvcache.prefix import PrefixChain, PrefixKey
+from jaxserve.scheduler.limits import SchedulerConfig, check_request, max_total
 from jaxserve.scheduler.plan import Outcome, Sample, Segment, StepPlan, StepResult
 from jaxserve.scheduler.policy import POLICIES, Policy
 from jaxserve.scheduler.request import Request, Sequence, State
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of a step and of a request. A step has at most max_num_seqs decode rows beside max_chunk_rows."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    row_block: int = 1  # a chunk takes whole blocks of this many rows
-    policy: str = "fcfs"
-    enable_chunked_prefill: bool = True
-    max_queue: int = 4096  # choices that may wait
-    max_bypass: int = 256  # plans for which a request whose adapter has no room lets others with adapters pass
-    eos_token_ids: tuple[int, ...] = ()
-    base_digest: bytes = b""
-
-    def __post_init__(self):
-        counts = ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "row_block", "max_queue")
-        errors = [
-            f"{name} is {getattr(self, name)}; it must be at least 1" for name in counts if getattr(self, name) < 1
-        ]
-        if not errors and self.max_num_batched_tokens < self.row_block:
-            errors.append(
-                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least {self.row_block}"
-            )
-        if self.policy not in POLICIES:
-            errors.append(f"policy is {self.policy!r}; it must be one of {', '.join(POLICIES)}")
-        if errors:
-            raise ConfigError(errors)
-
-    @property
-    def max_chunk_rows(self) -> int:
-        return self.max_num_batched_tokens // self.row_block * self.row_block
 
 
 class Residency(Protocol):
@@ -109,7 +76,9 @@ class Scheduler:
 
     def add(self, request: Request) -> list[Sequence]:
         """Queues a request and returns its choices; raises InvalidRequest for what can never be served."""
-        max_total = self._checked_max_total(request)
+        if request.id in self._requests:
+            raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among live requests", "id")
+        check_request(request, self.config, self.pool, self._num_queued)
         params = request.params
         eos = () if params.ignore_eos else self.config.eos_token_ids
         stop_ids = frozenset(params.stop_token_ids or ()) | frozenset(eos)
@@ -121,7 +90,7 @@ class Scheduler:
                 request=request,
                 index=index,
                 tokens=list(request.prompt_ids),
-                max_total=max_total,
+                max_total=max_total(request, self.config),
                 stop_ids=stop_ids,
                 rank=(*rank, index),
                 chain=PrefixChain(root, self.pool.page_size),
@@ -199,12 +168,12 @@ class Scheduler:
         assert len(result.chunk_finite) in (0, len(plan.chunks)), f"{len(plan.chunks)} chunks"
         self._num_committed += 1
         outcomes = self._commit_chunks(plan, result)
-        for i, (seq, segment_index, kind) in enumerate(plan.samples):
+        for i, (seq, _, _) in enumerate(plan.samples):
             if seq.state is State.FINISHED:
                 continue
             seq.num_pending -= 1
-            segment = plan.decodes[segment_index] if kind == "decode" else plan.chunks[segment_index]
-            if not result.finite[i]:
+            segment, finite = self._row(plan, result, i)
+            if not finite:
                 outcomes.append(self._fail(seq, i))
                 continue
             self._verify(seq, segment.start + segment.length)
@@ -348,7 +317,7 @@ class Scheduler:
         prefix = [] if prompt_rows else self.pool.longest_prefix(seq.chain, seq.tokens)
         if len(seq.tokens) - len(prefix) * self.pool.page_size > draft.room and not self._may_cut(draft):
             return None
-        fresh = self._num_pages(len(seq.tokens)) - len(prefix)
+        fresh = self.pool.pages_for(len(seq.tokens)) - len(prefix)
         revived = sum(self.pool.refcount(page) == 0 for page in prefix)
         # Beside others, leave each running sequence a page to grow into, or the newcomer is soon preempted for it.
         reserve = len(self.running) + len(seq.followers) if self.running else 0
@@ -367,7 +336,7 @@ class Scheduler:
     def _start(self, seq: Sequence, prefix: list[int]) -> None:
         for page in prefix:
             self.pool.share(page)
-        fresh = self.pool.alloc(self._num_pages(len(seq.tokens)) - len(prefix))
+        fresh = self.pool.alloc(self.pool.pages_for(len(seq.tokens)) - len(prefix))
         assert fresh is not None, f"{self.pool.num_available} pages are not enough for {seq}"
         seq.pages = prefix + fresh
         seq.num_computed = seq.num_verified = len(prefix) * self.pool.page_size
@@ -395,6 +364,13 @@ class Scheduler:
             elif i not in drawn and seq.state is not State.FINISHED:
                 outcomes += [self._fail(member, None) for member in seq.group]
         return outcomes
+
+    def _row(self, plan: StepPlan, result: StepResult, sample: int) -> tuple[Segment, bool]:
+        """The segment a sample is drawn from, and whether all of it came out finite."""
+        _, i, kind = plan.samples[sample]
+        if kind == "decode":
+            return plan.decodes[i], result.finite[sample]
+        return plan.chunks[i], result.finite[sample] and (not result.chunk_finite or result.chunk_finite[i])
 
     def _verify(self, seq: Sequence, end: int) -> None:
         """Notes that keys and values up to ``end`` are finite, and indexes the pages that this fills."""
@@ -462,44 +438,6 @@ class Scheduler:
         assert queue[place] is seq, f"{seq} is not in its queue"
         del queue[place]
 
-    # limits
-
-    def _checked_max_total(self, request: Request) -> int:
-        """Length at which the request must end."""
-        config, params, prompt_len = self.config, request.params, len(request.prompt_ids)
-        if prompt_len == 0:
-            raise InvalidRequest("prompt is empty; it must have at least 1 token", param="prompt")
-        if request.id in self._requests:
-            raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among live requests", "id")
-        if params.n > config.max_num_seqs:
-            raise InvalidRequest(f"n is {params.n}; it must be at most max_num_seqs {config.max_num_seqs}", "n")
-        outputs = 1 if params.max_tokens is None else params.max_tokens
-        if prompt_len + outputs > config.max_model_len:
-            raise InvalidRequest(
-                f"a prompt of {prompt_len} tokens and {outputs} output tokens exceed the context length of "
-                f"{config.max_model_len} tokens (max_model_len)",
-                "prompt" if params.max_tokens is None else "max_tokens",
-            )
-        if prompt_len > config.max_chunk_rows and not config.enable_chunked_prefill:
-            raise InvalidRequest(
-                f"prompt has {prompt_len} tokens; without chunked prefill it must fit one step of "
-                f"{config.max_chunk_rows} (max_num_batched_tokens)",
-                "prompt",
-            )
-        max_total = config.max_model_len if params.max_tokens is None else prompt_len + outputs
-        num_pages = self._num_pages(max_total - 1)  # the last token's keys and values are never needed
-        if num_pages > self.pool.num_pages:
-            raise InvalidRequest(
-                f"request needs {num_pages} KV pages for {max_total} tokens; the pool has {self.pool.num_pages}",
-                "max_tokens",
-            )
-        if self._num_queued + params.n > config.max_queue:
-            raise InvalidRequest(
-                f"queue holds {self._num_queued} choices; with n {params.n} it exceeds max_queue {config.max_queue}",
-                "max_queue",
-            )
-        return max_total
-
     def _prefix_key(self, request: Request) -> PrefixKey:
         return PrefixKey(
             tenant=request.tenant,
@@ -507,9 +445,6 @@ class Scheduler:
             base_digest=self.config.base_digest,
             adapter_digest=request.adapter_digest,
         )
-
-    def _num_pages(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.pool.page_size)
 
 
 def _rank(seq: Sequence) -> tuple:
