@@ -141,6 +141,9 @@ def _yaml_lines(text: str) -> dict[tuple[str, ...], int]:
 def _dump_yaml(values: Mapping[str, Mapping[str, Any]]) -> str:
     yaml = _yaml()
     yaml.default_flow_style = False
+    yaml.width = MAX_BYTES  # no folding
+    yaml.allow_unicode = False  # escapes what the reader takes for a line's end, as U+0085
+    yaml.sort_base_mapping_type_on_output = False  # pyright: ignore[reportAttributeAccessIssue] (annotated None)
     out = io.StringIO()
     yaml.dump({section: dict(content) for section, content in values.items()}, out)
     return out.getvalue()
@@ -229,13 +232,15 @@ def _gin_statements(path: Path, text: str, errors: list[str]) -> Iterator[Any]:
     class Delegate(config_parser.ParserDelegate):
         def configurable_reference(self, scoped_configurable_name, evaluate):
             call = f"@{scoped_configurable_name}{'()' if evaluate else ''}"
-            errors.append(f"{path}: {call}: references to configurables are not allowed")
+            line = parser.current_token.start[0]
+            errors.append(f"{path}:{line}: {call}: references to configurables are not allowed")
 
         def macro(self, macro_name):
             return _Macro(macro_name)
 
     try:
-        yield from config_parser.ConfigParser(text, Delegate())
+        parser = config_parser.ConfigParser(text, Delegate())
+        yield from parser
     except SyntaxError as error:
         line = getattr(error.filename, "line_num", None) or error.lineno
         errors.append(f"{path}{f':{line}' if line else ''}: {str(error.msg).splitlines()[0]}")
