@@ -43,6 +43,7 @@ class StepPlan:
     decodes: tuple[Segment, ...]
     samples: tuple[Sample, ...]
     page_copies: tuple[tuple[int, int], ...] = ()
+    started: tuple[Sequence, ...] = ()  # hold a slot since this plan, some of them again; followers included
     preempted: tuple[Sequence, ...] = ()
     finetune: tuple = ()
     chunk_rows: int  # rows of the chunks, each rounded up to whole row blocks

@@ -48,6 +48,7 @@ class _Draft:
     decodes: list[Segment] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
     page_copies: list[tuple[int, int]] = field(default_factory=list)
+    started: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     out_of_pages: bool = False
 
@@ -157,6 +158,7 @@ class Scheduler:
             decodes=tuple(draft.decodes),
             samples=tuple(draft.samples),
             page_copies=tuple(draft.page_copies),
+            started=tuple(draft.started),
             preempted=tuple(draft.preempted),
             chunk_rows=self.config.max_chunk_rows - draft.room,
         )
@@ -304,8 +306,9 @@ class Scheduler:
                 continue
             self._num_queued -= len(seq.group)
             self._start(seq, prefix)
-            self._plan_chunk(draft, seq)
             started.append(seq)
+            draft.started += seq.group
+            self._plan_chunk(draft, seq)
         for seq in started:  # only now: ``order`` may be going through the list itself
             self._remove(self.waiting, seq)
 
