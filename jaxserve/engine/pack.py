@@ -63,8 +63,8 @@ class Slots:
         self.ints = {name: np.zeros(B, np.int32) for name in INTS}
         self.floats = {name: np.zeros(B, np.float32) for name in FLOATS}
 
-    def admit(self, seq: Sequence, seed: int, adapter: AdapterRows | None, edited: bool) -> None:
-        """Takes over a slot for a sequence that starts (or starts again)."""
+    def admit(self, seq: Sequence, adapter: AdapterRows | None, edited: bool) -> None:
+        """Takes over a slot for a sequence that starts (or starts again). Its params carry a seed."""
         slot, p = seq.slot, seq.request.params
         greedy = p.temperature < GREEDY_BELOW
         values = (0.0 if greedy else p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty)
@@ -73,7 +73,8 @@ class Slots:
         logprobs = -1 if p.logprobs is None else p.logprobs
         for name, value in zip(INTS, (max(p.top_k, 0), seq.index, edited, p.uses_penalties, logprobs), strict=True):
             self.ints[name][slot] = value
-        self.seed_B2[slot] = np.array([seed & (2**64 - 1)], np.uint64).view(np.int32)
+        assert p.seed is not None, f"{seq} has no seed"
+        self.seed_B2[slot] = np.array([p.seed & (2**64 - 1)], np.uint64).view(np.int32)
         self.num_pages_B[slot] = 0
         self.lead_page_B[slot] = adapter.pages[0] if adapter else 0
         if adapter:
@@ -90,11 +91,12 @@ class Slots:
 class Packer:
     """Turns plans into buffers for one engine."""
 
-    def __init__(self, slots: Slots, layouts: dict[Bucket, BatchLayout], row_block: int, num_kv_pages: int, vocab_size: int):
+    def __init__(self, slots: Slots, layouts: dict[Bucket, BatchLayout], row_block: int, num_pages: int, page_size: int, vocab_size: int):
         self.slots = slots
         self.layouts = layouts
         self.row_block = row_block
-        self.num_kv_pages = num_kv_pages
+        self.num_pages = num_pages
+        self.page_size = page_size
         self.vocab_size = vocab_size
 
     def pack(self, plan: StepPlan, bucket: Bucket) -> Packed:
@@ -191,9 +193,9 @@ class Packer:
         """Refuses an index the device would silently bend into range."""
         bounds = {
             "token_T": (FROM_DEVICE, self.vocab_size),
-            "position_T": (-1, self.slots.pages_per_seq * max(self.slots.page_size, 1)),
+            "position_T": (-1, self.slots.pages_per_seq * self.page_size),
             "slot_T": (0, self.slots.num_slots + 1),
-            "page_table_BM": (0, self.num_kv_pages),
+            "page_table_BM": (0, self.num_pages),
             "sample_row_R": (0, bucket.rows),
             "sample_slot_R": (0, self.slots.num_slots + 1),
             "target_T": (-1, self.vocab_size),
@@ -204,22 +206,19 @@ class Packer:
                 raise EngineError(f"{name} spans {values.min()}..{values.max()}, outside [{low}, {high})")
 
 
-def seed_words(seed: int) -> np.ndarray:
-    """A 64-bit seed as two 32-bit words."""
-    return np.array([seed & (2**64 - 1)], np.uint64).view(np.int32)
-
-
-def slot_edits(seq: Sequence, stop_ids: frozenset[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A sequence's logit edits: logit_bias for ever, its stop tokens held back until min_tokens.
+def slot_edits(seq: Sequence | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A sequence's logit edits: logit_bias for ever, its stop tokens held back until min_tokens. None: no edits.
 
     Returns: token [Z], value [Z], until [Z]; an entry applies to tokens drawn at a position below ``until``.
     """
+    token_Z, value_Z, until_Z = (np.zeros(MAX_EDITS, dtype) for dtype in (np.int32, np.float32, np.int32))
+    if seq is None:
+        return token_Z, value_Z, until_Z
     p = seq.request.params
-    token_Z, value_Z, until_Z = np.zeros(MAX_EDITS, np.int32), np.zeros(MAX_EDITS, np.float32), np.zeros(MAX_EDITS, np.int32)
     edits = [(token, value, np.iinfo(np.int32).max) for token, value in (p.logit_bias or {}).items()]
     if p.min_tokens:
         until = len(seq.request.prompt_ids) + p.min_tokens
-        edits += [(token, -np.inf, until) for token in sorted(stop_ids)]
+        edits += [(token, -np.inf, until) for token in sorted(seq.stop_ids)]
     if len(edits) > MAX_EDITS:
         raise EngineError(f"{len(edits)} logit edits exceed {MAX_EDITS}")
     for z, (token, value, until) in enumerate(edits):

@@ -1,0 +1,394 @@
+"""The engine's loop: plan, pack, dispatch; read the step before, commit. Token ids in, token ids out.
+
+The loop runs one step ahead: step n + 1 goes to the device before the host has read what step n drew, so the host's
+work hides behind the device's. A sequence that turns out to have ended at step n has one wasted row in step n + 1.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.adapters.bank import BankShape, sites_touched, write_page
+from jaxserve.adapters.residency import Residency
+from jaxserve.adapters.store import AdapterVersion
+from jaxserve.engine.batch import LORA_ROWS, BatchLayout
+from jaxserve.engine.buckets import Bucket, Buckets
+from jaxserve.engine.compiles import CompileCounter
+from jaxserve.engine.pack import AdapterRows, Packer, Slots, slot_edits
+from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
+from jaxserve.engine.step import StepOutput, StepSpec, step
+from jaxserve.errors import EngineError
+from jaxserve.kvcache.pages import PagePool
+from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.plan import Outcome, StepPlan, StepResult
+from jaxserve.scheduler.request import Request, Sequence
+from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from pallas_kernels.lora_matmul import PAGE_RANK
+
+logger = logging.getLogger(__name__)
+
+COPIES = 16  # page copies per device call
+MAX_REPLAYS = 2  # failed steps in a row before the requests in flight are given up
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreConfig:
+    """Sizes of an engine core, all resolved: nothing is a default any more."""
+
+    dtype: str
+    num_pages: int
+    page_size: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    row_block: int
+    max_logprobs: int
+    policy: str = "fcfs"
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    max_queue: int = 1024
+    max_loras: int = 0
+    max_lora_rank: int = 0
+    attention: str | None = None
+    lora: str | None = None
+
+    @property
+    def pages_per_seq(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def adapter_pages(self) -> int:
+        """Bank pages of an adapter of the greatest rank."""
+        return -(-self.max_lora_rank // PAGE_RANK)
+
+    @property
+    def bank_pages(self) -> int:
+        """Bank pages in all; page 0 is the bare base model."""
+        return 1 + self.max_loras * self.adapter_pages if self.max_loras else 0
+
+
+class InFlight(NamedTuple):
+    """A step the device has and the host has not read."""
+
+    plan: StepPlan
+    output: StepOutput
+    chunk_slots: list[int]  # as they were then: by the time the step is read, a sequence may have lost its slot
+    started: float
+
+
+class News(NamedTuple):
+    """What became of one sequence in one step, with the log-probabilities it asked for."""
+
+    outcome: Outcome
+    logprobs: dict[int, float] | None
+    prompt_logprobs: list[tuple[int, dict[int, float]]]  # (prompt position, log-probabilities) that became known
+
+
+class EngineCore:
+    """One model on one mesh: scheduler, device state and the compiled steps."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        mesh: Mesh,
+        config: CoreConfig,
+        eos_token_ids: tuple[int, ...],
+        base_digest: bytes,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.model, self.params, self.mesh, self.config, self.clock = model, params, mesh, config, clock
+        self.bank = BankShape(model, config.bank_pages, mesh.size, config.dtype) if config.max_loras else None
+        self.state = self._empty_state()
+        self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
+        self.residency = Residency(max(config.bank_pages, 1), self._upload)
+        limits = SchedulerConfig(
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_model_len=config.max_model_len,
+            row_block=config.row_block,
+            policy=config.policy,
+            enable_chunked_prefill=config.enable_chunked_prefill,
+            max_queue=config.max_queue,
+            eos_token_ids=eos_token_ids,
+            base_digest=base_digest,
+        )
+        self.scheduler = Scheduler(limits, self.pool, self.residency)
+        self.buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
+        self.specs = {bucket: self._spec(bucket) for bucket in self.buckets}
+        self.slots = Slots(config.max_num_seqs, config.pages_per_seq)
+        layouts = {bucket: spec.layout for bucket, spec in self.specs.items()}
+        self.packer = Packer(self.slots, layouts, config.row_block, config.num_pages, config.page_size, model.vocab_size)
+        self.in_flight: deque[InFlight] = deque()
+        self.compiles = CompileCounter()
+        self.num_steps = self.failures = 0
+        self.host_seconds = 0.0
+        self._idle = False
+        self._paged: dict[bytes, list[dict]] = {}
+        self.lock = threading.RLock()
+
+    # start-up
+
+    def _empty_state(self) -> EngineState:
+        c = self.config
+        return empty_state(
+            self.model,
+            self.mesh,
+            num_pages=c.num_pages,
+            page_size=c.page_size,
+            num_slots=c.max_num_seqs,
+            dtype=c.dtype,
+            bank=self.bank,
+        )
+
+    def _spec(self, bucket: Bucket) -> StepSpec:
+        c = self.config
+        blocks = -(-bucket.rows // LORA_ROWS) + min(max(c.bank_pages - 1, 0), c.max_num_seqs) if self.bank else 0
+        layout = BatchLayout(bucket, c.max_num_seqs, c.pages_per_seq, blocks, blocks * c.adapter_pages)
+        return StepSpec(
+            config=self.model,
+            mesh=self.mesh,
+            layout=layout,
+            row_block=c.row_block,
+            page_size=c.page_size,
+            max_logprobs=c.max_logprobs,
+            bank=self.bank,
+            attention=c.attention,
+            lora=c.lora,
+        )
+
+    def warm_up(self) -> dict[str, float]:
+        """Compiles every program the engine will ever run, by running it on nothing. Returns seconds by program."""
+        seconds = {}
+        for bucket, spec in self.specs.items():
+            ints, _, floats, _ = spec.layout.empty()
+            start = self.clock()
+            self.state, output = step(self.params, self.state, ints, floats, spec=spec)
+            jax.block_until_ready(output)
+            seconds[f"step {bucket.chunk_rows}+{bucket.decode_rows}"] = self.clock() - start
+        start = self.clock()
+        drop = np.full(COPIES, self.config.num_pages, np.int32)
+        self.state = copy_pages(self.state, np.zeros(COPIES, np.int32), drop)
+        self.state = self._write_slot(0, [], 0, slot_edits(None))
+        if self.bank is not None:
+            self._write_pages([0], self.bank.paged({}, 1))
+        jax.block_until_ready(self.state)
+        seconds["slot and page writers"] = self.clock() - start
+        self.compiles.mark_ready()
+        return seconds
+
+    # requests
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queues a request; raises InvalidRequest for what can never run."""
+        with self.lock:
+            return self.scheduler.add(request)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends a request in whatever phase it is."""
+        with self.lock:
+            return self.scheduler.abort(request_id)
+
+    def finish(self, seq: Sequence, reason: str) -> bool:
+        """Ends one choice, as on a stop string."""
+        with self.lock:
+            return self.scheduler.finish(seq, reason)
+
+    def has_work(self) -> bool:
+        return bool(self.in_flight) or self.scheduler.has_work()
+
+    def stuck(self) -> bool:
+        """True when requests are alive, nothing is in flight and the last call planned nothing."""
+        return self._idle and not self.in_flight and self.scheduler.has_work()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges."""
+        counts, pool = self.scheduler.counts(), self.pool
+        return {
+            "running": counts.running,
+            "waiting": counts.waiting,
+            "preemptions": counts.preemptions,
+            "prefix_queries": counts.prompt_tokens,
+            "prefix_hits": counts.cached_tokens,
+            "kv_pages": pool.num_pages,
+            "kv_pages_free": pool.num_free,
+            "kv_pages_cached": pool.num_cached,
+            "kv_usage": pool.num_used / pool.num_pages,
+            "steps": self.num_steps,
+            "host_seconds": self.host_seconds,
+            "recompiles": self.compiles.after_ready,
+            "resident_adapters": len(self.residency.resident()),
+        }
+
+    # the loop
+
+    def step(self) -> list[News]:
+        """Dispatches the next step and takes in the one before."""
+        start = time.perf_counter()
+        with self.lock:
+            plan = self.scheduler.plan(self.clock())
+            self._idle = plan is None
+            if plan is not None:
+                try:
+                    self.in_flight.append(self._dispatch(plan))
+                except Exception as error:
+                    return self._recover(error)
+            self.host_seconds += time.perf_counter() - start
+            if not self.in_flight or (plan is not None and len(self.in_flight) < 2):
+                return []
+            oldest = self.in_flight[0]
+        try:
+            jax.block_until_ready(oldest.output)
+        except Exception as error:
+            with self.lock:
+                return self._recover(error)
+        with self.lock:
+            self.in_flight.popleft()
+            self.failures = 0
+            return self._commit(oldest)
+
+    def _dispatch(self, plan: StepPlan) -> InFlight:
+        for seq in plan.started:
+            self._admit(seq)
+        for start in range(0, len(plan.page_copies), COPIES):
+            self._copy(plan.page_copies[start : start + COPIES])
+        bucket = self.buckets.fit(plan.chunk_rows, len(plan.decodes))
+        packed = self.packer.pack(plan, bucket)
+        self.state, output = step(self.params, self.state, packed.ints, packed.floats, spec=self.specs[bucket])
+        for array in (output.token_R, output.logprob_R, output.finite_R, output.finite_B):
+            array.copy_to_host_async()
+        self.num_steps += 1
+        chunk_slots = [segment.seq.slot for segment in plan.chunks if segment.seq.slot is not None]
+        return InFlight(plan, output, chunk_slots, self.clock())
+
+    def _admit(self, seq: Sequence) -> None:
+        """Gives a sequence that starts, or starts again, its slot's parameters."""
+        p = seq.request.params
+        special = bool(p.logit_bias or p.min_tokens or p.uses_penalties)
+        if special:
+            self.state = self._write_slot(seq.slot, seq.tokens, seq.prompt_len, slot_edits(seq))
+        self.slots.admit(seq, self._adapter_rows(seq.request.adapter), edited=bool(p.logit_bias or p.min_tokens))
+
+    def _adapter_rows(self, version: AdapterVersion | None) -> AdapterRows | None:
+        if version is None:
+            return None
+        members = {member for _, member in version.weights.pairs}
+        return AdapterRows(self.residency.pages_of(version), sites_touched(sorted(members)))
+
+    def _write_slot(self, slot: int, tokens: list[int], prompt_len: int, edits: tuple[np.ndarray, ...]) -> EngineState:
+        token_S, kind_S = np.zeros(self.config.max_model_len, np.int32), np.zeros(self.config.max_model_len, np.int32)
+        token_S[: len(tokens)] = tokens
+        kind_S[: len(tokens)] = 1
+        kind_S[:prompt_len] = 2
+        return write_slot(self.state, np.int32(slot), token_S, kind_S, *edits)
+
+    def _copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        source, target = np.zeros(COPIES, np.int32), np.full(COPIES, self.config.num_pages, np.int32)
+        source[: len(pairs)], target[: len(pairs)] = zip(*pairs, strict=True)
+        self.state = copy_pages(self.state, source, target)
+
+    def _commit(self, done: InFlight) -> list[News]:
+        start = time.perf_counter()
+        plan, output = done.plan, done.output
+        chunk_finite = np.asarray(output.finite_B)[done.chunk_slots].tolist()
+        count = len(plan.samples)
+        finite = np.asarray(output.finite_R)[:count].tolist()
+        for i, sample in enumerate(plan.samples):
+            if sample.kind == "chunk":
+                finite[i] = finite[i] and chunk_finite[sample.segment_index]
+        tokens = np.asarray(output.token_R)[:count].tolist()
+        prompt = self._prompt_logprobs(plan, output)
+        outcomes = self.scheduler.commit(plan, StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite))
+        news = [News(o, self._logprobs(o, output), prompt.pop(id(o.seq), [])) for o in outcomes]
+        waiting = [segment.seq for segment in plan.chunks if id(segment.seq) in prompt]
+        news += [News(Outcome(seq, None, None, None), None, prompt[id(seq)]) for seq in waiting]
+        self.host_seconds += time.perf_counter() - start
+        return news
+
+    def _logprobs(self, outcome: Outcome, output: StepOutput) -> dict[int, float] | None:
+        """The drawn token's log-probability and those of the top N, likeliest first after it."""
+        wanted = outcome.seq.request.params.logprobs
+        if wanted is None or outcome.token is None:
+            return None
+        found = {outcome.token: float(np.asarray(output.logprob_R)[outcome.sample])}
+        if wanted:
+            tokens = np.asarray(output.top_token_RN)[outcome.sample, :wanted].tolist()
+            values = np.asarray(output.top_logprob_RN)[outcome.sample, :wanted].tolist()
+            found |= {token: value for token, value in zip(tokens, values, strict=True) if token not in found}
+        return found
+
+    def _prompt_logprobs(self, plan: StepPlan, output: StepOutput) -> dict[int, list[tuple[int, dict[int, float]]]]:
+        """By sequence: (position, log-probabilities) of the prompt tokens that this step's chunks predict."""
+        found: dict[int, list[tuple[int, dict[int, float]]]] = {}
+        row = 0
+        for segment in plan.chunks:
+            wanted, prompt = segment.seq.request.params.prompt_logprobs, segment.seq.request.prompt_ids
+            if wanted is not None:
+                values = np.asarray(output.prompt_logprob_T)
+                tops = np.asarray(output.prompt_top_token_TN), np.asarray(output.prompt_top_logprob_TN)
+                entries = found.setdefault(id(segment.seq), [])
+                for offset in range(min(segment.length, len(prompt) - 1 - segment.start)):
+                    position, at = segment.start + offset + 1, row + offset
+                    entry = {prompt[position]: float(values[at])}
+                    pairs = zip(tops[0][at, :wanted].tolist(), tops[1][at, :wanted].tolist(), strict=True)
+                    entry |= {token: value for token, value in pairs if token not in entry}
+                    entries.append((position, entry))
+            row += -(-segment.length // self.config.row_block) * self.config.row_block
+        return found
+
+    # faults
+
+    def _recover(self, error: Exception) -> list[News]:
+        """After a failed step: the donated pool is gone. Rebuild it and replay from the tokens the host has read."""
+        self.failures += 1
+        logger.exception("step failed (%d in a row)", self.failures)
+        if isinstance(error, EngineError):
+            raise error
+        self.in_flight.clear()
+        running = list(self.scheduler.running)
+        self.state = self._empty_state()
+        self.scheduler.reset()
+        for version in self.residency.resident():
+            self._upload(version, list(self.residency.pages_of(version)))
+        if self.failures <= MAX_REPLAYS:
+            return []
+        lost = [seq for first in running for seq in self.scheduler.abort(first.request.id)]
+        for seq in lost:
+            seq.finish_reason = "error"
+        self.failures = 0
+        return [News(Outcome(seq, None, "error", None), None, []) for seq in lost]
+
+    # adapters
+
+    def prepare(self, version: AdapterVersion) -> None:
+        """Cuts an adapter into bank pages on the caller's thread, so that the loop only uploads."""
+        if self.bank is not None and version.digest not in self._paged:
+            self._paged[version.digest] = self._cut(version)
+
+    def forget(self, version: AdapterVersion) -> None:
+        """Drops what ``prepare`` kept; the version can still be served and is then cut again."""
+        self._paged.pop(version.digest, None)
+
+    def _cut(self, version: AdapterVersion) -> list[dict]:
+        assert self.bank is not None
+        weights = version.weights
+        pairs = {key: (pair.a, pair.b, weights.scaling[key]) for key, pair in weights.pairs.items()}
+        return self.bank.paged(pairs, weights.rank)
+
+    def _upload(self, version: AdapterVersion, pages: list[int]) -> None:
+        self._write_pages(pages, self._paged.get(version.digest) or self._cut(version))
+
+    def _write_pages(self, pages: list[int], contents: list[dict]) -> None:
+        bank = self.state.bank
+        for page, content in zip(pages, contents, strict=True):
+            bank = write_page(bank, np.int32(page), content, self.config.bank_pages)
+        self.state = self.state.replace(bank=bank)
+

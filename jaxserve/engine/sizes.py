@@ -1,0 +1,84 @@
+"""Turns a user's configuration into the sizes of an engine: what fits, and what is refused."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.adapters.bank import BankShape
+from jaxserve.config import EngineConfig
+from jaxserve.engine.loop import CoreConfig
+from jaxserve.errors import ConfigError
+from jaxserve.kvcache.pool import page_bytes
+from jaxserve.models.config import ModelConfig
+
+HOST_POOL_BYTES = 1 << 30  # most the KV pool takes by default where the device is the host itself
+STEP_BYTES = 1 << 30  # left free on an accelerator for a step's temporaries
+ROW_BLOCKS = {"cpu": 16}  # rows of a chunk block; 64 on accelerators, the kernels' tile
+
+
+def core_config(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh) -> CoreConfig:
+    """Resolves every size.
+
+    Raises:
+      ConfigError: a length the model was not made for, or a KV pool too small for one sequence.
+    """
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    if max_model_len > model.max_position_embeddings:
+        raise ConfigError(
+            [f"max_model_len {max_model_len} exceeds the model's max_position_embeddings {model.max_position_embeddings}"]
+        )
+    num_pages = config.num_kv_pages or _pages_that_fit(config, model, params, mesh, max_model_len)
+    fitting = num_pages * config.block_size
+    if fitting < max_model_len:
+        if config.max_model_len is not None:
+            raise ConfigError(
+                [f"max_model_len {max_model_len} needs more than the {num_pages} KV pages of {config.block_size} tokens"]
+            )
+        max_model_len = fitting
+    row_block = ROW_BLOCKS.get(mesh.devices.flat[0].platform, 64)
+    return CoreConfig(
+        dtype=str(config.dtype),
+        num_pages=num_pages,
+        page_size=config.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=max(config.max_num_batched_tokens, row_block),
+        row_block=row_block,
+        max_logprobs=min(config.max_logprobs, model.vocab_size),
+        policy=config.scheduling_policy,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        max_queue=config.max_queue,
+        max_loras=config.max_loras if config.enable_lora else 0,
+        max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
+    )
+
+
+def _pages_that_fit(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh, max_model_len: int) -> int:
+    """Pages for every sequence at full length, or as many as there is memory for."""
+    each = page_bytes(model, config.block_size, mesh.size, str(config.dtype))
+    wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+    return int(max(min(wanted, _free_bytes(config, model, params, mesh) // each), 1))
+
+
+def _free_bytes(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh) -> int:
+    """Memory for the KV pool over all devices."""
+    device = mesh.devices.flat[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if not stats:
+        return HOST_POOL_BYTES
+    total = int(stats["bytes_limit"] * config.gpu_memory_utilization) * mesh.size
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return max(total - weights - _bank_bytes(config, model, mesh) - STEP_BYTES * mesh.size, 0)
+
+
+def _bank_bytes(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> int:
+    if not config.enable_lora:
+        return 0
+    pages = 1 + config.max_loras * -(-config.max_lora_rank // 16)
+    bank = BankShape(model, pages, mesh.size, str(config.dtype))
+    leaves = jax.tree.leaves(bank.specs(), is_leaf=lambda x: hasattr(x, "axes"))
+    return sum(int(np.prod(spec.shape)) for spec in leaves) * jnp.dtype(str(config.dtype)).itemsize

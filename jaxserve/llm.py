@@ -1,0 +1,435 @@
+"""The public engine: text and token ids in, events and results out."""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
+from jaxserve.adapters.weights import AdapterWeights
+from jaxserve.config import EngineConfig
+from jaxserve.engine.compiles import use_compilation_cache
+from jaxserve.engine.loop import EngineCore, News
+from jaxserve.engine.sizes import core_config
+from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
+from jaxserve.models.checkpoint import read_json
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_generation_config, load_params
+from jaxserve.outputs import Completion, Event, Logprobs, RequestOutput
+from jaxserve.sampling import SamplingParams
+from jaxserve.scheduler.request import Request
+from jaxserve.scheduler.request import Sequence as Choice
+from jaxserve.text import TextStream
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from sharding import make_mesh
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int]
+NOT_FINITE = "the model's numbers are not finite for this request"
+
+
+@dataclass
+class _Live:
+    """A request that is not over."""
+
+    request: Request
+    prompt: str | None
+    choices: list[Choice]
+    decoders: list[Any]
+    streams: list[TextStream]
+    output: RequestOutput
+    open: set[int] = field(default_factory=set)  # choices not finished
+    collect: bool = False  # generate() wants the result
+
+
+class Engine:
+    """Serves a base model and its LoRA adapters with continuous batching.
+
+    ``from_pretrained`` loads and compiles; then either ``generate``, or ``add_request`` and a loop over ``step``.
+    Adapters may be loaded and requests added or aborted from other threads while one thread steps.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Any,
+        mesh: Mesh,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        generation_config: dict[str, Any] | None = None,
+        name: str = "base",
+    ):
+        self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
+        self.generation_config = generation_config or {}
+        digest = _base_digest(model, config)
+        sizes = core_config(config, model, params, mesh)
+        self.core = EngineCore(model, params, mesh, sizes, self._eos_token_ids(), digest)
+        self.adapters = AdapterStore(model, config.max_cpu_loras, base_names=(name,), base_digest=digest)
+        self._live: dict[str, _Live] = {}
+        self._finished: dict[str, RequestOutput] = {}
+        self._aborted: deque[Event] = deque()
+        self._numbers = itertools.count()
+        self._seeds = np.random.default_rng(config.seed)
+        self._totals = {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
+        self._warm_up()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> "Engine":
+        """Loads a Hugging Face model directory and compiles every step shape.
+
+        Args:
+          path: config.json, safetensors, tokenizer.json, generation_config.json; with ``load_format="dummy"``
+            config.json alone is enough.
+          options: fields of ``EngineConfig``.
+
+        Raises:
+          ConfigError, ModelError: before any big allocation.
+        """
+        config = EngineConfig(**options)
+        use_compilation_cache()
+        directory = Path(path)
+        model = load_config(directory)
+        try:
+            mesh = make_mesh(config.tensor_parallel)
+        except ValueError as error:
+            raise ModelError(str(error)) from None
+        dtype = _stored_dtype(directory) if config.dtype == "auto" else config.dtype
+        config = config.model_copy(update={"dtype": dtype})
+        generation_config = load_generation_config(directory)
+        tokenizer = _tokenizer(directory, config)
+        if tokenizer is not None:
+            check_tokenizer(model, tokenizer)
+        if config.load_format == "dummy":
+            params = dummy_params(model, mesh, dtype, config.seed)
+        else:
+            params = load_params(directory, model, mesh, dtype)
+        return cls(model, params, mesh, config, tokenizer, generation_config, name=directory.resolve().name)
+
+    def _eos_token_ids(self) -> tuple[int, ...]:
+        """What generation_config.json says, else config.json."""
+        eos = self.generation_config.get("eos_token_id", list(self.model.eos_token_ids))
+        ids = [eos] if isinstance(eos, int) else list(eos or ())
+        return tuple(i for i in ids if isinstance(i, int) and 0 <= i < self.model.vocab_size)
+
+    def _warm_up(self) -> None:
+        start = time.perf_counter()
+        seconds = self.core.warm_up()
+        logger.info("ready: %d programs in %.1f s %s", len(seconds), time.perf_counter() - start, seconds)
+
+    # adapters
+
+    def load_adapter(self, name: str, path: str | Path) -> AdapterInfo:
+        """Loads a PEFT directory under a name, or a new version of it; requests in flight keep theirs.
+
+        The same content again changes nothing. Runs on the caller's thread; the step loop goes on.
+
+        Raises:
+          AdapterError: what the directory has that cannot be served, by file and field.
+          InvalidRequest: a bad name.
+        """
+        version = self.adapters.load(name, path)
+        return self._published(version)
+
+    def put_adapter(self, name: str, weights: AdapterWeights) -> AdapterInfo:
+        """Publishes weights held in memory under a name."""
+        return self._published(self.adapters.put(name, weights))
+
+    def _published(self, version: AdapterVersion) -> AdapterInfo:
+        limit = self.config.max_lora_rank if self.config.enable_lora else 0
+        if version.rank > limit:
+            self.adapters.unload(version.name)
+            raise AdapterError(
+                f"adapter {version.name!r} has rank {version.rank}; max_lora_rank is {limit}"
+                if limit
+                else f"adapter {version.name!r}: this engine was started with enable_lora off",
+                "r",
+            )
+        self.core.prepare(version)
+        return next(info for info in self.adapters.list() if info.name == version.name)
+
+    def unload_adapter(self, name: str) -> None:
+        """Forgets a name; requests in flight finish on it.
+
+        Raises:
+          AdapterNotFound: no such name.
+        """
+        version = self.adapters.unload(name)
+        if version is not None:
+            self.core.forget(version)
+
+    def list_adapters(self) -> list[AdapterInfo]:
+        return self.adapters.list()
+
+    # requests
+
+    def add_request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        adapter: str | None = None,
+        request_id: str | None = None,
+        priority: int = 0,
+        tenant: str = "",
+        salt: str = "",
+    ) -> str:
+        """Queues a request and returns its id.
+
+        Args:
+          prompt: text (special tokens are added as the tokenizer does) or token ids.
+          adapter: name of a loaded adapter; None is the base model. The request keeps the version it starts with.
+          priority: lower is served earlier, under scheduling_policy "priority".
+          tenant, salt: requests share cached prefixes only within the same tenant and salt.
+
+        Raises:
+          InvalidRequest: what is wrong with it, or which limit it can never meet.
+          AdapterNotFound: no such adapter.
+        """
+        params = params or SamplingParams()
+        params.validate(self.model.vocab_size, max_logprobs=self.config.max_logprobs)
+        text, ids = self._prompt_ids(prompt)
+        version = None if adapter is None or adapter == self.name else self.adapters.acquire(self.adapters.get(adapter))
+        try:
+            request = Request(
+                id=request_id or f"request-{next(self._numbers)}",
+                prompt_ids=ids,
+                params=self._with_seed(params),
+                adapter=version,
+                adapter_digest=b"" if version is None else version.digest,
+                priority=priority,
+                tenant=tenant,
+                salt=salt,
+                arrival=self.core.clock(),
+            )
+            self._track(request, text, version)
+        except BaseException:
+            if version is not None:
+                self.adapters.release(version)
+            raise
+        return request.id
+
+    def _track(self, request: Request, text: str | None, version: AdapterVersion | None) -> None:
+        params = request.params
+        output = RequestOutput(
+            request_id=request.id,
+            prompt=text,
+            prompt_token_ids=list(request.prompt_ids),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(request.prompt_ids),
+            outputs=[Completion(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)],
+            adapter=version and version.name,
+            adapter_version=version and version.version,
+        )
+        decoders = [self.tokenizer and self.tokenizer.stream(params.skip_special_tokens) for _ in range(params.n)]
+        stops = () if params.min_tokens else params.stops  # stop strings count behind the first min_tokens tokens
+        streams = [TextStream(decoder, stops, params.include_stop_str_in_output) for decoder in decoders]
+        live = _Live(request, text, [], decoders, streams, output, set(range(params.n)))
+        with self.core.lock:
+            live.choices = self.core.add(request)
+            self._live[request.id] = live
+            self._totals["requests"] += 1
+            self._totals["prompt_tokens"] += len(request.prompt_ids)
+
+    def _with_seed(self, params: SamplingParams) -> SamplingParams:
+        if params.seed is not None:
+            return params
+        return dataclasses.replace(params, seed=int(self._seeds.integers(2**63)))
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InvalidRequest("prompt is text, and this model directory has no tokenizer; give token ids", "prompt")
+            return prompt, tuple(self._check_ids(self.tokenizer.encode(prompt)))
+        return None, tuple(self._check_ids(prompt))
+
+    def _check_ids(self, ids: Sequence[int]) -> list[int]:
+        """Token ids as ints inside the vocabulary: JAX would read another row for a bad one and say nothing."""
+        try:
+            whole = np.asarray(ids)
+        except (ValueError, OverflowError):
+            whole = np.asarray(None)
+        if whole.ndim != 1 or (whole.size and whole.dtype.kind not in "iu"):
+            raise InvalidRequest(f"prompt is {str(ids)[:64]!r}; it must be a list of token ids", "prompt")
+        if whole.size and not 0 <= whole.min() <= whole.max() < self.model.vocab_size:
+            bad = whole[(whole < 0) | (whole >= self.model.vocab_size)][0]
+            raise InvalidRequest(f"prompt has token id {bad}; ids go from 0 to {self.model.vocab_size - 1}", "prompt")
+        return whole.tolist()
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request in any phase; its remaining choices end with finish_reason "abort". False: not alive."""
+        with self.core.lock:
+            ended = self.core.abort(request_id)
+            self._aborted.extend(self._end(seq, "abort") for seq in ended)
+        return bool(ended)
+
+    def has_work(self) -> bool:
+        """True while a request is alive, or an event of one is still to be fetched."""
+        return bool(self._live or self._aborted) or self.core.has_work()
+
+    # the loop
+
+    def step(self) -> list[Event]:
+        """Runs one iteration; returns what became known in it."""
+        news = self.core.step()
+        with self.core.lock:
+            aborted = [self._aborted.popleft() for _ in range(len(self._aborted))]
+            events = [event for item in news if (event := self._take_in(item)) is not None]
+            if self.core.stuck():
+                raise EngineError(f"no request can run: {self.stats()}")
+        return aborted + events
+
+    def _take_in(self, news: News) -> Event | None:
+        seq, token = news.outcome.seq, news.outcome.token
+        live = self._live.get(seq.request.id)
+        if live is None or seq.index not in live.open:
+            return None
+        if live.output.prompt_logprobs is not None:
+            for position, logprobs in news.prompt_logprobs:
+                live.output.prompt_logprobs[position] = logprobs
+        if token is None:
+            return self._end(seq, "error", error=NOT_FINITE) if news.outcome.finish_reason else None
+        completion = live.output.outputs[seq.index]
+        completion.token_ids.append(token)
+        self._totals["generation_tokens"] += 1
+        if news.logprobs is not None and completion.logprobs is not None:
+            completion.logprobs.append(news.logprobs)
+        text, stop, reason = self._text(live, seq, token, news.outcome.finish_reason)
+        new = {"token_ids": [token], "text": text, "logprobs": [] if news.logprobs is None else [news.logprobs]}
+        completion.text += text
+        if reason is not None:
+            return self._end(seq, reason, stop_reason=stop, **new)
+        return self._event(live, seq, **new)
+
+    def _text(self, live: _Live, seq: Choice, token: int, reason: str | None) -> tuple[str, str | int | None, str | None]:
+        """New text of a token, what stopped the choice, and why it ends, if it does."""
+        stream, params = live.streams[seq.index], live.request.params
+        if reason == "stop":  # a stop token is no part of the text
+            return stream.finish(), token, "stop"
+        text, hit = stream.push(token)
+        if hit is not None:
+            self.core.finish(seq, "stop")
+            return text, hit, "stop"
+        if seq.num_outputs == params.min_tokens and params.stops:
+            decoder = live.decoders[seq.index]
+            live.streams[seq.index] = TextStream(decoder, params.stops, params.include_stop_str_in_output)
+        return (text + stream.finish(), None, reason) if reason else (text, None, None)
+
+    def _event(self, live: _Live, seq: Choice, **fields: Any) -> Event:
+        output = live.output
+        return Event(
+            request_id=seq.request.id,
+            index=seq.index,
+            adapter=output.adapter,
+            adapter_version=output.adapter_version,
+            **fields,
+        )
+
+    def _end(self, seq: Choice, reason: str, *, stop_reason=None, error: str | None = None, **new: Any) -> Event:
+        """Closes a choice, and with the last one its request."""
+        live = self._live[seq.request.id]
+        completion = live.output.outputs[seq.index]
+        completion.finish_reason, completion.stop_reason, completion.error = reason, stop_reason, error
+        if reason in ("abort", "error"):
+            new["text"] = live.streams[seq.index].finish()
+            completion.text += new["text"]
+        live.open.discard(seq.index)
+        event = self._event(live, seq, finish_reason=reason, stop_reason=stop_reason, error=error, **new)
+        if not live.open:
+            del self._live[seq.request.id]
+            live.output.num_cached_tokens = live.choices[0].num_cached
+            if live.request.adapter is not None:
+                self.adapters.release(live.request.adapter)
+            if live.collect:
+                self._finished[seq.request.id] = live.output
+        return event
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        adapter: str | None | Sequence[str | None] = None,
+    ) -> list[RequestOutput]:
+        """Runs a batch of prompts to the end, in order.
+
+        Args:
+          prompts: texts or lists of token ids, or one of them.
+          params: one for all, or one each.
+          adapter: one for all, or one each; None is the base model.
+
+        Raises:
+          InvalidRequest, AdapterNotFound: naming the first bad prompt; nothing is left running.
+        """
+        prompts = [prompts] if _is_one(prompts) else list(prompts)
+        each = list(zip(prompts, _spread("params", params, prompts), _spread("adapter", adapter, prompts), strict=True))
+        todo, ids = deque(each), []
+        try:
+            while todo or not all(i in self._finished for i in ids):
+                while todo and len(self._live) < self.config.max_queue:
+                    prompt, param, name = todo.popleft()
+                    ids.append(self.add_request(prompt, param, adapter=name))
+                    self._live[ids[-1]].collect = True
+                self.step()
+        except BaseException:
+            for request_id in ids:
+                self.abort(request_id)
+                self._finished.pop(request_id, None)
+            raise
+        return [self._finished.pop(i) for i in ids]
+
+    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+        """Renders messages with the model's chat template and generates one answer."""
+        if self.tokenizer is None:
+            raise InvalidRequest("this model directory has no tokenizer", "messages")
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        return self.generate([ids], params, **options)[0]
+
+    # numbers
+
+    def stats(self) -> dict[str, Any]:
+        """Counters and gauges, of the engine's life so far."""
+        return {**self.core.stats(), **self._totals, "adapters": len(self.adapters.list())}
+
+
+def _base_digest(model: ModelConfig, config: EngineConfig) -> bytes:
+    """Names the base model in cache keys: its description and dtype."""
+    described = json.dumps(dataclasses.asdict(model), sort_keys=True, default=str)
+    return hashlib.sha256(f"{described} {config.dtype} {config.load_format} {config.seed}".encode()).digest()
+
+
+def _stored_dtype(directory: Path) -> str:
+    """The dtype config.json names; float32 where it names none that can be served."""
+    hf = read_json(directory, "config.json")
+    named = hf.get("dtype") or hf.get("torch_dtype") or hf.get("text_config", {}).get("dtype")
+    return named if named in ("float32", "bfloat16", "float16") else "float32"
+
+
+def _tokenizer(directory: Path, config: EngineConfig) -> Tokenizer | None:
+    """The model's tokenizer; a directory without one serves token ids."""
+    if config.tokenizer is not None:
+        return load_tokenizer(config.tokenizer)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return load_tokenizer(directory) if any((directory / name).exists() for name in names) else None
+
+
+def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+
+
+def _spread(name: str, value: Any, prompts: Sequence[Any]) -> Iterable[Any]:
+    """One value per prompt."""
+    if value is None or isinstance(value, str | SamplingParams):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise InvalidRequest(f"{name} has {len(value)} entries for {len(prompts)} prompts", name)
+    return value
