@@ -18,22 +18,26 @@ class TextStream:
     longest one. The pieces put together are the whole text.
     """
 
-    def __init__(self, stream: TokenStream | None, stop: Sequence[str] = (), include_stop: bool = False):
-        """stream None gives no text: the request wants token ids only."""
+    def __init__(
+        self, stream: TokenStream | None, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+    ):
+        """stream None gives no text. A stop string completed before the min_tokens-th token is ordinary text."""
         self._stream = stream
         self._stops = tuple(stop)
         self._include_stop = include_stop
+        self._tokens_to_min = min_tokens
         self._held = ""
         self._ended = False
 
     def push(self, token_id: int) -> tuple[str, str | None]:
         """Returns the text that is now certain, and the stop string that this token completed, if one."""
         assert not self._ended, "a token after the end of the text"
+        self._tokens_to_min -= 1
         piece = self._stream.step(token_id) if self._stream else None
         return self._take(piece) if piece else ("", None)
 
     def finish(self) -> str:
-        """Returns the rest of the text, which held no stop string; nothing after a stop string was hit."""
+        """Returns the rest of the text; nothing once a stop string was hit."""
         if self._ended:
             return ""
         flush = getattr(self._stream, "flush", None)
@@ -43,7 +47,7 @@ class TextStream:
 
     def _take(self, piece: str) -> tuple[str, str | None]:
         self._held += piece
-        hit = self._first_stop()
+        hit = self._first_stop() if self._tokens_to_min <= 0 else None
         if hit is not None:
             begin, stop = hit
             text, self._held, self._ended = self._held[: begin + len(stop) * self._include_stop], "", True

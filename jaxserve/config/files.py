@@ -232,8 +232,9 @@ def _gin_statements(path: Path, text: str, errors: list[str]) -> Iterator[Any]:
     class Delegate(config_parser.ParserDelegate):
         def configurable_reference(self, scoped_configurable_name, evaluate):
             call = f"@{scoped_configurable_name}{'()' if evaluate else ''}"
-            line = parser.current_token.start[0]
-            errors.append(f"{path}:{line}: {call}: references to configurables are not allowed")
+            token = parser.current_token
+            assert token is not None, call
+            errors.append(f"{path}:{token.start[0]}: {call}: references to configurables are not allowed")
 
         def macro(self, macro_name):
             return _Macro(macro_name)

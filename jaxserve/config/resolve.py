@@ -1,8 +1,8 @@
 """Which value wins: command line over environment over file over defaults."""
 
-import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -62,8 +62,6 @@ def _typed(entries: Mapping[tuple[str, ...], Entry]) -> tuple[Entries, list[str]
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Input ")
             wrong.append(Problem(path, short(entry.value), f"it {reason}").line(entry.place))
-        except json.JSONDecodeError as error:
-            wrong.append(Problem(path, short(entry.value), f"not JSON: {error.msg}").line(entry.place))
     return typed, wrong
 
 
@@ -75,9 +73,13 @@ def _from_text(path: tuple[str, ...], text: Any) -> Any:
     kinds = get_args(field.annotation) or (field.annotation,)
     if type(None) in kinds and text.lower() in ("none", "null"):
         return None
-    if isinstance(field.default, tuple) or text.startswith(("[", "{")):
-        return json.loads(text)
-    return TypeAdapter[Any](field.annotation or str).validate_strings(text)
+    kind = TypeAdapter[Any](field.annotation or str)
+    if isinstance(field.default, tuple):
+        return kind.validate_json(text)
+    if text.startswith(("[", "{")):
+        with suppress(ValidationError):  # a stop string may begin like this
+            return kind.validate_json(text)
+    return kind.validate_strings(text)
 
 
 def _nested(entries: Entries) -> dict[str, Any]:

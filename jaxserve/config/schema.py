@@ -151,8 +151,30 @@ class LoraSection(LoraOptions):
 
 
 _SAMPLING_TYPES = get_type_hints(SamplingParams)
+_SAMPLING_HELP = {
+    "max_tokens": "Most tokens of an answer; none is up to the model's length.",
+    "temperature": "0 always takes the likeliest token.",
+    "top_k": "Draw from so many of the likeliest tokens; 0 is all.",
+    "top_p": "Draw from the likeliest tokens that make up this share.",
+    "min_p": "Draw from tokens at least this likely, relative to the likeliest.",
+    "repetition_penalty": "Divides the logits of tokens seen before; 1 is off.",
+    "presence_penalty": "Taken from the logits of tokens of the answer.",
+    "frequency_penalty": "The same, once for each time.",
+    "logit_bias": "Token id to what is added to its logit.",
+    "seed": "The same seed gives the same tokens.",
+    "n": "Answers per prompt.",
+    "stop": "Text that ends an answer, or a list of texts.",
+    "stop_token_ids": "Tokens that end an answer.",
+    "min_tokens": "No end before so many tokens.",
+    "ignore_eos": "Go on after the model's end token.",
+    "logprobs": "Log-probabilities of so many likeliest tokens, per token.",
+    "prompt_logprobs": "The same for the prompt.",
+    "include_stop_str_in_output": "Keep the text that ended the answer.",
+    "skip_special_tokens": "Leave control tokens out of the text.",
+}
 _SAMPLING_FIELDS: dict[str, Any] = {
-    field.name: (_SAMPLING_TYPES[field.name], field.default) for field in dataclasses.fields(SamplingParams)
+    field.name: (_SAMPLING_TYPES[field.name], Field(field.default, description=_SAMPLING_HELP[field.name]))
+    for field in dataclasses.fields(SamplingParams)
 }
 
 
@@ -168,6 +190,41 @@ class SamplingSection(create_model("_SamplingFields", __base__=Section, **_SAMPL
         return self
 
 
+class BenchSection(Section):
+    trace: str | None = None
+    """CSV of arrival_s, prompt_tokens, output_tokens[, tenant]; by default requests are made up."""
+    trace_speed: Annotated[float, Field(gt=0)] = 1.0
+    """Replay the trace's arrivals so many times as fast."""
+    num_prompts: PositiveInt = 64
+    """Requests to send; of a trace, its first ones."""
+    request_rate: Annotated[float, Field(gt=0)] | None = None
+    """Made-up requests per second; by default all come at once."""
+    burstiness: Annotated[float, Field(gt=0)] = 1.0
+    """Shape of the gamma distribution of made-up gaps; 1 is Poisson, less is burstier."""
+    random_input_len: PositiveInt = 128
+    """Mean prompt tokens of a made-up request."""
+    random_output_len: PositiveInt = 64
+    """Mean output tokens of a made-up request."""
+    random_range_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Made-up lengths are uniform within this share around their mean."""
+    max_concurrency: PositiveInt | None = None
+    """Most requests in flight."""
+    num_adapters: Annotated[int, Field(ge=0)] = 0
+    """Random adapters made for the run, taken in turn by the requests."""
+    adapter_rank: PositiveInt = 16
+    """Their rank."""
+    goodput: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^(ttft|tpot|itl|e2el):[0-9.]+$")], ...], Field(strict=False)
+    ] = ()
+    """Objectives a good request meets, in ms, as ttft:500 or tpot:50."""
+    against: Literal["none", "transformers"] = "none"
+    """Run the same requests through this, side by side."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of made-up requests and adapters."""
+    result_file: str | None = None
+    """Where the numbers go as JSON."""
+
+
 class Config(Section):
     """A whole run. The sections are the top-level keys of a file."""
 
@@ -175,6 +232,7 @@ class Config(Section):
     engine: EngineOptions = EngineOptions()
     lora: LoraSection = LoraSection()
     sampling: SamplingSection = SamplingSection()
+    bench: BenchSection = BenchSection()
 
     def engine_config(self) -> EngineConfig:
         """The part that ``Engine.from_pretrained`` takes."""

@@ -1,0 +1,141 @@
+"""The commands. What is heavy (jax, the engine) is imported by the command that needs it.
+
+Exit status: 0 done, 1 the engine failed, 2 wrong usage, configuration or request, 4 a model or adapter that cannot be
+served.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import jaxserve
+from jaxserve.cli.flags import configured
+from jaxserve.config import Config, dump_config
+from jaxserve.errors import AdapterError, ConfigError, InvalidRequest, JaxServeError, ModelError
+
+if TYPE_CHECKING:
+    from jaxserve import Engine
+
+app = typer.Typer(
+    help="LLM inference and LoRA finetuning on the same accelerators, in JAX.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long flags off
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at a configuration.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(bench_app, name="bench")
+
+Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face model.")]
+Adapter = Annotated[str | None, typer.Option(help="Adapter that answers; by default the base model does.")]
+
+
+class Format(StrEnum):
+    yaml = "yaml"
+    gin = "gin"
+    json = "json"
+
+
+@app.command()
+@configured("model", "engine", "lora", "sampling")
+def generate(
+    config: Config,
+    model: Model = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt; may be given many times.")] = None,
+    adapter: Adapter = None,
+    json_lines: Annotated[bool, typer.Option("--json", help="One JSON object per prompt.")] = False,
+) -> None:
+    """Complete prompts and print the texts."""
+    if not prompt:
+        raise ConfigError(["--prompt: at least one is needed"])
+    failed = False
+    for output in build_engine(config, adapter).generate(prompt, config.sampling.params(), adapter=adapter):
+        if json_lines:
+            print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
+        for choice in output.outputs:
+            if choice.error:
+                failed = True
+                print(f"error: {choice.error}", file=sys.stderr)
+            elif not json_lines:
+                print(choice.text)
+    raise typer.Exit(1 if failed else 0)
+
+
+@app.command()
+@configured("model", "engine", "lora", "sampling")
+def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
+    """Talk to a model. /reset forgets the conversation, /adapter NAME changes the adapter, Ctrl-D leaves."""
+    from jaxserve.cli.chat import talk
+
+    params = config.sampling.params()
+    if "max_tokens" not in config.sampling.model_fields_set:
+        params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them
+    talk(build_engine(config, adapter), params, adapter)
+
+
+@bench_app.command()
+@configured(*Config.model_fields)
+def serving(config: Config, model: Model = None) -> None:
+    """Replay a trace, or made-up load, against the engine; print latencies and throughput."""
+    from jaxserve.bench.serving import main
+
+    raise typer.Exit(main(config))
+
+
+@config_app.command("show")
+@configured(*Config.model_fields)
+def show(
+    config: Config,
+    model: Model = None,
+    format: Annotated[Format, typer.Option(help="What to write.")] = Format.yaml,
+) -> None:
+    """Print the resolved configuration, defaults included."""
+    print(dump_config(config.model_dump(mode="json"), format.value), end="")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(jaxserve.__version__)
+
+
+def build_engine(config: Config, adapter: str | None = None) -> "Engine":
+    """The engine of this configuration with its adapters loaded; checks first that ``adapter`` will be there.
+
+    Raises:
+      ConfigError: no model, or an adapter that lora.modules does not name.
+    """
+    if config.model.path is None:
+        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+    names = [module.name for module in config.lora.modules]
+    if adapter is not None and adapter not in names:
+        raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
+    from jaxserve import Engine
+
+    engine = Engine.from_pretrained(config.model.path, **dict(config.engine_config()))
+    for module in config.lora.modules:
+        engine.load_adapter(module.name, module.path)
+    return engine
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command and leaves the process with its status."""
+    try:
+        app(args=list(argv) if argv is not None else None, prog_name="jaxserve")
+    except JaxServeError as error:
+        print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        sys.exit(exit_status(error))
+
+
+def exit_status(error: JaxServeError) -> int:
+    if isinstance(error, ConfigError | InvalidRequest):
+        return 2
+    return 4 if isinstance(error, ModelError | AdapterError) else 1

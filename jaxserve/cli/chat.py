@@ -1,0 +1,60 @@
+"""A conversation on the terminal."""
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from jaxserve.errors import AdapterError, InvalidRequest
+
+if TYPE_CHECKING:
+    from jaxserve import Engine, Event, SamplingParams
+
+
+def talk(engine: "Engine", params: "SamplingParams", adapter: str | None) -> None:
+    """Reads lines until end of file, and streams an answer to each."""
+    messages: list[dict[str, str]] = []
+    while (line := _read(adapter)) is not None:
+        command, _, rest = line.partition(" ")
+        if command == "/reset":
+            messages = []
+        elif command == "/adapter":
+            adapter = rest.strip() or None
+        elif line.strip():
+            messages.append({"role": "user", "content": line})
+            try:
+                messages.append({"role": "assistant", "content": _answer(engine, messages, params, adapter)})
+            except (InvalidRequest, AdapterError) as error:  # the conversation goes on without this question
+                print(f"error: {error}", file=sys.stderr)
+                messages.pop()
+
+
+def _read(adapter: str | None) -> str | None:
+    try:
+        return input(f"{adapter or 'base'}> ")
+    except EOFError:
+        print()
+        return None
+
+
+def _answer(engine: "Engine", messages: list[dict[str, str]], params: "SamplingParams", adapter: str | None) -> str:
+    """Prints the answer as it comes and returns it whole; Ctrl-C ends it early."""
+    if engine.tokenizer is None:
+        raise InvalidRequest("this model directory has no tokenizer", "messages")
+    request = engine.add_request(engine.tokenizer.apply_chat_template(messages), params, adapter=adapter)
+    pieces: list[str] = []
+    try:
+        for event in _events(engine):
+            pieces.append(event.text)
+            print(event.text, end="", flush=True)
+            if event.error:
+                print(f"error: {event.error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        engine.abort(request)
+        pieces += [event.text for event in _events(engine)]
+    print()
+    return "".join(pieces)
+
+
+def _events(engine: "Engine") -> Iterator["Event"]:
+    while engine.has_work():
+        yield from engine.step()
