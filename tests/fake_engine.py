@@ -148,7 +148,9 @@ class FakeEngine:
                 return
             before = (self.scheduler._num_planned, self.scheduler._num_committed)
             self.step()
-            assert before != (self.scheduler._num_planned, self.scheduler._num_committed), "an idle step while work waits"
+            assert before != (self.scheduler._num_planned, self.scheduler._num_committed), (
+                "an idle step while work waits"
+            )
         raise AssertionError(f"still at work after {max_steps} steps")
 
     def check(self) -> None:
@@ -176,7 +178,9 @@ class FakeEngine:
         assert plan.chunk_rows == aligned <= config.max_chunk_rows
         assert plan.num_rows == aligned + len(plan.decodes) > 0
         assert len(plan.decodes) <= config.max_num_seqs
-        assert len({id(segment.seq) for segment in (*plan.chunks, *plan.decodes)}) == len(plan.chunks) + len(plan.decodes)
+        assert len({id(segment.seq) for segment in (*plan.chunks, *plan.decodes)}) == len(plan.chunks) + len(
+            plan.decodes
+        )
         assert not set(plan.preempted) & {segment.seq for segment in (*plan.chunks, *plan.decodes)}
         slots = [sample.seq.slot for sample in plan.samples]
         assert len(set(slots)) == len(slots)

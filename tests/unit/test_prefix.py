@@ -112,7 +112,7 @@ def test_an_index_holds_one_digest_per_page_and_one_page_per_digest():
 
 
 class PrefixMachine(RuleBasedStateMachine):
-    """Two tenants, salts and adapters in several versions share a pool; the model remembers what each page stands for."""
+    """Two tenants, salts and adapters share a pool; the model remembers what each page stands for."""
 
     def __init__(self):
         super().__init__()
