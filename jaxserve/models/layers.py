@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.models.config import ModelConfig
+from pallas_kernels.row_sums import row_sum
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
@@ -33,7 +34,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     Llama's rounds the normalised value and then multiplies by w; Gemma's multiplies by 1 + w and then rounds.
     """
     wide = x.astype(accumulator(x))
-    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    mean_square = row_sum(wide * wide)[..., None] / x.shape[-1]
     wide = wide * lax.rsqrt(mean_square + jnp.asarray(config.rms_norm_eps, wide.dtype))
     weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
     if config.norm_offset:

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
+from pallas_kernels.row_sums import row_sum
 
 SPAN_KEYS = 256  # keys per loop step; at least one page
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
@@ -83,7 +84,7 @@ def _attend_blocks(
         new_top_NKR = jnp.maximum(top_NKR, score_NKRS.max(-1))
         weight_NKRS = jnp.where(seen_NRS[:, None], jnp.exp(score_NKRS - new_top_NKR[..., None]), 0)
         decay_NKR = jnp.exp(top_NKR - new_top_NKR)
-        total_NKR = total_NKR * decay_NKR + weight_NKRS.sum(-1)
+        total_NKR = total_NKR * decay_NKR + row_sum(weight_NKRS)
         new_NKRC = _dot(weight_NKRS.astype(v_NKSC.dtype), v_NKSC, ((3,), (2,)), accumulate)
         return new_top_NKR, total_NKR, out_NKRC * decay_NKR[..., None] + new_NKRC
 

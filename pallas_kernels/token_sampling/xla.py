@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
+from pallas_kernels.row_sums import row_sum
 from pallas_kernels.token_sampling.rows import SampleRows, row_keys
 
 PROMPT_BIT = 1 << 14  # in a count: the token occurs in the prompt; the bits below count the output
@@ -57,7 +58,7 @@ def log_normaliser(logits_RV: Float[Array, "R V"], shard: VocabShard) -> Float[A
     """log(sum(exp(logits))) over the whole vocabulary."""
     top_R = shard.max(jnp.max(logits_RV, axis=1))
     top_R = jnp.where(jnp.isfinite(top_R), top_R, 0)
-    return top_R + jnp.log(shard.sum(jnp.sum(jnp.exp(logits_RV - top_R[:, None]), axis=1)))
+    return top_R + jnp.log(shard.sum(row_sum(jnp.exp(logits_RV - top_R[:, None]))))
 
 
 def pick(x_RV: Float[Array, "R V"], token_R: Int[Array, "R"], shard: VocabShard) -> Float[Array, "R"]:
@@ -119,7 +120,7 @@ def filter_mask(scaled_RV: Float[Array, "R V"], rows: SampleRows, shard: VocabSh
     kept_RV &= scaled_RV > -jnp.inf
     top_R = shard.max(jnp.max(scaled_RV, axis=1))
     weight_RV = jnp.where(kept_RV, jnp.exp(scaled_RV - top_R[:, None]), 0)
-    mass_R = rows.top_p_R * shard.sum(jnp.sum(weight_RV, axis=1))
+    mass_R = rows.top_p_R * shard.sum(row_sum(weight_RV))
     by_mass_RV = order_RV >= _threshold(order_RV, weight_RV, mass_R, shard)[:, None]
     kept_RV &= by_mass_RV | (rows.top_p_R >= 1)[:, None]
     return kept_RV & (weight_RV >= rows.min_p_R[:, None])
@@ -137,7 +138,8 @@ def _threshold(order_RV: UInt[Array, "R V"], weight_RV: jax.Array, wanted_R: jax
     def try_bit(step, floor_R):
         candidate_R = floor_R | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
         above_RV = jnp.where(order_RV >= candidate_R[:, None], weight_RV, 0)
-        return jnp.where(shard.sum(jnp.sum(above_RV, axis=1)) >= wanted_R, candidate_R, floor_R)
+        total_R = row_sum(above_RV) if jnp.issubdtype(above_RV.dtype, jnp.floating) else jnp.sum(above_RV, axis=1)
+        return jnp.where(shard.sum(total_R) >= wanted_R, candidate_R, floor_R)
 
     return lax.fori_loop(0, 32, try_bit, jnp.zeros(order_RV.shape[0], jnp.uint32))
 

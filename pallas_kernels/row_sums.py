@@ -1,0 +1,26 @@
+"""Sums along the last axis whose bits do not depend on how many rows there are.
+
+XLA's CPU backend generates other code for a reduction over few rows than for one over many, and the last bits
+change with it. Its matrix product does not, as long as both operands contract their last axis and there are at least
+two rows on either side; so on CPU a row sum is a product with ones. Everywhere else it is a plain sum.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LANES = 8  # columns of ones; one would be a matrix-vector product, which XLA turns back into a reduction
+
+
+def row_sum(x: jax.Array) -> jax.Array:
+    """Sums over the last axis: [..., D] to [...], in the dtype of x (float32 or wider)."""
+    return lax.platform_dependent(x, cpu=_by_matmul, default=lambda x: jnp.sum(x, axis=-1))
+
+
+def _by_matmul(x: jax.Array) -> jax.Array:
+    rows = x.reshape(-1, x.shape[-1])
+    few = rows.shape[0] < 2
+    rows = jnp.pad(rows, ((0, 1), (0, 0))) if few else rows
+    ones = jnp.ones((LANES, x.shape[-1]), x.dtype)
+    sums = lax.dot_general(rows, ones, (((1,), (1,)), ((), ())), preferred_element_type=x.dtype)[:, 0]
+    return (sums[:1] if few else sums).reshape(x.shape[:-1])
