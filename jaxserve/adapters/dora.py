@@ -1,0 +1,41 @@
+"""DoRA: LoRA's update on a matrix whose rows are then given trained lengths (arXiv 2402.09353).
+
+y = m / |W + scaling B A|_row * (W x + scaling B (A x)) + bias; the file adds m, one number per output, to LoRA's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from jaxserve.adapters import fields, lora
+from jaxserve.adapters.weights import AdapterWeights, Key, ModelShape, ScaleVector, member_dims, module_name
+
+NAME = "dora"
+FIELDS = fields.LORA
+
+
+def magnitude_name(key: Key) -> str:
+    """PEFT's name of the magnitude vector of one module."""
+    return f"{lora.PREFIX}{module_name(*key)}.lora_magnitude_vector"
+
+
+def shapes(config: Mapping[str, Any], model: ModelShape) -> dict[str, tuple[int, ...]]:
+    """The tensors the file must hold, by name."""
+    dims = member_dims(model)
+    magnitudes = {magnitude_name(key): (dims[key[1]][1],) for key in lora.plan(config, model)}
+    return lora.shapes(config, model) | magnitudes
+
+
+def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelShape) -> AdapterWeights:
+    """Weights from checked tensors."""
+    weights = lora.read(config, tensors, model)
+    vectors = {key: ScaleVector("magnitude", tensors[magnitude_name(key)]) for key in weights.pairs}
+    return replace(weights, method=NAME, vectors=vectors)
+
+
+def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """adapter_config.json and the tensors of its file, float32."""
+    config, tensors = lora.write(weights)
+    return config, tensors | {magnitude_name(key): vector.value for key, vector in weights.vectors.items()}
