@@ -146,11 +146,9 @@ class FakeEngine:
         for _ in range(max_steps):
             if not self.scheduler.has_work():
                 return
-            before = (self.scheduler._num_planned, self.scheduler._num_committed)
+            before = self._progress()
             self.step()
-            assert before != (self.scheduler._num_planned, self.scheduler._num_committed), (
-                "an idle step while work waits"
-            )
+            assert self._progress() > before, "an idle step while work waits"
         raise AssertionError(f"still at work after {max_steps} steps")
 
     def check(self) -> None:
@@ -172,16 +170,18 @@ class FakeEngine:
         if seq.finish_reason in ("length", "error"):
             assert (seq.output_ids, seq.finish_reason) == (outputs, reason), seq
 
+    def _progress(self) -> int:
+        return self.scheduler._num_planned + self.scheduler._num_committed
+
     def _check_plan(self, plan: StepPlan) -> None:
         config = self.config
         aligned = sum(-(-chunk.length // config.row_block) * config.row_block for chunk in plan.chunks)
         assert plan.chunk_rows == aligned <= config.max_chunk_rows
         assert plan.num_rows == aligned + len(plan.decodes) > 0
         assert len(plan.decodes) <= config.max_num_seqs
-        assert len({id(segment.seq) for segment in (*plan.chunks, *plan.decodes)}) == len(plan.chunks) + len(
-            plan.decodes
-        )
-        assert not set(plan.preempted) & {segment.seq for segment in (*plan.chunks, *plan.decodes)}
+        planned = [segment.seq for segment in (*plan.chunks, *plan.decodes)]
+        assert len(set(planned)) == len(planned)
+        assert not set(plan.preempted) & set(planned)
         slots = [sample.seq.slot for sample in plan.samples]
         assert len(set(slots)) == len(slots)
         assert all(0 <= slot < config.max_num_seqs for slot in slots)
