@@ -6,7 +6,6 @@ map stay resident and count as ours.
 
 import json
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxserve.errors import ModelError
+from jaxserve.files import open_regular, read_json
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PIECE_BYTES = 16 << 20
-MAX_JSON_BYTES = 64 << 20
 # transformers writes a language model's tensors under any of these; all mean "model."
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 
@@ -131,46 +130,6 @@ def canonical(name: str) -> str:
     return "model." + name
 
 
-def directory(model_dir: str | os.PathLike) -> Path:
-    """Checks that a model directory is one."""
-    path = Path(model_dir)
-    if not path.is_dir():
-        raise ModelError(f"{os.fspath(model_dir)}: not a model directory")
-    return path
-
-
-def read_json(model_dir: Path, name: str) -> dict[str, Any]:
-    """Reads a JSON object of bounded size from a regular file.
-
-    Raises:
-      ModelError: not there, not a regular file, too big, not a JSON object.
-    """
-    fd = open_regular(model_dir / name)
-    with os.fdopen(fd, "rb") as file:
-        text = file.read(MAX_JSON_BYTES + 1)
-    if len(text) > MAX_JSON_BYTES:
-        raise ModelError(f"{name}: larger than {MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{name}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{name}: must hold a JSON object")
-    return value
-
-
-def open_regular(path: Path) -> int:
-    """Opens for reading, never blocking on a pipe or device. Links are followed: model caches are made of them."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise ModelError(f"{path.name}: {error.strerror or error} in the model directory") from None
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ModelError(f"{path.name}: not a regular file")
-    return fd
-
-
 def _weight_files(model_dir: Path) -> list[str]:
     """The one file, or the shards that the index lists."""
     single, index = "model.safetensors", "model.safetensors.index.json"
@@ -180,7 +139,7 @@ def _weight_files(model_dir: Path) -> list[str]:
         pickles = sorted(path.name for path in model_dir.glob("*.bin"))
         hint = f"; {pickles[0]} is a pickle, which is never loaded: convert it to safetensors" if pickles else ""
         raise ModelError(f"weights: neither {single} nor {index} in the model directory{hint}")
-    weight_map = read_json(model_dir, index).get("weight_map")
+    weight_map = read_json(model_dir / index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{index}: weight_map is missing")
     files = list(dict.fromkeys(str(name) for name in weight_map.values()))
@@ -191,7 +150,7 @@ def _weight_files(model_dir: Path) -> list[str]:
 
 
 def _read_exactly(fd: int, offset: int, out: np.ndarray) -> None:
-    view = memoryview(out)
+    view = memoryview(out)  # pyright: ignore[reportArgumentType]
     while view:
         count = os.preadv(fd, [view], offset)
         if count == 0:

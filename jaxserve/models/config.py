@@ -140,7 +140,7 @@ class Fields:
             raise ModelError(f"{self.where}: {key} is missing")
         return default if value is None else value
 
-    def int(self, key: str, default: Any = _REQUIRED, *, low: int = 1, high: int = 2**31 - 1) -> Any:
+    def integer(self, key: str, default: Any = _REQUIRED, *, low: int = 1, high: int = 2**31 - 1) -> Any:
         """An integer between ``low`` and ``high``; a default is returned unchecked."""
         value = self.get(key, default)
         if value is default:
@@ -192,7 +192,7 @@ def dimensions(fields: Fields, **defaults: Any) -> dict[str, Any]:
     published configs leave keys out."""
 
     def size(key: str, high: int, default: Any = None) -> int:
-        return fields.int(key, defaults.get(key, _REQUIRED if default is None else default), high=high)
+        return fields.integer(key, defaults.get(key, _REQUIRED if default is None else default), high=high)
 
     hidden_size = size("hidden_size", 2**17)
     num_heads = size("num_attention_heads", 2**12)

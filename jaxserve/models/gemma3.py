@@ -34,9 +34,9 @@ def _from_text(fields: Fields, outer: Fields, architecture: str) -> ModelConfig:
         max_position_embeddings=131_072,
     )  # fmt: skip
     num_layers = sizes["num_layers"]
-    every = fields.int("sliding_window_pattern", fields.int("_sliding_window_pattern", 6))
+    every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
     pattern = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
-    windows = layer_windows(fields, num_layers, fields.int("sliding_window", 4096), pattern)
+    windows = layer_windows(fields, num_layers, fields.integer("sliding_window", 4096), pattern)
     local, full = _ropes(fields, sizes["max_position_embeddings"])
     config = ModelConfig(
         model_type="gemma3_text",

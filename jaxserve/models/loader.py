@@ -15,7 +15,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from jaxserve.errors import ModelError
-from jaxserve.models.checkpoint import Checkpoint, directory, read_json
+from jaxserve.files import directory, read_json
+from jaxserve.models.checkpoint import Checkpoint
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import ParamSpec, Part, param_specs
 from jaxserve.models.registry import FAMILIES
@@ -30,13 +31,13 @@ def load_config(model_dir: str | os.PathLike) -> ModelConfig:
     Raises:
       ModelError: no such directory or file, not JSON, or a model that is not supported.
     """
-    return ModelConfig.from_dict(read_json(directory(model_dir), "config.json"))
+    return ModelConfig.from_dict(read_json(directory(model_dir) / "config.json"))
 
 
 def load_generation_config(model_dir: str | os.PathLike) -> dict[str, Any]:
     """Reads generation_config.json; empty where there is none."""
-    path = directory(model_dir)
-    return read_json(path, "generation_config.json") if (path / "generation_config.json").exists() else {}
+    path = directory(model_dir) / "generation_config.json"
+    return read_json(path) if path.exists() else {}
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:

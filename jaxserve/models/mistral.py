@@ -11,7 +11,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     fields = Fields(hf)
     sizes = dimensions(fields)
     # an absent key means 4096 to transformers, null means no window
-    window = fields.int("sliding_window", None if "sliding_window" in hf else 4096)
+    window = fields.integer("sliding_window", None if "sliding_window" in hf else 4096)
     layer = LayerConfig(window=window, rope=read_rope(fields, sizes["max_position_embeddings"]))
     config = ModelConfig(
         model_type="mistral",

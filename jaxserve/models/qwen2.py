@@ -28,10 +28,10 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 def layers(fields: Fields, sizes: dict[str, Any]) -> tuple[LayerConfig, ...]:
     """Layers from max_window_layers on slide when use_sliding_window is set; layer_types overrides the pattern."""
     num_layers = sizes["num_layers"]
-    window = fields.int("sliding_window", 4096)
+    window = fields.integer("sliding_window", 4096)
     if not fields.flag("use_sliding_window", False):
         window = None
-    first = fields.int("max_window_layers", 28, low=0)
+    first = fields.integer("max_window_layers", 28, low=0)
     pattern = [
         "sliding_attention" if window is not None and i >= first else "full_attention" for i in range(num_layers)
     ]

@@ -45,12 +45,12 @@ def read_rope(fields: Fields, max_position: int, default_theta: float = 10_000.0
     if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
         raise ModelError(f"{fields.where}: rope_parameters must be one flat set of values for this architecture")
     theta = fields.number("rope_theta", default_theta)
-    original = fields.int("original_max_position_embeddings", None)
+    original = fields.integer("original_max_position_embeddings", None)
     return parse_rope(scaling, theta, max_position, original, where=f"{fields.where}: rope_parameters")
 
 
 def parse_rope(
-    scaling: Mapping[str, Any], theta: float, max_position: int, original: int | None = None, where: str = ""
+    scaling: Mapping[str, Any], theta: float, max_position: int, original: Any = None, where: str = ""
 ) -> RopeConfig:
     """Translates one rope dictionary; ``theta`` is used where the dictionary has none.
 
@@ -72,7 +72,7 @@ def parse_rope(
     factor = fields.number("factor")
     if kind in ("linear", "dynamic"):
         return RopeConfig(theta=theta, kind=kind, factor=factor)
-    original = original or fields.int("original_max_position_embeddings", max_position)
+    original = fields.integer("original_max_position_embeddings", max_position) if original is None else original
     if kind == "llama3":
         low, high = fields.number("low_freq_factor"), fields.number("high_freq_factor")
         if high <= low:

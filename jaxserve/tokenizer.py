@@ -1,0 +1,388 @@
+"""Text to token ids and back: tokenizers for the ids, a sandboxed jinja2 for chat templates.
+
+Ids equal those of transformers' AutoTokenizer. One thing is stricter: control tokens inside what a user wrote
+(``<|im_end|>`` in a message) are ordinary text, only the template itself can write a control token.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, processors
+from tokenizers import Tokenizer as Backend
+
+from jaxserve.errors import InvalidRequest, ModelError
+from jaxserve.files import directory, read_json, read_text
+
+MAX_TOKENIZER_BYTES = 256 << 20
+MAX_PENDING = 32  # tokens that may wait for the rest of a character
+REPLACEMENT = "\ufffd"
+# private-use characters that fence a control token written by a user while the template runs
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """A tokenizer and its chat template; safe to share between threads."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        named_tokens: Mapping[str, str],
+        chat_template: str | None = None,
+        now: Callable[[], datetime] = datetime.now,
+    ):
+        """named_tokens: bos_token, eos_token, ... as strings; ``now`` is what ``strftime_now`` of a template reads."""
+        self._backend = backend
+        self._named_tokens = dict(named_tokens)
+        self.chat_template = chat_template
+        self.vocab: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self.vocab.values(), default=-1) + 1  # the largest id + 1
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(id for id, token in added.items() if token.special)
+        self.bos_token_id = self._named_id("bos_token")
+        self.eos_token_id = self._named_id("eos_token")
+        self._template = _compile(chat_template, now) if chat_template is not None else None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of ``text``; control tokens written in it count as such, as transformers has it.
+
+        Raises:
+          InvalidRequest: text that is not Unicode (half of a surrogate pair).
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError):
+            raise InvalidRequest("prompt: text must be valid Unicode", param="prompt") from None
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``; ids the tokenizer does not know give nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def stream(self, skip_special_tokens: bool = True) -> "Stream":
+        """An incremental decoder for one sequence of generated tokens."""
+        return Stream(self, skip_special_tokens)
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """Ids of a conversation. Control tokens in messages or variables are encoded as the text they are.
+
+        Args:
+          variables: further names the template sees (``tools``, ``documents``, ...).
+
+        Raises:
+          InvalidRequest: no chat template, or one that refuses these messages.
+        """
+        self._check_chat(messages)
+        protect = self._protector()
+        chat = [protect(message, message.get("role") == "assistant") for message in messages]
+        variables = {name: protect(value, False) for name, value in variables.items()}
+        return self._encode_fenced(self._render(chat, add_generation_prompt, variables))
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """The conversation as the template writes it, for people to read; raises as ``apply_chat_template`` does."""
+        self._check_chat(messages)
+        return self._render(messages, add_generation_prompt, variables)
+
+    def _named_id(self, name: str) -> int | None:
+        return self.vocab.get(self._named_tokens.get(name, ""))
+
+    def _check_chat(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        if self._template is None:
+            raise InvalidRequest("messages: the model has no chat template", param="messages")
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequest("messages: must be a list of at least one object", param="messages")
+
+    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: dict) -> str:
+        assert self._template is not None
+        # templates handle a missing key better than None, which API clients like to send
+        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        names = {"tools": None, "documents": None, **self._named_tokens, **variables}
+        try:
+            return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **names)
+        except Exception as error:  # a template is a program: it can fail in any way
+            line = " ".join(str(error).split())[:300]
+            raise InvalidRequest(f"messages: the model's chat template refuses them: {line}", "messages") from None
+
+    @cached_property
+    def _control_tokens(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Control tokens to keep out of everybody's text, and those to keep out of all but the assistant's.
+
+        Control tokens are the special ones and the added ones that the template writes. Paired markup that is not
+        special (<think> ... </think>) is the assistant's own, and templates look for it in earlier answers.
+        """
+        assert self._template is not None
+        assert self.chat_template is not None
+        added = [token for token in self._backend.get_added_tokens_decoder().values() if token.content]
+        contents = {token.content for token in added}
+        literal = _literal_text(self._template.environment, self.chat_template)
+        control = {token.content for token in added if token.special}
+        written = {
+            token.content for token in added if not token.content.isspace() and token.content in literal
+        } - control
+        markup = {text for text in written if _partner(text) in contents}
+        return frozenset(control | (written - markup)), frozenset(markup)
+
+    def _protector(self) -> Callable[[Any, bool], Any]:
+        """Returns ``protect(value, from_assistant)``, which fences the control tokens in all strings of ``value``."""
+        always, markup = self._control_tokens
+        patterns = {True: _any_of(always), False: _any_of(always | markup)}
+        halves = {True: _proper_prefixes(always), False: _proper_prefixes(always | markup)}
+
+        def protect(value: Any, from_assistant: bool) -> Any:
+            if isinstance(value, str):
+                value = str(value).replace(OPEN, "").replace(CLOSE, "")
+                value = patterns[from_assistant].sub(lambda match: OPEN + match[0] + CLOSE, value)
+                return _fence_half(value, halves[from_assistant])
+            if isinstance(value, Mapping):
+                return {key: protect(item, from_assistant) for key, item in value.items()}
+            if isinstance(value, list | tuple):
+                return [protect(item, from_assistant) for item in value]
+            return value
+
+        return protect
+
+    def _encode_fenced(self, text: str) -> list[int]:
+        """Encodes a rendered chat: fenced control tokens as plain text, everything else normally.
+
+        A fence without its partner (the template cut the string there) only separates the text around it.
+        """
+        always, markup = self._control_tokens
+        fenced = re.compile(f"{OPEN}({_any_of(always | markup).pattern}){CLOSE}|[{OPEN}{CLOSE}]")
+        pieces = fenced.split(text)  # text, token or None, text, token or None, ..., text
+        ids = self.encode(pieces[0], add_special_tokens=False)
+        for index, piece in enumerate(pieces[1:], start=1):
+            if piece:
+                ids += self._after_newline(piece, self._encode_plain if index % 2 else self._encode_text)
+        return ids
+
+    def _encode_text(self, text: str) -> list[int]:
+        return self.encode(text, add_special_tokens=False)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Ids of ``text`` with no added token recognised: the pipeline without its first stage."""
+        backend = self._backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for word in words for token in backend.model.tokenize(word)]
+        forbidden = {self.vocab[token] for tokens in self._control_tokens for token in tokens}
+        if forbidden.isdisjoint(ids) or len(text) < 2:
+            return [id for id in ids if id not in forbidden]
+        # the model itself has a merge for it: cut the word
+        return self._encode_plain(text[:1]) + self._encode_plain(text[1:])
+
+    def _after_newline(self, piece: str, encode: Callable[[str], list[int]]) -> list[int]:
+        """Encodes as in the middle of a text, where some tokenizers do not add the space they start a text with."""
+        newline, ids = self._encode_text("\n"), encode("\n" + piece)
+        return ids[len(newline) :] if ids[: len(newline)] == newline else encode(piece)
+
+
+class Stream:
+    """Decodes one sequence token by token. A character spread over tokens comes out whole."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        # tokens before _start are done with; those in [_start, _read) are context that was already given out
+        self._ids: list[int] = []
+        self._read = 0
+
+    def step(self, token_id: int) -> str | None:
+        """The text that is complete with this token, or None."""
+        if token_id in self._skipped or not 0 <= token_id < self._tokenizer.vocab_size:
+            return None
+        self._ids.append(token_id)
+        text = self._new_text()
+        if not text or (text.endswith(REPLACEMENT) and len(self._ids) - self._read <= MAX_PENDING):
+            return None
+        self._ids, self._read = self._ids[self._read :], len(self._ids) - self._read
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: the bytes of an unfinished character as replacement characters."""
+        text = self._new_text()
+        self._read = len(self._ids)
+        return text
+
+    def _new_text(self) -> str:
+        before = self._tokenizer.decode(self._ids[: self._read], skip_special_tokens=False)
+        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[len(before) :]
+
+
+def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = None) -> Tokenizer:
+    """Loads tokenizer.json, or what transformers makes of older files.
+
+    Args:
+      chat_template: replaces the model's own.
+
+    Raises:
+      ModelError: no tokenizer, a broken one, or a chat template that is not one.
+    """
+    path = directory(model_dir)
+    config = _optional_json(path / "tokenizer_config.json")
+    if not (path / "tokenizer.json").exists():
+        return _from_transformers(path, chat_template)
+    text = read_text(path / "tokenizer.json", MAX_TOKENIZER_BYTES)
+    try:
+        backend = Backend.from_str(text)
+    except BaseException as error:  # a panic of the Rust side is not an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelError(f"tokenizer.json: not a tokenizer: {_one_line(error)}") from None
+    named = _named_tokens(_optional_json(path / "special_tokens_map.json") | config)
+    try:
+        _complete(backend, config, named)
+    except Exception as error:
+        raise ModelError(f"tokenizer_config.json: does not fit tokenizer.json: {_one_line(error)}") from None
+    return Tokenizer(backend, named, _model_template(path, config) if chat_template is None else chat_template)
+
+
+def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """What tokenizer_config.json adds to tokenizer.json, in transformers' order."""
+    backend.no_padding()
+    backend.no_truncation()
+    for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+        flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        token = AddedToken(token["content"], **flags)
+        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
+    for content in [*named.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]:
+        if content not in special:
+            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+    if "add_bos_token" in config or "add_eos_token" in config:
+        backend.post_processor = _bos_eos(backend, config, named)
+
+
+def _bos_eos(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> processors.TemplateProcessing:
+    """An explicit add_bos_token or add_eos_token replaces the post-processor of tokenizer.json."""
+    bos = named.get("bos_token") if config.get("add_bos_token") else None
+    eos = named.get("eos_token") if config.get("add_eos_token") else None
+    single = f"{bos + ':0 ' if bos else ''}$A:0{' ' + eos + ':0' if eos else ''}"
+    pair = f"{single}{' ' + bos + ':1' if bos else ''} $B:1{' ' + eos + ':1' if eos else ''}"
+    special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
+    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
+
+
+def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
+    """Older formats (sentencepiece, tiktoken): transformers converts them to the same backend."""
+    from transformers import AutoTokenizer
+
+    try:
+        loaded = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"tokenizer: no tokenizer.json, and not loadable otherwise: {_one_line(error)}") from None
+    backend = getattr(loaded, "backend_tokenizer", None)
+    if not isinstance(backend, Backend):
+        raise ModelError(f"tokenizer: {type(loaded).__name__} has no tokenizer.json form; convert it first")
+    template = chat_template if chat_template is not None else getattr(loaded, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    return Tokenizer(backend, loaded.special_tokens_map, template)
+
+
+def _model_template(path: Path, config: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, or the one in tokenizer_config.json (of several, the default)."""
+    if (path / "chat_template.jinja").exists():
+        return read_text(path / "chat_template.jinja")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ModelError("tokenizer_config.json: chat_template must be a string or a list of named templates")
+    return template
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _content(token: Any) -> str:
+    return token["content"] if isinstance(token, dict) else str(token)
+
+
+def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None}
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _any_of(tokens: frozenset[str]) -> re.Pattern:
+    """Matches any of ``tokens``, a longer one before those it contains."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")
+
+
+def _partner(token: str) -> str:
+    """</x> of <x> and the other way round."""
+    return token.replace("</", "<", 1) if token.startswith("</") else token.replace("<", "</", 1)
+
+
+def _proper_prefixes(tokens: frozenset[str]) -> frozenset[str]:
+    return frozenset(token[:length] for token in tokens for length in range(1, len(token)))
+
+
+def _fence_half(text: str, halves: frozenset[str]) -> str:
+    """Fences the beginning of a control token at the end of ``text``, which the next string might complete."""
+    end = len(text.rstrip())
+    longest = max(map(len, halves), default=0)
+    if any(text[end - length : end] in halves for length in range(1, min(longest, end) + 1)):
+        return text[:end] + OPEN + text[end:]
+    return text
+
+
+def _literal_text(environment: jinja2.Environment, chat_template: str) -> str:
+    """All text that a template itself can write, its pieces kept apart."""
+    tree = environment.parse(chat_template)
+    written = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+    written += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+    return "\0".join(written)
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}`` marks words to train on; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _compile(chat_template: str, now: Callable[[], datetime]) -> jinja2.Template:
+    """Compiles a template with the names and filters that Hugging Face's have."""
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # jinja's own escapes HTML characters
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: now().strftime(format)
+    try:
+        return environment.from_string(chat_template)
+    except jinja2.TemplateError as error:
+        raise ModelError(f"chat template: {_one_line(error)}") from None
