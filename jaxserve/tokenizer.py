@@ -17,7 +17,7 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from jaxserve.errors import InvalidRequest, ModelError
@@ -253,7 +253,10 @@ def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = Non
 
 
 def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
-    """What tokenizer_config.json adds to tokenizer.json, in transformers' order."""
+    """What tokenizer_config.json adds to tokenizer.json, in transformers' order.
+
+    Its add_bos_token and add_eos_token mean nothing here: the post-processor in tokenizer.json decides.
+    """
     backend.no_padding()
     backend.no_truncation()
     for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
@@ -265,18 +268,6 @@ def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, s
     for content in [*named.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]:
         if content not in special:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
-    if "add_bos_token" in config or "add_eos_token" in config:
-        backend.post_processor = _bos_eos(backend, config, named)
-
-
-def _bos_eos(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> processors.TemplateProcessing:
-    """An explicit add_bos_token or add_eos_token replaces the post-processor of tokenizer.json."""
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    single = f"{bos + ':0 ' if bos else ''}$A:0{' ' + eos + ':0' if eos else ''}"
-    pair = f"{single}{' ' + bos + ':1' if bos else ''} $B:1{' ' + eos + ':1' if eos else ''}"
-    special = [(token, backend.token_to_id(token)) for token in (bos, eos) if token]
-    return processors.TemplateProcessing(single=single, pair=pair, special_tokens=special)
 
 
 def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
