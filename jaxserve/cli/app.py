@@ -98,7 +98,7 @@ def show(
     format: Annotated[Format, typer.Option(help="What to write.")] = Format.yaml,
 ) -> None:
     """Print the resolved configuration, defaults included."""
-    print(dump_config(config.model_dump(mode="json"), format.value), end="")
+    print(dump_config(config.model_dump(), format.value), end="")
 
 
 @app.command()

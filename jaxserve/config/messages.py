@@ -27,7 +27,7 @@ def problems(error: ValidationError, model: type[BaseModel]) -> list[Problem]:
     for e in error.errors(include_url=False, include_context=False):
         path = _key(e["loc"], model)
         value = None if _is_section(path, model) and e["type"] == "value_error" else short(e["input"])
-        reason = "unknown key" + _hint(path, model) if e["type"] == "extra_forbidden" else _reason(e["msg"])
+        reason = "unknown key" + _hint(path, model) if e["type"] == "extra_forbidden" else plain(e["msg"])
         if path in found and reason not in found[path].reason:  # members of a union fail one by one
             reason = f"{found[path].reason}, or {reason}"
         found[path] = Problem(path, value, reason)
@@ -63,6 +63,7 @@ def _hint(path: tuple[str, ...], model: type[BaseModel]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def _reason(message: str) -> str:
+def plain(message: str) -> str:
+    """The library's message as the end of our line."""
     message = message.removeprefix("Value error, ").removeprefix("Input ")
-    return "it " + message if message.startswith(("should", "must")) else message
+    return "it " + message if message.startswith(("should", "must")) else message[:1].lower() + message[1:]

@@ -9,7 +9,7 @@ from typing import Any, get_args
 from pydantic import TypeAdapter, ValidationError
 
 from jaxserve.config.files import Entries, Entry, read_entries
-from jaxserve.config.messages import Problem, problems, short, submodel
+from jaxserve.config.messages import Problem, plain, problems, short, submodel
 from jaxserve.config.schema import Config
 from jaxserve.errors import ConfigError
 
@@ -60,8 +60,7 @@ def _typed(entries: Mapping[tuple[str, ...], Entry]) -> tuple[Entries, list[str]
         try:
             typed[path] = Entry(_from_text(path, entry.value), entry.place)
         except ValidationError as error:
-            reason = error.errors()[0]["msg"].removeprefix("Input ")
-            wrong.append(Problem(path, short(entry.value), f"it {reason}").line(entry.place))
+            wrong.append(Problem(path, short(entry.value), plain(error.errors()[0]["msg"])).line(entry.place))
     return typed, wrong
 
 
@@ -97,4 +96,4 @@ def _place(problem: Problem, entries: Entries, file: str | Path | None) -> str |
     if problem.path in entries:
         return entries[problem.path].place
     places = [e.place for path, e in entries.items() if path[: len(problem.path)] == problem.path]
-    return ", ".join(places) or (str(file) if file else None)
+    return ", ".join(dict.fromkeys(places)) or (str(file) if file else None)

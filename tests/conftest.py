@@ -1,0 +1,35 @@
+"""JAX at its strictest, eight devices, no network: set before anything imports JAX."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+
+settings.register_profile("dev", deadline=None)  # the first example may compile
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Sample texts and traces kept beside the project."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs ../shared/data beside the project")
+    return SHARED_DATA
+
+
+@pytest.fixture(autouse=True)
+def _no_config_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's JAXSERVE_SECTION__KEY variables are not part of a test."""
+    for name in [name for name in os.environ if name.startswith("JAXSERVE_") and "__" in name]:
+        monkeypatch.delenv(name)

@@ -1,0 +1,271 @@
+"""The command line, with an engine that answers with its arguments."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+
+import jaxserve
+from jaxserve.cli import main
+from jaxserve.cli.flags import flags
+from jaxserve.config import Config, EngineConfig, resolve
+from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest, ModelError
+from jaxserve.outputs import Completion, Event, RequestOutput
+from jaxserve.sampling import SamplingParams
+
+MODEL_FLAGS = ["--max-num-seqs", "3", "-tp", "2", "--no-enable-prefix-caching"]
+
+
+class EchoEngine:
+    """Answers each prompt with itself in upper case, a character per step."""
+
+    made: "ClassVar[list[EchoEngine]]" = []
+
+    def __init__(self, path: str, options: dict):
+        self.path, self.config, self.adapters, self.asked = path, EngineConfig(**options), {}, []
+        self.tokenizer = SimpleNamespace(apply_chat_template=lambda messages: messages[-1]["content"])
+        self.queue: list[Event] = []
+
+    @classmethod
+    def from_pretrained(cls, path: str, **options):
+        if path == "broken":
+            raise ModelError("broken: no config.json")
+        cls.made.append(cls(path, options))
+        return cls.made[-1]
+
+    def load_adapter(self, name: str, path: str) -> None:
+        self.adapters[name] = path
+
+    def generate(self, prompts: list[str], params: SamplingParams, adapter: str | None) -> list[RequestOutput]:
+        self.asked.append((prompts, params, adapter))
+        return [
+            RequestOutput(
+                request_id=str(i),
+                prompt=prompt,
+                prompt_token_ids=[1],
+                prompt_logprobs=None,
+                adapter=adapter,
+                outputs=[
+                    Completion(index=0, text=prompt.upper(), error="not finite" if prompt == "nan" else None),
+                ],
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def add_request(self, prompt: str, params: SamplingParams, *, adapter: str | None) -> str:
+        if adapter not in (None, *self.adapters):
+            raise AdapterNotFound(f"no adapter {adapter!r}")
+        if prompt == "long":
+            raise InvalidRequest("the prompt is too long")
+        self.asked.append((prompt, params, adapter))
+        self.queue = [Event(request_id="0", index=0, text=character) for character in prompt.upper()]
+        return "0"
+
+    def has_work(self) -> bool:
+        return bool(self.queue)
+
+    def step(self) -> list[Event]:
+        return [self.queue.pop(0)]
+
+
+@pytest.fixture
+def engines(monkeypatch) -> list[EchoEngine]:
+    monkeypatch.setattr(jaxserve, "Engine", EchoEngine, raising=False)
+    monkeypatch.setattr(EchoEngine, "made", [])
+    return EchoEngine.made
+
+
+def run(*argv: str) -> int:
+    with pytest.raises(SystemExit) as caught:
+        main(argv)
+    return int(caught.value.code or 0)
+
+
+# generate
+
+
+def test_generate_prints_each_text(engines, capsys):
+    assert run("generate", "m", "--prompt", "a", "--prompt", "b", "--max-tokens", "7", *MODEL_FLAGS) == 0
+    assert capsys.readouterr().out == "A\nB\n"
+    (engine,) = engines
+    assert engine.path == "m"
+    assert (engine.config.max_num_seqs, engine.config.tensor_parallel) == (3, 2)
+    assert not engine.config.enable_prefix_caching
+    assert engine.asked == [(["a", "b"], SamplingParams(max_tokens=7), None)]
+
+
+def test_generate_with_adapters(engines, capsys):
+    modules = ["--lora-modules", "math=x/y", "--lora-modules", '{"name": "law", "path": "z"}']
+    assert run("generate", "m", "--prompt", "a", *modules, "--adapter", "law") == 0
+    assert engines[0].adapters == {"math": "x/y", "law": "z"}
+    assert engines[0].asked[0][2] == "law"
+
+
+def test_generate_as_json_lines(engines, capsys):
+    assert run("generate", "m", "--prompt", "é", "--prompt", "b", "--json") == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert (first["prompt"], first["outputs"][0]["text"]) == ("é", "É")
+    assert second["request_id"] == "1"
+
+
+def test_a_failed_request_shows_in_the_exit_status(engines, capsys):
+    assert run("generate", "m", "--prompt", "nan", "--prompt", "b") == 1
+    assert capsys.readouterr() == ("B\n", "error: not finite\n")
+
+
+def test_a_config_file_and_overrides(engines, tmp_path):
+    (tmp_path / "run.yaml").write_text("model: {path: m}\nengine: {max_num_seqs: 5, max_queue: 9}\n")
+    assert run("generate", "--config", str(tmp_path / "run.yaml"), "--prompt", "a", "--max-num-seqs", "6") == 0
+    assert (engines[0].path, engines[0].config.max_num_seqs, engines[0].config.max_queue) == ("m", 6, 9)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["generate", "m"], "--prompt: at least one"),
+        (["generate", "--prompt", "a"], "MODEL: name a model directory"),
+        (["generate", "m", "--prompt", "a", "--adapter", "law"], "--adapter: 'law' is not one of lora.modules []"),
+        (["generate", "m", "--prompt", "a", "--max-queue", "1", "--max-queue", "2"], "--max-queue: given 2 times"),
+        (["generate", "m", "--prompt", "a", "--max-queue", "abc"], "--max-queue: engine.max_queue = 'abc'"),
+        (["generate", "m", "--prompt", "a", "--num-kv-pages", "0"], "greater than 0"),
+        (["generate", "m", "--prompt", "a", "--gpu-memory-utilization", "nan"], "finite number"),
+        (["generate", "m", "--prompt", "a", "--pages", "0"], "No such option: --pages"),
+        (["generate", "m", "--prompt", "a", "--config", "no.yaml"], "no.yaml: No such file"),
+        (["config", "show", "--format", "toml"], "toml"),
+        (["frobnicate"], "No such command"),
+        (["bench", "serving", "m", "--goodput", "speed:3"], "--goodput: bench.goodput = 'speed:3'"),
+    ],
+)
+def test_wrong_usage_is_status_2_and_says_why(engines, capsys, argv, complaint):
+    assert run(*argv) == 2
+    assert complaint in capsys.readouterr().err
+    assert not engines
+
+
+def test_every_wrong_flag_is_said_on_a_line_of_its_own(capsys):
+    assert run("config", "show", "--max-queue", "x", "--block-size", "0") == 2
+    assert [line.split(" = ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "error: --max-queue: engine.max_queue",
+        "error: --block-size: engine.block_size",
+    ]
+
+
+def test_a_model_that_cannot_be_served_is_status_4_and_one_line(engines, capsys):
+    assert run("generate", "broken", "--prompt", "a") == 4
+    assert capsys.readouterr().err == "error: broken: no config.json\n"
+
+
+def test_an_engine_failure_is_status_1(engines, capsys, monkeypatch):
+    def fail(self, *args, **kwargs):
+        raise EngineError("the device is gone")
+
+    monkeypatch.setattr(EchoEngine, "generate", fail)
+    assert run("generate", "m", "--prompt", "a") == 1
+    assert capsys.readouterr().err == "error: the device is gone\n"
+
+
+# chat
+
+
+def chat(monkeypatch, *lines: str, argv: tuple[str, ...] = ()) -> int:
+    typed = iter(lines)
+
+    def read(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    return run("chat", "m", *argv)
+
+
+def test_chat_streams_answers_until_end_of_file(engines, capsys, monkeypatch):
+    assert chat(monkeypatch, "hello", "", "again") == 0
+    assert capsys.readouterr().out == "HELLO\nAGAIN\n\n"
+    assert [params.max_tokens for _, params, _ in engines[0].asked] == [None, None]
+
+
+def test_chat_changes_adapters_and_survives_refusals(engines, capsys, monkeypatch):
+    lines = ("/adapter law", "hi", "/adapter nobody", "hi", "/adapter", "long", "/reset", "ok")
+    assert chat(monkeypatch, *lines, argv=("--lora-modules", "law=x", "--max-tokens", "5")) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "HI\nOK\n\n"
+    assert captured.err == "error: no adapter 'nobody'\nerror: the prompt is too long\n"
+    assert engines[0].asked == [
+        ("hi", SamplingParams(max_tokens=5), "law"),
+        ("ok", SamplingParams(max_tokens=5), None),
+    ]
+
+
+def test_chat_remembers_the_conversation_until_reset(engines, monkeypatch):
+    seen = []
+
+    def template(messages):
+        seen.append([(m["role"], m["content"]) for m in messages])
+        return messages[-1]["content"]
+
+    make = EchoEngine.from_pretrained.__func__  # pyright: ignore
+
+    def from_pretrained(cls, path, **options):
+        engine = make(cls, path, **options)
+        engine.tokenizer.apply_chat_template = template
+        return engine
+
+    monkeypatch.setattr(EchoEngine, "from_pretrained", classmethod(from_pretrained))
+    chat(monkeypatch, "a", "b", "/reset", "c")
+    assert seen == [[("user", "a")], [("user", "a"), ("assistant", "A"), ("user", "b")], [("user", "c")]]
+
+
+# config show, version, start-up
+
+
+@pytest.mark.parametrize("format", ["yaml", "gin"])
+def test_what_config_show_prints_is_a_fixed_point(tmp_path, capsys, format):
+    path = tmp_path / f"shown.{format}"
+    flags = ["-tp", "4", "--lora-modules", "a=b", "--stop", '["x", "y"]', "--logit-bias", '{"3": 1.5}']
+    assert run("config", "show", "m", "--format", format, *flags) == 0
+    shown = capsys.readouterr().out
+    path.write_text(shown)
+    assert run("config", "show", "--config", str(path), "--format", format) == 0
+    assert capsys.readouterr().out == shown
+    assert resolve(path, {}).engine.tensor_parallel == 4
+
+
+def test_config_show_as_json_has_every_section(capsys):
+    assert run("config", "show", "--format", "json") == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(Config.model_fields)
+
+
+def test_no_two_keys_share_a_flag():
+    names = [name for flag in flags(*Config.model_fields) for name in flag.names]
+    own = ["--prompt", "--adapter", "--json", "--config", "--help", "-h", "--format"]
+    assert len(set(names + own)) == len(names + own)
+
+
+def test_every_flag_says_what_it_does():
+    assert [flag.names for flag in flags(*Config.model_fields) if not flag.field.description] == []
+
+
+def test_help_needs_no_jax_and_the_module_runs():
+    run_module = "runpy.run_module('jaxserve', run_name='__main__')"
+    code = f"import runpy, sys\ntry: {run_module}\nfinally: print('jax' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"],
+        check=True,
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    )
+    assert "generate" in done.stdout
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_version(capsys):
+    assert run("version") == 0
+    assert capsys.readouterr().out.strip() == jaxserve.__version__
