@@ -23,7 +23,7 @@ MODEL_FLAGS = ["--max-num-seqs", "3", "-tp", "2", "--no-enable-prefix-caching"]
 class EchoEngine:
     """Answers each prompt with itself in upper case, a character per step."""
 
-    made: "ClassVar[list[EchoEngine]]" = []
+    made: ClassVar[list] = []
 
     def __init__(self, path: str, options: dict):
         self.path, self.config, self.adapters, self.asked = path, EngineConfig(**options), {}, []
