@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from jaxserve.adapters import lora
+from jaxserve.adapters import ia3, lora
 from jaxserve.adapters.method import method_of
 from jaxserve.adapters.weights import ModelShape
 
@@ -36,12 +36,8 @@ def lora_config(**options: Any) -> dict[str, Any]:
 
 def ia3_config(**options: Any) -> dict[str, Any]:
     """adapter_config.json of an IA3 adapter."""
-    return {
-        "peft_type": "IA3",
-        "task_type": "CAUSAL_LM",
-        "target_modules": ["k_proj", "v_proj", "down_proj"],
-        "feedforward_modules": ["down_proj"],
-    } | options
+    chosen = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}
+    return ia3.new_config(**chosen | options)
 
 
 def random_tensors(

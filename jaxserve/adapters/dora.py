@@ -39,3 +39,12 @@ def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray
     """adapter_config.json and the tensors of its file, float32."""
     config, tensors = lora.write(weights)
     return config, tensors | {magnitude_name(key): vector.value for key, vector in weights.vectors.items()}
+
+
+def initial(
+    config: Mapping[str, Any], model: ModelShape, rng: np.random.Generator, row_norms: Mapping[Key, np.ndarray]
+) -> AdapterWeights:
+    """PEFT's starting point: LoRA's, and as magnitudes the lengths [out] of the base matrices' rows."""
+    weights = lora.initial(config, model, rng)
+    vectors = {key: ScaleVector("magnitude", row_norms[key]) for key in weights.pairs}
+    return replace(weights, method=NAME, vectors=vectors)

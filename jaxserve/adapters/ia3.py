@@ -54,3 +54,23 @@ def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray
         shape = (1, -1) if vector.kind == "input_scale" else (-1, 1)
         tensors[tensor_name(key)] = vector.value.reshape(shape)
     return dict(weights.config), tensors
+
+
+def initial(config: Mapping[str, Any], model: ModelShape) -> AdapterWeights:
+    """PEFT's starting point: ones, which change nothing. Raises AdapterError."""
+    fields.check(config, FIELDS)
+    ones = {name: np.ones(shape, np.float32) for name, shape in shapes(config, model).items()}
+    return read(config, ones, model)
+
+
+def new_config(
+    *, target_modules: str | list[str], feedforward_modules: str | list[str], **others: Any
+) -> dict[str, Any]:
+    """The adapter_config.json of a new adapter; ``others`` are further keys of PEFT's IA3Config."""
+    return {
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+        "target_modules": target_modules,
+        "feedforward_modules": feedforward_modules,
+        "inference_mode": True,
+    } | others

@@ -10,6 +10,7 @@ Constructs that no such automaton has (look-around, back references, flags, atom
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 MAX_LENGTH = 512  # characters of one pattern
 MAX_STATES = 2048  # states of its automaton, after repeats are written out
@@ -69,6 +70,7 @@ class _Parser:
 
     def __init__(self, text: str):
         self.text, self.at, self.depth = text, 0, 0
+        self.group_names: set[str] = set()
 
     def parse(self) -> Node:
         node = self.alternatives()
@@ -146,11 +148,14 @@ class _Parser:
 
     def group_kind(self) -> None:
         rest = self.text[self.at :]
-        plain = re.match(r"\?:|\?P<[A-Za-z_][A-Za-z0-9_]*>", rest)
+        plain = re.match(r"\?:|\?P<([A-Za-z_][A-Za-z0-9_]*)>", rest)
         if plain is None:
             kinds = [name for prefix, name in _GROUP_KINDS.items() if rest.startswith(prefix)]
             kind = kinds[-1] if kinds else f"group '({rest[:2]}'"
             raise PatternError(f"{kind} not supported; list the module names instead")
+        if plain[1] in self.group_names:
+            raise PatternError("two groups of one name")
+        self.group_names |= {plain[1]} if plain[1] else set()
         self.at += plain.end()
 
     def bracket(self) -> int:
@@ -245,25 +250,36 @@ class Pattern:
             raise PatternError(f"pattern of {len(text)} characters, at most {MAX_LENGTH}")
         self._budget = budget
         self._states = [_State(0, "", ())]  # state 0 accepts
-        budget.spend(2 * len(text))
+        budget.spend(100 + 4 * len(text))
         tree = _Parser(text).parse()
         start = self._emit(("seq", [_UP_TO_A_DOT, tree]) if dotted else tree, 0)
         self._sets: list[frozenset[int]] = [frozenset([start])]
         self._ids = {self._sets[0]: 0}
         self._steps: dict[tuple[int, str, str], int] = {}
+        self._walks: dict[tuple[int, str, str], tuple[int, str]] = {}
 
     def fullmatch(self, name: str) -> bool:
         """Whether the whole of ``name`` matches; like ``re.fullmatch(text, name) is not None``."""
+        self._budget.spend(4)
         current, before = 0, ""
-        for character in name:
+        for segment in re.findall(r"[^.]*\.?", name):  # names share their segments
+            key = (current, before, segment)
+            if key not in self._walks:
+                self._walks[key] = self._walk(*key)
+            current, before = self._walks[key]
+            if not self._sets[current]:
+                return False
+        return 0 in self._closure(self._sets[current], before, "")
+
+    def _walk(self, current: int, before: str, segment: str) -> tuple[int, str]:
+        """The state set after ``segment`` and what kind of character came last."""
+        for character in segment:
             key = (current, before, character)
             if key not in self._steps:
                 self._steps[key] = self._step(self._sets[current], before, character)
             current = self._steps[key]
-            if not self._sets[current]:
-                return False
             before = "w" if _WORD >> ord(character) & 1 else "-"
-        return 0 in self._closure(self._sets[current], before, "")
+        return current, before
 
     def _step(self, states: frozenset[int], before: str, character: str) -> int:
         bit = 1 << ord(character)
@@ -343,20 +359,44 @@ def first_keys(keys: Iterable[str], names: Sequence[str], budget: Budget) -> dic
     PEFT asks ``re.match(rf"(.*\\.)?({key})$", name)``. Names without a match are absent. Raises PatternError.
     """
     found: dict[str, str] = {}
+    endings = _Endings(names)
     for key in keys:
-        todo = [name for name in names if name not in found]
         if re.fullmatch(r"[A-Za-z0-9_.]*", key):
-            budget.spend(len(todo))
-            found.update((name, key) for name in todo if _plain_end(key, name))
-            continue
-        pattern = Pattern(key, budget, dotted=True)
-        found.update((name, key) for name in todo if pattern.fullmatch(name))
+            matched = endings.matching(key, budget)
+        else:
+            pattern = Pattern(key, budget, dotted=True)
+            matched = [name for name in names if name not in found and pattern.fullmatch(name)]
+        for name in matched:
+            found.setdefault(name, key)
     return found
 
 
-def _plain_end(key: str, name: str) -> bool:
-    """The pattern rule for a key of word characters and dots, a dot standing for any character."""
-    start = len(name) - len(key)
-    if start < 0 or (start > 0 and name[start - 1] != "."):
-        return False
-    return all(k in (".", n) for k, n in zip(key, name[start:], strict=True))
+class _Endings:
+    """Finds names by a key of word characters and dots, a dot standing for any character.
+
+    Tools write such tables with a full name for every module: hundreds of keys for hundreds of names. So a key is
+    looked up, without its dots, among the endings of its length, without the characters in the same places.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self._by_length: dict[int, list[tuple[str, str]]] = {}
+        self._tables: dict[tuple[int, ...], dict[str, list[str]]] = {}
+        for name in names:
+            for start in [0, *(at + 1 for at, character in enumerate(name) if character == ".")]:
+                self._by_length.setdefault(len(name) - start, []).append((name[start:], name))
+
+    def matching(self, key: str, budget: Budget) -> list[str]:
+        """The names of which ``key`` matches an ending."""
+        cuts = (-1, *(at for at, character in enumerate(key) if character == "."), len(key))
+        if cuts not in self._tables:
+            endings = self._by_length.get(len(key), [])
+            budget.spend((4 + len(cuts)) * len(endings))
+            table = self._tables[cuts] = {}
+            for ending, name in endings:
+                table.setdefault(_without(ending, cuts), []).append(name)
+        budget.spend(2)
+        return self._tables[cuts].get(_without(key, cuts), [])
+
+
+def _without(text: str, cuts: tuple[int, ...]) -> str:
+    return "".join(text[start + 1 : end] for start, end in pairwise(cuts))

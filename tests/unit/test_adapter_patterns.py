@@ -112,7 +112,18 @@ def test_constructs_without_an_automaton_are_refused_by_name(text):
 
 
 KEYS = ["q_proj", "layers.1.self_attn.q_proj", r"^model\.layers\.0\.mlp\.up_proj", "up.proj", r".*\.1[0-9]?\.mlp\..*"]
-KEYS += ["model.layers.3.mlp.down_proj", "proj", "1.mlp.gate_proj", "k_proj|v_proj", "", r"layers\.(4|5).*", "mlp"]
+KEYS += [
+    "v.....",
+    "layers.2.self_attn.v.proj",
+    "proj.",
+    "model.layers.3.mlp.down_proj",
+    "proj",
+    "1.mlp.gate_proj",
+    "k_proj|v_proj",
+    "",
+    r"layers\.(4|5).*",
+    "mlp",
+]
 
 
 @settings(max_examples=100, deadline=None)
@@ -130,3 +141,10 @@ def test_the_first_key_that_matches_is_the_one_peft_takes(keys):
 def test_a_key_cannot_leave_the_group_around_it():
     with pytest.raises(PatternError, match="unbalanced"):
         first_keys(["q_proj)|(v_proj"], NAMES, Budget())
+
+
+def test_a_table_with_every_module_of_a_large_model_is_affordable():
+    names = list(module_names(TinyShape(num_layers=120)))
+    budget = Budget()
+    assert first_keys(names, names, budget) == {name: name for name in names}
+    assert budget.left > MAX_VISITS / 4

@@ -29,7 +29,7 @@ from tiny_adapters import (
     write_with_peft,
 )
 
-from jaxserve.adapters import lora
+from jaxserve.adapters import dora, ia3, lora
 from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.weights import MEMBERS, LoraPair, member_dims
 from jaxserve.errors import AdapterError
@@ -207,6 +207,28 @@ def test_a_new_adapter_starts_as_peft_starts_it_and_changes_nothing():
         bound = 1 / math.sqrt(member_dims(TINY)[member][0])
         assert not pair.b.any()
         assert bound / 2 < np.abs(pair.a).max() <= bound
+
+
+def test_new_ia3_and_dora_adapters_change_nothing_when_peft_reads_them(tmp_path):
+    peft = pytest.importorskip("peft")
+    import torch
+
+    model = hf_llama()
+    norms = {
+        (layer, "q_proj"): torch.linalg.norm(block.self_attn.q_proj.weight, dim=1).detach().numpy()
+        for layer, block in enumerate(model.model.layers)
+    }
+    dora_config = lora.new_config(rank=4, alpha=8, target_modules=["q_proj"], use_dora=True)
+    save_peft(ia3.initial(ia3_config(), TINY), tmp_path / "ia3")
+    save_peft(dora.initial(dora_config, TINY, np.random.default_rng(0), norms), tmp_path / "dora")
+    tokens = torch.arange(20).reshape(1, 20)
+    with torch.no_grad():
+        base = model(tokens).logits
+        for name in ("ia3", "dora"):
+            adapted = peft.PeftModel.from_pretrained(hf_llama(), str(tmp_path / name)).eval()
+            assert len(peft_modules(adapted)) > 0
+            torch.testing.assert_close(adapted(tokens).logits, base, rtol=1e-5, atol=1e-5)
+            assert load_peft(tmp_path / name, TINY).method == name
 
 
 def test_round_trip_keeps_content_digest_stored_dtype_and_base(tmp_path):
