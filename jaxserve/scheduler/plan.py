@@ -63,7 +63,7 @@ class StepResult:
 
 
 class Outcome(NamedTuple):
-    """News of one sequence. ``sample`` is the index into plan.samples, None for a prompt that failed on the way."""
+    """News of one sequence. ``sample`` is the index into plan.samples, None for a chunk that failed as such."""
 
     seq: Sequence
     token: int | None

@@ -50,7 +50,6 @@ class _Draft:
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
-    out_of_pages: bool = False
 
 
 class Scheduler:
@@ -147,8 +146,7 @@ class Scheduler:
         self._plan_decodes(draft)
         for seq in [seq for seq in self.running if seq.prefilling]:
             self._plan_chunk(draft, seq)
-        if not draft.out_of_pages:
-            self._admit(draft, now)
+        self._admit(draft, now)
         if not draft.chunks and not draft.decodes:
             return None
         self._num_planned += 1
@@ -196,7 +194,7 @@ class Scheduler:
         assert set(self.running) == {seq for seq in heads if seq.state is State.RUNNING}, "running"
         for seq in live:
             assert (seq.slot is not None) == (seq.state is State.RUNNING), seq
-            assert seq.state is State.RUNNING or not seq.pages, seq
+            assert seq.state is State.RUNNING or not (seq.pages or seq.copy_on_write), seq
             assert seq.num_verified <= seq.num_computed <= len(seq.tokens) + seq.num_pending <= seq.max_total, seq
 
     # decode rows
@@ -228,7 +226,6 @@ class Scheduler:
             fresh = self.pool.alloc(1)
             if fresh is not None:
                 break
-            draft.out_of_pages = True
             if self.running[-1] is seq:
                 return False
             draft.preempted.append(self._preempt(self.running[-1]))
@@ -359,12 +356,11 @@ class Scheduler:
         """Indexes the pages of finite chunks, and fails the sequences of others. Without a word about the chunks,
         a sequence's pages wait for its next sample: their values reach it through attention."""
         outcomes = []
-        drawn = {sample.segment_index for sample in plan.samples if sample.kind == "chunk"}
         for i, finite in enumerate(result.chunk_finite):
             seq = plan.chunks[i].seq
             if finite:
                 self._verify(seq, plan.chunks[i].end)
-            elif i not in drawn and seq.state is not State.FINISHED:
+            elif seq.state is not State.FINISHED:
                 outcomes += [self._fail(member, None) for member in seq.group]
         return outcomes
 

@@ -302,6 +302,20 @@ def test_a_preempted_request_is_first_in_the_queue_again():
     assert (young.state, young.pages, young.slot) == (State.WAITING, [], None)
 
 
+def test_a_sequence_that_finds_nobody_behind_it_sits_out_and_keeps_its_pages():
+    fake = engine(pages=4, prefix_cache=False)
+    (old,) = fake.add(request("old", prompt=8, max_tokens=5))
+    (young,) = fake.add(request("young", prompt=2, max_tokens=8))
+    decoded = []
+    while old.state is not State.FINISHED:
+        fake.step()
+        decoded += [[row[0] for row in rows(plan.decodes)] for plan, _ in fake.flying]
+    assert ["old"] in decoded
+    assert (young.state, len(young.pages), young.num_preempted) == (State.RUNNING, 1, 0)
+    fake.run()
+    assert young.output_ids == expected(young.request, 0, fake.config)[0]
+
+
 def test_a_token_on_its_way_survives_the_preemption_of_its_sequence():
     fake = engine(pages=8, prefix_cache=False)
     fake.add(request("old", prompt=8, max_tokens=17))
@@ -453,6 +467,20 @@ def test_the_last_holder_of_a_partial_page_takes_it_over():
     fake.finish(leader)
     assert fake.dispatch().page_copies == ()
     assert follower.pages[1] == partial
+
+
+def test_a_page_that_its_leader_filled_and_indexed_leaves_the_index_before_a_follower_writes_it():
+    fake = engine(pages=2)
+    group = fake.add(request(prompt=6, max_tokens=3, n=2, seed=1))
+    leader, follower = group
+    while leader.state is not State.FINISHED:
+        fake.step()
+    partial = follower.pages[1]
+    assert fake.pool.is_indexed(partial)
+    fake.step()
+    assert (follower.pages[1], fake.pool.is_indexed(partial)) == (partial, False)
+    fake.run()
+    assert [seq.output_ids for seq in group] == [expected(leader.request, i, fake.config)[0] for i in range(2)]
 
 
 def test_choices_wait_until_there_are_slots_for_all():
@@ -670,17 +698,20 @@ def test_a_group_whose_adapter_is_refused_midway_keeps_no_pin():
         pins = 0
 
         def try_acquire(self, adapter):
-            self.pins += self.pins < 2
-            return self.pins < 2
+            granted = self.pins < 2
+            self.pins += granted
+            return granted
 
         def release(self, adapter):
             self.pins -= 1
 
     config = SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=16, max_model_len=64)
-    scheduler = Scheduler(config, PagePool(8, G), Miser())
+    miser = Miser()
+    scheduler = Scheduler(config, PagePool(8, G), miser)
     scheduler.add(request(n=3, adapter=FakeAdapter("a")))
     assert scheduler.plan(0.0) is None
     assert scheduler.counts()[:2] == (3, 0)
+    assert miser.pins == 0
 
 
 # host time
