@@ -357,7 +357,8 @@ def test_a_slow_read_keeps_nobody_else_waiting():
     assert result == [store.get("slow")]
 
 
-def test_a_get_that_was_overtaken_answers_with_what_holds_now(tmp_path):
+@pytest.mark.parametrize("newer_is_evicted_too", [False, True])
+def test_a_get_that_was_overtaken_answers_with_what_holds_now(newer_is_evicted_too):
     reader = SlowReader()
     reader.go_on.set()
     store = AdapterStore(TINY, max_host_adapters=1, read=reader)
@@ -368,6 +369,8 @@ def test_a_get_that_was_overtaken_answers_with_what_holds_now(tmp_path):
     thread, result = in_thread(lambda: store.get("a"))
     assert reader.entered.wait(10)
     newer = store.put("a", weights(5), "5")
+    if newer_is_evicted_too:
+        store.put("c", weights(3), "3")
     reader.go_on.set()
     thread.join(10)
     assert result == [newer]

@@ -345,6 +345,16 @@ def test_files_that_are_no_regular_files_are_refused_without_blocking(tmp_path, 
     assert "not a regular file" in str(error)
 
 
+@pytest.mark.parametrize("make", [make_fifo, SPECIAL["device"]], ids=["fifo", "device"])
+def test_a_file_swapped_after_the_check_is_neither_followed_nor_waited_for(tmp_path, monkeypatch, make):
+    write_adapter(tmp_path)
+    regular, real = os.stat(tmp_path / CONFIG), os.stat
+    (tmp_path / TENSORS).unlink()
+    make(tmp_path / TENSORS)
+    monkeypatch.setattr(os, "stat", lambda path, **options: regular if path == TENSORS else real(path, **options))
+    assert in_time(lambda: refusal(tmp_path)).field == TENSORS
+
+
 @pytest.mark.parametrize("make", [make for kind, make in SPECIAL.items() if kind != "directory"])
 def test_paths_that_are_no_directories_are_refused_without_blocking(tmp_path, make):
     make(tmp_path / "adapter")
