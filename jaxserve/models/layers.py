@@ -5,6 +5,7 @@ Shapes: T tokens, I in, O out, D hidden, F ffn.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxserve.models.config import ModelConfig
@@ -13,19 +14,18 @@ from pallas_kernels.row_sums import row_sum
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
-def accumulator(x: jax.Array) -> jnp.dtype:
+def accumulator(x: jax.Array) -> np.dtype:
     """The dtype sums over ``x`` are kept in: at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return np.promote_types(x.dtype, np.float32)
 
 
-def matmul(x_TI: jax.Array, w_OI: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+def matmul(x_TI: jax.Array, w_OI: jax.Array, out_dtype: np.dtype | None = None) -> jax.Array:
     """Returns x @ w.T, [T, O] in ``out_dtype`` (default: that of x).
 
     Contracting both last axes keeps the checkpoint's layout, and on CPU in float32 the bits of a row then depend
-    neither on T nor on its neighbours.
+    neither on T nor on its neighbours. XLA sums products of narrower types in float32 by itself.
     """
-    out = lax.dot_general(x_TI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=accumulator(x_TI))
-    return out.astype(out_dtype or x_TI.dtype)
+    return lax.dot_general(x_TI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x_TI.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:

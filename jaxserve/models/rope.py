@@ -149,7 +149,7 @@ def _yarn(rope: RopeConfig, frequency: np.ndarray, head_dim: int) -> np.ndarray:
 
 def cos_sin(rope: RopeConfig, head_dim: int, position_T: jax.Array, dtype: DTypeLike) -> tuple[jax.Array, jax.Array]:
     """Returns cos and sin, each [T, C] in ``dtype``; computed in at least float32."""
-    compute = jnp.promote_types(dtype, jnp.float32)
+    compute = np.promote_types(dtype, np.float32)
     frequency = jnp.asarray(inverse_frequencies(rope, head_dim, compute))
     angle_TC = position_T.astype(compute)[:, None] * jnp.concatenate([frequency, frequency])[None, :]
     scale = jnp.asarray(rope.attention_factor, compute)

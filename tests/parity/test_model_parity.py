@@ -156,5 +156,40 @@ def test_hidden_states_and_logits_equal_those_of_transformers(directory):
     theirs, their_logits = their_states(directory, ids)
     assert len(ours) == len(theirs)
     for depth, (a_TD, b_TD) in enumerate(zip(ours, theirs, strict=True)):
-        np.testing.assert_allclose(a_TD, b_TD, atol=2e-5, rtol=2e-5, err_msg=f"depth {depth}")
-    np.testing.assert_allclose(our_logits, their_logits, atol=5e-5, rtol=2e-5)
+        np.testing.assert_allclose(a_TD, b_TD, atol=1e-5, rtol=1e-5, err_msg=f"depth {depth}")
+    np.testing.assert_allclose(our_logits, their_logits, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("directory", ["llama-mha-tied", "qwen3", "gemma2", "gemma3"], indirect=True)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_we_are_as_near_to_the_truth_as_transformers(directory, dtype):
+    ids = token_ids()
+    truth = tiny_models.reference_logits(directory, ids)
+    _, ours = our_states(directory, ids, dtype)
+    theirs = tiny_models.reference_logits(directory, ids, dtype)
+    assert np.abs(ours - truth).mean() <= 1.1 * np.abs(theirs - truth).mean()
+
+
+@pytest.mark.parametrize("directory", ["llama-yarn-rope", "qwen2-window-tied", "gemma3"], indirect=True)
+def test_in_double_precision_the_model_is_the_same_to_single_precision(directory):
+    ids = token_ids()
+    with jax.enable_x64(True):
+        _, double = our_states(directory, ids, "float64")
+    assert double.dtype == np.float64
+    np.testing.assert_allclose(double, tiny_models.reference_logits(directory, ids), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("directory", ["llama-dynamic-rope-head-dim"], indirect=True)
+def test_dynamic_rope_agrees_up_to_the_last_position_of_the_model(directory):
+    length = load_config(directory).max_position_embeddings
+    ids = token_ids(length)
+    _, ours = our_states(directory, ids)
+    np.testing.assert_allclose(ours, tiny_models.reference_logits(directory, ids), atol=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("directory", ["gemma2"], indirect=True)
+def test_prompts_shorter_and_as_long_as_the_window_agree(directory, length):
+    ids = token_ids(length)
+    _, ours = our_states(directory, ids)
+    np.testing.assert_allclose(ours, tiny_models.reference_logits(directory, ids), atol=2e-5)
