@@ -1,33 +1,26 @@
-"""Text to token ids and back: tokenizers for the ids, a sandboxed jinja2 for chat templates.
+"""Text to token ids and back.
 
 Ids equal those of transformers' AutoTokenizer. One thing is stricter: control tokens inside what a user wrote
-(``<|im_end|>`` in a message) are ordinary text, only the template itself can write a control token.
+(``<|im_end|>`` in a message) are ordinary text, only the chat template itself can write a control token.
 """
 
-import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from jaxserve.chat_template import ChatTemplate, Fence
 from jaxserve.errors import InvalidRequest, ModelError
 from jaxserve.files import directory, read_json, read_text
 
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_PENDING = 32  # tokens that may wait for the rest of a character
 REPLACEMENT = "\ufffd"
-# private-use characters that fence a control token written by a user while the template runs
-OPEN, CLOSE = "\ue0f0", "\ue0f1"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -51,7 +44,7 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
-        self._template = _compile(chat_template, now) if chat_template is not None else None
+        self._template = None if chat_template is None else ChatTemplate(chat_template, named_tokens, now)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``; control tokens written in it count as such, as transformers has it.
@@ -83,90 +76,36 @@ class Tokenizer:
         Raises:
           InvalidRequest: no chat template, or one that refuses these messages.
         """
-        self._check_chat(messages)
-        protect = self._protector()
-        chat = [protect(message, message.get("role") == "assistant") for message in messages]
-        variables = {name: protect(value, False) for name, value in variables.items()}
-        return self._encode_fenced(self._render(chat, add_generation_prompt, variables))
+        template, protect = self._require_template(), self._fence.protect
+        chat = [protect(message, _is_assistant(message)) for message in messages]
+        variables = {name: protect(value) for name, value in variables.items()}
+        ids: list[int] = []
+        for piece, is_control in self._fence.split(template.render(chat, add_generation_prompt, variables)):
+            encode = self._encode_plain if is_control else self._encode_text
+            ids += self._after_newline(piece, encode) if ids else encode(piece)
+        return ids
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The conversation as the template writes it, for people to read; raises as ``apply_chat_template`` does."""
-        self._check_chat(messages)
-        return self._render(messages, add_generation_prompt, variables)
+        return self._require_template().render(messages, add_generation_prompt, variables)
 
     def _named_id(self, name: str) -> int | None:
         return self.vocab.get(self._named_tokens.get(name, ""))
 
-    def _check_chat(self, messages: Sequence[Mapping[str, Any]]) -> None:
-        if self._template is None:
-            raise InvalidRequest("messages: the model has no chat template", param="messages")
-        if not messages or not all(isinstance(message, Mapping) for message in messages):
-            raise InvalidRequest("messages: must be a list of at least one object", param="messages")
-
-    def _render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: dict) -> str:
-        assert self._template is not None
-        # templates handle a missing key better than None, which API clients like to send
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-        names = {"tools": None, "documents": None, **self._named_tokens, **variables}
-        try:
-            return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **names)
-        except Exception as error:  # a template is a program: it can fail in any way
-            line = " ".join(str(error).split())[:300]
-            raise InvalidRequest(f"messages: the model's chat template refuses them: {line}", "messages") from None
+    @cached_property
+    def _fence(self) -> Fence:
+        return Fence(self._backend.get_added_tokens_decoder().values(), self._require_template().literal_text)
 
     @cached_property
-    def _control_tokens(self) -> tuple[frozenset[str], frozenset[str]]:
-        """Control tokens to keep out of everybody's text, and those to keep out of all but the assistant's.
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(self.vocab[token] for token in self._fence.tokens)
 
-        Control tokens are the special ones and the added ones that the template writes. Paired markup that is not
-        special (<think> ... </think>) is the assistant's own, and templates look for it in earlier answers.
-        """
-        assert self._template is not None
-        assert self.chat_template is not None
-        added = [token for token in self._backend.get_added_tokens_decoder().values() if token.content]
-        contents = {token.content for token in added}
-        literal = _literal_text(self._template.environment, self.chat_template)
-        control = {token.content for token in added if token.special}
-        written = {
-            token.content for token in added if not token.content.isspace() and token.content in literal
-        } - control
-        markup = {text for text in written if _partner(text) in contents}
-        return frozenset(control | (written - markup)), frozenset(markup)
-
-    def _protector(self) -> Callable[[Any, bool], Any]:
-        """Returns ``protect(value, from_assistant)``, which fences the control tokens in all strings of ``value``."""
-        always, markup = self._control_tokens
-        patterns = {True: _any_of(always), False: _any_of(always | markup)}
-        halves = {True: _proper_prefixes(always), False: _proper_prefixes(always | markup)}
-
-        def protect(value: Any, from_assistant: bool) -> Any:
-            if isinstance(value, str):
-                value = str(value).replace(OPEN, "").replace(CLOSE, "")
-                value = patterns[from_assistant].sub(lambda match: OPEN + match[0] + CLOSE, value)
-                return _fence_half(value, halves[from_assistant])
-            if isinstance(value, Mapping):
-                return {key: protect(item, from_assistant) for key, item in value.items()}
-            if isinstance(value, list | tuple):
-                return [protect(item, from_assistant) for item in value]
-            return value
-
-        return protect
-
-    def _encode_fenced(self, text: str) -> list[int]:
-        """Encodes a rendered chat: fenced control tokens as plain text, everything else normally.
-
-        A fence without its partner (the template cut the string there) only separates the text around it.
-        """
-        always, markup = self._control_tokens
-        fenced = re.compile(f"{OPEN}({_any_of(always | markup).pattern}){CLOSE}|[{OPEN}{CLOSE}]")
-        pieces = fenced.split(text)  # text, token or None, text, token or None, ..., text
-        ids = self.encode(pieces[0], add_special_tokens=False)
-        for index, piece in enumerate(pieces[1:], start=1):
-            if piece:
-                ids += self._after_newline(piece, self._encode_plain if index % 2 else self._encode_text)
-        return ids
+    def _require_template(self) -> ChatTemplate:
+        if self._template is None:
+            raise InvalidRequest("messages: the model has no chat template", param="messages")
+        return self._template
 
     def _encode_text(self, text: str) -> list[int]:
         return self.encode(text, add_special_tokens=False)
@@ -180,9 +119,8 @@ class Tokenizer:
         if backend.pre_tokenizer is not None:
             words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
         ids = [token.id for word in words for token in backend.model.tokenize(word)]
-        forbidden = {self.vocab[token] for tokens in self._control_tokens for token in tokens}
-        if forbidden.isdisjoint(ids) or len(text) < 2:
-            return [id for id in ids if id not in forbidden]
+        if self._control_ids.isdisjoint(ids) or len(text) < 2:
+            return [id for id in ids if id not in self._control_ids]
         # the model itself has a merge for it: cut the word
         return self._encode_plain(text[:1]) + self._encode_plain(text[1:])
 
@@ -304,6 +242,10 @@ def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
+def _is_assistant(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
+
+
 def _content(token: Any) -> str:
     return token["content"] if isinstance(token, dict) else str(token)
 
@@ -314,66 +256,3 @@ def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-
-
-def _any_of(tokens: frozenset[str]) -> re.Pattern:
-    """Matches any of ``tokens``, a longer one before those it contains."""
-    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")
-
-
-def _partner(token: str) -> str:
-    """</x> of <x> and the other way round."""
-    return token.replace("</", "<", 1) if token.startswith("</") else token.replace("<", "</", 1)
-
-
-def _proper_prefixes(tokens: frozenset[str]) -> frozenset[str]:
-    return frozenset(token[:length] for token in tokens for length in range(1, len(token)))
-
-
-def _fence_half(text: str, halves: frozenset[str]) -> str:
-    """Fences the beginning of a control token at the end of ``text``, which the next string might complete."""
-    end = len(text.rstrip())
-    longest = max(map(len, halves), default=0)
-    if any(text[end - length : end] in halves for length in range(1, min(longest, end) + 1)):
-        return text[:end] + OPEN + text[end:]
-    return text
-
-
-def _literal_text(environment: jinja2.Environment, chat_template: str) -> str:
-    """All text that a template itself can write, its pieces kept apart."""
-    tree = environment.parse(chat_template)
-    written = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
-    written += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
-    return "\0".join(written)
-
-
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %} ... {% endgeneration %}`` marks words to train on; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012
-
-    def parse(self, parser):
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _compile(chat_template: str, now: Callable[[], datetime]) -> jinja2.Template:
-    """Compiles a template with the names and filters that Hugging Face's have."""
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-        # jinja's own escapes HTML characters
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda format: now().strftime(format)
-    try:
-        return environment.from_string(chat_template)
-    except jinja2.TemplateError as error:
-        raise ModelError(f"chat template: {_one_line(error)}") from None

@@ -20,30 +20,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|pad|>", "<|im_start|>", "<|im_end|>")
 MERGES = [
-    "t h",
-    "th e",
-    "Ġ the",
-    "i n",
-    "a n",
-    "an d",
-    "Ġ and",
-    "o n",
-    "e r",
-    "r e",
-    "Ġ a",
-    "Ġ t",
-    "Ġ s",
-    "o r",
-    "i s",
-    "Ġ o",
-    "h e",
-    "l l",
-    "l o",
-    "he ll",
-    "hell o",
-    "o u",
-    "Ġ w",
-]
+    "t h", "th e", "Ġ the", "i n", "a n", "an d", "Ġ and", "o n", "e r", "r e", "Ġ a", "Ġ t",
+    "Ġ s", "o r", "i s", "Ġ o", "h e", "l l", "l o", "he ll", "hell o", "o u", "Ġ w",
+]  # fmt: skip
 BOS, EOS, PAD, IM_START, IM_END = range(256 + len(MERGES), 256 + len(MERGES) + len(SPECIAL))
 TOKENIZER_SIZE = IM_END + 1
 VOCAB_SIZE = 300

@@ -1,0 +1,151 @@
+"""Chat templates: rendered in a sandbox, with the control tokens that users write fenced off.
+
+A template writes control tokens as text (``<|im_end|>``), and so could a user. Before rendering, each control token
+in a user's string is put between two private-use characters; after rendering, what stands between them is encoded as
+the plain text it is. Text without control tokens is untouched, so its ids are those of the whole rendered string.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken
+
+from jaxserve.errors import InvalidRequest, ModelError
+
+OPEN, CLOSE = "\ue0f0", "\ue0f1"
+
+
+class ChatTemplate:
+    """A compiled chat template with the names and filters that Hugging Face's have.
+
+    Raises:
+      ModelError: not a jinja template.
+    """
+
+    def __init__(self, source: str, named_tokens: Mapping[str, str], now: Callable[[], datetime] = datetime.now):
+        """named_tokens: bos_token, eos_token, ... as strings; ``now`` is what ``strftime_now`` reads."""
+        environment = _environment(now)
+        try:
+            self._template = environment.from_string(source)
+            tree = environment.parse(source)
+        except jinja2.TemplateError as error:
+            raise ModelError(f"chat template: {' '.join(str(error).split())}") from None
+        self._named_tokens = dict(named_tokens)
+        written = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
+        written += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
+        self.literal_text = "\0".join(written)  # all text that the template itself can write
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: dict) -> str:
+        """The conversation as text.
+
+        Raises:
+          InvalidRequest: messages the template refuses or fails on.
+        """
+        if not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise InvalidRequest("messages: must be a list of at least one object", param="messages")
+        # templates handle a missing key better than None, which API clients like to send
+        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        names = {"tools": None, "documents": None, **self._named_tokens, **variables}
+        try:
+            return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **names)
+        except Exception as error:  # a template is a program: it can fail in any way
+            line = " ".join(str(error).split())[:300]
+            raise InvalidRequest(f"messages: the model's chat template refuses them: {line}", "messages") from None
+
+
+class Fence:
+    """Keeps the control tokens in users' strings apart from those a template writes.
+
+    Control tokens are the special ones and the added ones found in the template's own text. Paired markup that is not
+    special (<think> ... </think>) is the assistant's own: templates look for it in earlier answers.
+    """
+
+    def __init__(self, added: Iterable[AddedToken], literal_text: str):
+        added = [token for token in added if token.content]
+        contents = {token.content for token in added}
+        special = {token.content for token in added if token.special}
+        written = {text for text in contents - special if not text.isspace() and text in literal_text}
+        markup = {text for text in written if _partner(text) in contents}
+        self.tokens = frozenset(special | written)
+        self._tokens = {True: self.tokens - markup, False: self.tokens}  # by: is it the assistant who speaks
+        self._patterns = {speaker: _any_of(tokens) for speaker, tokens in self._tokens.items()}
+        self._halves = {speaker: _proper_prefixes(tokens) for speaker, tokens in self._tokens.items()}
+        self._fenced = re.compile(f"{OPEN}({_any_of(self.tokens).pattern}){CLOSE}|[{OPEN}{CLOSE}]")
+
+    def protect(self, value: Any, from_assistant: bool = False) -> Any:
+        """Fences the control tokens in all strings of a value made of dicts and lists; keys are left alone."""
+        if isinstance(value, str):
+            value = value.replace(OPEN, "").replace(CLOSE, "")
+            value = self._patterns[from_assistant].sub(lambda match: OPEN + match[0] + CLOSE, value)
+            return self._fence_half(value, self._halves[from_assistant])
+        if isinstance(value, Mapping):
+            return {key: self.protect(item, from_assistant) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.protect(item, from_assistant) for item in value]
+        return value
+
+    def split(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Cuts a rendered text into (piece, is it a user's control token).
+
+        A fence without its partner (the template cut the string there) only separates the text around it.
+        """
+        for index, piece in enumerate(self._fenced.split(text)):
+            if piece:
+                yield piece, index % 2 == 1
+
+    @staticmethod
+    def _fence_half(text: str, halves: frozenset[str]) -> str:
+        """Fences the beginning of a control token at the end of ``text``, which the next string might complete."""
+        end = len(text.rstrip())
+        longest = min(max(map(len, halves), default=0), end)
+        if any(text[end - length : end] in halves for length in range(1, longest + 1)):
+            return text[:end] + OPEN + text[end:]
+        return text
+
+
+def _partner(token: str) -> str:
+    """</x> of <x> and the other way round."""
+    return token.replace("</", "<", 1) if token.startswith("</") else token.replace("<", "</", 1)
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern:
+    """Matches any of ``tokens``, a longer one before those it contains."""
+    return re.compile("|".join(map(re.escape, sorted(tokens, key=lambda token: (-len(token), token)))) or "(?!)")
+
+
+def _proper_prefixes(tokens: Iterable[str]) -> frozenset[str]:
+    return frozenset(token[:length] for token in tokens for length in range(1, len(token)))
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %} ... {% endgeneration %}`` marks words to train on; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment(now: Callable[[], datetime]) -> ImmutableSandboxedEnvironment:
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # jinja's own escapes HTML characters
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda format: now().strftime(format)
+    return environment
