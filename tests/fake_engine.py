@@ -129,6 +129,7 @@ class FakeEngine:
 
     def dispatch(self) -> StepPlan | None:
         self.clock += 1
+        assert self.clock < 300_000, "no end in sight"
         plan = self.scheduler.plan(now=float(self.clock))
         if plan is not None:
             self._check_plan(plan)

@@ -276,6 +276,7 @@ def test_the_youngest_is_preempted_and_recomputed_with_the_same_tokens():
     fake.run()
     fake.check_idle()
     assert (old.num_preempted, young.num_preempted > 0) == (0, True)
+    assert fake.scheduler.counts().prompt_tokens == 16  # a recompute is not a prompt once more
     for seq in (old, young):
         assert seq.output_ids == expected(seq.request, 0, fake.config)[0]
 
