@@ -125,7 +125,7 @@ def write_page(bank: Bank, page: jax.Array, content: dict, num_pages: int) -> Ba
     """Writes one page of every layer, in place."""
 
     def write(pool_PXY, new_LXY):
-        index_L = jnp.arange(new_LXY.shape[0]) * num_pages + page
+        index_L = jnp.arange(new_LXY.shape[0], dtype=jnp.int32) * num_pages + page
         return pool_PXY.at[index_L].set(new_LXY, unique_indices=True)
 
     return {

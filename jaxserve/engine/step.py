@@ -228,7 +228,7 @@ def _edit(logits_RV, state: EngineState, slot_R, batch: TokenBatch, shard: Vocab
     active_RZ = (batch.rows.position_R[:, None] < state.edit_until_BZ[slot_R]) & (batch.edited_R > 0)[:, None]
     column_RZ = state.edit_token_BZ[slot_R] - shard.offset(V)
     column_RZ = jnp.where(active_RZ & (column_RZ >= 0), column_RZ, V)
-    row_R1 = jnp.arange(logits_RV.shape[0])[:, None]
+    row_R1 = jnp.arange(logits_RV.shape[0], dtype=jnp.int32)[:, None]
     return logits_RV.at[row_R1, column_RZ].add(state.edit_value_BZ[slot_R], mode="drop")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxserve.models.config import ModelConfig
-from pallas_kernels.row_sums import row_sum
+from pallas_kernels.numerics import row_sum
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 

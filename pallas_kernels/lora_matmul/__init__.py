@@ -4,9 +4,10 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.lora_matmul import reference, xla
+from pallas_kernels.lora_matmul.backward import lora_matmul_backward
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, LoraPlan
 
-__all__ = ["IMPLEMENTATIONS", "PAGE_RANK", "LoraPlan", "lora_matmul"]
+__all__ = ["IMPLEMENTATIONS", "PAGE_RANK", "LoraPlan", "lora_matmul", "lora_matmul_backward"]
 
 IMPLEMENTATIONS = (Implementation("xla", xla.lora_matmul), Implementation("reference", reference.lora_matmul))
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.lora_matmul.plan import LoraPlan
+from pallas_kernels.numerics import wide_dtype
 
 
 def lora_matmul(
     x_TD: Float[Array, "T D"], a_PRD: Float[Array, "P R D"], members: tuple[Float[Array, "P E R"], ...], plan: LoraPlan
 ) -> Float[Array, "T E"]:
     rank = a_PRD.shape[1] // len(members)
-    accumulate = jnp.promote_types(x_TD.dtype, jnp.float32)
+    accumulate = wide_dtype(x_TD.dtype)
     y_TE = jnp.zeros((x_TD.shape[0], sum(b.shape[1] for b in members)), accumulate)
     for item in range(plan.block_J.shape[0]):
         row_Q, page = plan.row_NQ[plan.block_J[item]], plan.page_J[item]

@@ -6,11 +6,13 @@ The matmuls contract last axes and have Q >= 2 rows, so on XLA's CPU backend a r
 Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), N blocks, Q rows per block, J items.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
 from pallas_kernels.lora_matmul.plan import LoraPlan
+from pallas_kernels.numerics import wide_dtype
 
 SPAN_ITEMS = 16  # work items per loop turn: their weights should fit a cache
 
@@ -22,17 +24,17 @@ def lora_matmul(
     N, Q = plan.row_NQ.shape
     rank = a_PRD.shape[1] // len(members)
     span = min(SPAN_ITEMS, plan.block_J.shape[0])
-    accumulate = jnp.promote_types(x_TD.dtype, jnp.float32)
+    accumulate = wide_dtype(x_TD.dtype)
     x_NQD = x_TD.at[plan.row_NQ].get(mode="fill", fill_value=0)
     block_J = jnp.pad(plan.block_J, (0, -plan.block_J.shape[0] % span))
     page_J = jnp.pad(plan.page_J, (0, -plan.page_J.shape[0] % span))
 
     def add_span(index, y_NQE):
-        item_J = index * span + jnp.arange(span)
+        item_J = index * span + jnp.arange(span, dtype=jnp.int32)
         block, page = (lax.dynamic_slice_in_dim(v, index * span, span) for v in (block_J, page_J))
-        h_JQR = _dot(x_NQD[block], a_PRD[page], accumulate).astype(x_TD.dtype)
+        h_JQR = dot_blocks(x_NQD[block], a_PRD[page], accumulate).astype(x_TD.dtype)
         y_JQE = jnp.concatenate(
-            [_dot(h_JQR[..., i * rank : (i + 1) * rank], b[page], accumulate) for i, b in enumerate(members)], axis=-1
+            [dot_blocks(h_JQR[..., i * rank : (i + 1) * rank], b[page], accumulate) for i, b in enumerate(members)], axis=-1
         )
         target = jnp.where(item_J < plan.num_items, block, N)
         return y_NQE.at[target].add(y_JQE, mode="drop")
@@ -42,5 +44,6 @@ def lora_matmul(
     return y_NQE.reshape(N * Q, -1).at[plan.place_T].get(mode="fill", fill_value=0).reshape(T, -1).astype(x_TD.dtype)
 
 
-def _dot(x_JQI, w_JOI, accumulate):
+def dot_blocks(x_JQI: jax.Array, w_JOI: jax.Array, accumulate: jnp.dtype) -> jax.Array:
+    """[J, Q, I] x [J, O, I] -> [J, Q, O], item by item."""
     return lax.dot_general(x_JQI, w_JOI, (((2,), (2,)), ((0,), (0,))), preferred_element_type=accumulate)

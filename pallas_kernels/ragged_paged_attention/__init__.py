@@ -6,9 +6,16 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.ragged_paged_attention import reference, xla
+from pallas_kernels.ragged_paged_attention.backward import ragged_paged_attention_backward, take_rows
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
-__all__ = ["IMPLEMENTATIONS", "AttentionLayout", "ragged_paged_attention"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AttentionLayout",
+    "ragged_paged_attention",
+    "ragged_paged_attention_backward",
+    "take_rows",
+]
 
 IMPLEMENTATIONS = (
     Implementation("xla", xla.ragged_paged_attention),

@@ -6,6 +6,7 @@ Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per pag
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.numerics import wide_dtype
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 
@@ -21,12 +22,12 @@ def ragged_paged_attention(
 ) -> tuple[Float[Array, "T H C"], Float[Array, "T H"]]:
     T, H, C = q_THC.shape
     K, G = k_PKGC.shape[1:3]
-    accumulate = jnp.promote_types(q_THC.dtype, jnp.float32)
+    accumulate = wide_dtype(q_THC.dtype)
     pages_TM = layout.page_table_BM.at[layout.sequence_T].get(mode="clip")
     k_TSKC, v_TSKC = (
         pool.at[pages_TM].get(mode="clip").swapaxes(2, 3).reshape(T, -1, K, C).astype(accumulate) for pool in (k_PKGC, v_PKGC)
     )
-    key_S = jnp.arange(pages_TM.shape[1] * G)
+    key_S = jnp.arange(pages_TM.shape[1] * G, dtype=jnp.int32)
     low_T = jnp.zeros_like(layout.position_T) if window is None else layout.position_T - window + 1
     visible_TS = (key_S[None] <= layout.position_T[:, None]) & (key_S[None] >= low_T[:, None])
     q_TKGC = q_THC.reshape(T, K, H // K, C).astype(accumulate)

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.numerics import row_sum, wide_dtype
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
-from pallas_kernels.row_sums import row_sum
 
 SPAN_KEYS = 256  # keys per loop step; at least one page
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
@@ -66,16 +66,16 @@ def _attend_blocks(
     pages_per_span = min(max(SPAN_KEYS // G, 1), pages_NM.shape[1])
     pages_NM = jnp.pad(pages_NM, ((0, 0), (0, -pages_NM.shape[1] % pages_per_span)))
     span = pages_per_span * G
-    accumulate = jnp.promote_types(q_NQHC.dtype, jnp.float32)
+    accumulate = wide_dtype(q_NQHC.dtype)
 
     def add_span(index, carry):
         top_NKR, total_NKR, out_NKRC = carry
         ids_NJ = lax.dynamic_slice_in_dim(pages_NM, index * pages_per_span, pages_per_span, axis=1)
-        key_S = index * span + jnp.arange(span)
+        key_S = index * span + jnp.arange(span, dtype=jnp.int32)
         last_N = position_NR.max(1)
-        k_NKSC = _gather(k_PKGC, ids_NJ)
+        k_NKSC = gather_pages(k_PKGC, ids_NJ)
         # a page may hold another sequence's leftovers past this one's end: 0 x NaN would spread them
-        v_NKSC = jnp.where((key_S[None] <= last_N[:, None])[:, None, :, None], _gather(v_PKGC, ids_NJ), 0)
+        v_NKSC = jnp.where((key_S[None] <= last_N[:, None])[:, None, :, None], gather_pages(v_PKGC, ids_NJ), 0)
         score_NKRS = _dot(q_NKRC, k_NKSC, ((3,), (3,)), accumulate) * scale
         if softcap is not None:
             score_NKRS = softcap * jnp.tanh(score_NKRS / softcap)
@@ -106,7 +106,8 @@ def _attend_blocks(
     return to_rows(out_NKRC), to_rows(lse_NKR)
 
 
-def _gather(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) -> Float[Array, "N K S C"]:
+def gather_pages(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) -> Float[Array, "N K S C"]:
+    """The keys (or values) of each block's pages, one after another."""
     pages_NJKGC = pool_PKGC.at[ids_NJ].get(mode="clip")
     N, J, K, G, C = pages_NJKGC.shape
     return pages_NJKGC.transpose(0, 2, 1, 3, 4).reshape(N, K, J * G, C)

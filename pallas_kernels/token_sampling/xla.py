@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt
 
-from pallas_kernels.row_sums import row_sum
+from pallas_kernels.numerics import row_sum
 from pallas_kernels.token_sampling.rows import SampleRows, row_keys
 
 PROMPT_BIT = 1 << 14  # in a count: the token occurs in the prompt; the bits below count the output

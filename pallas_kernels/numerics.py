@@ -1,4 +1,4 @@
-"""Sums along the last axis whose bits do not depend on how many rows there are.
+"""Numerics all ops share: the dtype of sums, and row sums whose bits do not depend on how many rows there are.
 
 XLA's CPU backend generates other code for a reduction over few rows than for one over many, and the last bits
 change with it. Its matrix product does not, as long as both operands contract their last axis and there are at least
@@ -7,9 +7,16 @@ two rows on either side; so on CPU a row sum is a product with ones. Everywhere 
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 LANES = 8  # columns of ones; one would be a matrix-vector product, which XLA turns back into a reduction
+
+
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
+    """The dtype sums over ``dtype`` are kept in: at least float32. (jnp.promote_types is an error in strict mode.)"""
+    return np.promote_types(np.dtype(dtype), np.float32)
 
 
 def row_sum(x: jax.Array) -> jax.Array:
