@@ -194,7 +194,9 @@ class BenchSection(Section):
     trace: str | None = None
     """CSV of arrival_s, prompt_tokens, output_tokens[, tenant]; by default requests are made up."""
     trace_speed: Annotated[float, Field(gt=0)] = 1.0
-    """Replay the trace's arrivals so many times as fast."""
+    """Replay the trace at so many times its rate."""
+    trace_scaling: Literal["stretch", "thin"] = "stretch"
+    """How: stretch the times between arrivals, or take a random share of the requests."""
     num_prompts: PositiveInt = 64
     """Requests to send; of a trace, its first ones."""
     request_rate: Annotated[float, Field(gt=0)] | None = None
@@ -207,22 +209,32 @@ class BenchSection(Section):
     """Mean output tokens of a made-up request."""
     random_range_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Made-up lengths are uniform within this share around their mean."""
+    shared_prefix_len: Annotated[int, Field(ge=0)] = 0
+    """First tokens that all prompts of a tenant have in common."""
     max_concurrency: PositiveInt | None = None
     """Most requests in flight."""
     num_adapters: Annotated[int, Field(ge=0)] = 0
-    """Random adapters made for the run, taken in turn by the requests."""
+    """Random adapters made for the run."""
     adapter_rank: PositiveInt = 16
     """Their rank."""
+    adapter_targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """The linear layers they change, by short name (q_proj, down_proj, ...); by default all."""
+    lora_assignment: Literal["round-robin", "random", "tenant"] = "round-robin"
+    """Who gets which adapter: in turn, at random, or one for each tenant."""
     goodput: Annotated[
         tuple[Annotated[str, Field(pattern=r"^(ttft|tpot|itl|e2el):[0-9.]+$")], ...], Field(strict=False)
     ] = ()
     """Objectives a good request meets, in ms, as ttft:500 or tpot:50."""
-    against: Literal["none", "transformers"] = "none"
-    """Run the same requests through this, side by side."""
+    against: Literal["none", "transformers", "base"] = "none"
+    """Run the same requests side by side through transformers' generate, or through the base model without adapters."""
+    repeats: PositiveInt = 1
+    """Runs of each side, in turn; the fastest counts."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of made-up requests and adapters."""
     result_file: str | None = None
     """Where the numbers go as JSON."""
+    save_detailed: bool = False
+    """Add each request's and each step's numbers to them."""
 
 
 class Config(Section):

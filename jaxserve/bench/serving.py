@@ -1,0 +1,230 @@
+"""``jaxserve bench serving``: a trace or made-up load against the engine, alone or side by side with a peer."""
+
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxserve.bench.compare import Comparison, against_base, against_transformers, fastest
+from jaxserve.bench.peers import TransformersPeer, require_transformers, write_dummy_checkpoint
+from jaxserve.bench.random_adapters import check_targets, random_adapter
+from jaxserve.bench.report import Run, detail, metrics, text_block
+from jaxserve.bench.runner import GREEDY, Runner
+from jaxserve.bench.workload import Workload, make_workload, random_rows, read_trace, rescale
+from jaxserve.config import Config
+from jaxserve.errors import ConfigError
+from jaxserve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve import Engine
+
+PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "torch", "transformers")
+WARM_UP_TOKENS = 4
+
+
+def main(config: Config) -> int:
+    """Runs the benchmark that ``config`` describes and prints it; 0, or 1 where a request failed."""
+    check(config)
+    with model_directory(config) as path:
+        result = measure(config, path)
+    if config.bench.result_file is not None:
+        Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 1 if result["failed"] else 0
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for what cannot be run, before anything is loaded."""
+    bench, adapters = config.bench, config.bench.num_adapters or len(config.lora.modules)
+    if config.model.path is None:
+        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+    check_targets(bench.adapter_targets)
+    if adapters and not config.lora.enable_lora:
+        raise ConfigError([f"bench.num_adapters {bench.num_adapters}: lora.enable_lora is off"])
+    if bench.against == "base" and not adapters:
+        raise ConfigError(["bench.against base compares adapters with the base alone; set bench.num_adapters"])
+    if bench.against == "transformers":
+        if adapters:
+            raise ConfigError(["bench.against transformers runs the base model; leave the adapters out"])
+        require_transformers()
+
+
+@contextmanager
+def model_directory(config: Config) -> Iterator[str]:
+    """Where the weights are; beside a peer, dummy ones are written out first, so that both sides have the same."""
+    model = config.model
+    assert model.path is not None, "check() was not called"
+    if config.bench.against != "transformers" or model.load_format != "dummy":
+        yield model.path
+        return
+    with tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as directory:
+        write_dummy_checkpoint(model.path, directory, peer_dtype(config), model.seed)
+        yield directory
+
+
+def peer_dtype(config: Config) -> str:
+    return "float32" if config.model.dtype == "auto" else config.model.dtype
+
+
+def measure(config: Config, path: str) -> dict[str, Any]:
+    """Loads, runs, prints; returns what goes to the result file."""
+    engine = make_engine(config, path)
+    workload = load(config, engine).on_adapters(
+        make_adapters(config, engine), config.bench.lora_assignment, config.bench.seed
+    )
+    print(f"load: {workload.source}; {workload.num_clipped} of {len(workload.requests)} clipped to the model's length")
+    if config.bench.num_adapters:
+        bench, targets = config.bench, ", ".join(check_targets(config.bench.adapter_targets))
+        print(f"adapters: {bench.num_adapters} of rank {bench.adapter_rank} on {targets}, {bench.lora_assignment}")
+    run_load(config, engine, warm_up_load(workload, engine.config.max_num_seqs))
+    ours, (lines, comparison) = run_sides(config, engine, workload, path)
+    numbers = metrics(fastest(ours), config.bench.goodput)
+    print("\n".join([text_block(numbers), *lines]))
+    details = detail(fastest(ours)) if config.bench.save_detailed else {}
+    return {**circumstances(config, workload), **numbers, **comparison, **details}
+
+
+def make_engine(config: Config, path: str) -> "Engine":
+    """The engine, with room for the random adapters where the user left that open."""
+    from jaxserve import Engine
+
+    bench, lora, options = config.bench, config.lora, dict(config.engine_config())
+    if bench.num_adapters:
+        count = bench.num_adapters + len(lora.modules)
+        room = {
+            "max_loras": count,
+            "max_cpu_loras": max(count, lora.max_cpu_loras),
+            "max_lora_rank": bench.adapter_rank,
+        }
+        options |= {name: value for name, value in room.items() if name not in lora.model_fields_set}
+    if bench.against == "transformers":
+        options |= {"load_format": "auto", "dtype": peer_dtype(config)}
+    return Engine.from_pretrained(path, **options)
+
+
+def make_adapters(config: Config, engine: "Engine") -> list[str]:
+    """Loads the named adapters and makes the random ones; their names."""
+    bench, targets = config.bench, check_targets(config.bench.adapter_targets)
+    for module in config.lora.modules:
+        engine.load_adapter(module.name, module.path)
+    names = [f"random-{i}" for i in range(bench.num_adapters)]
+    for i, name in enumerate(names):
+        engine.put_adapter(name, random_adapter(engine.model, bench.adapter_rank, targets, bench.seed + i))
+    return [module.name for module in config.lora.modules] + names
+
+
+def load(config: Config, engine: "Engine") -> Workload:
+    """The requests, on the base model."""
+    rows, source = trace_rows(config) if config.bench.trace is not None else made_up_rows(config)
+    return make_workload(
+        rows,
+        source=source,
+        vocab_size=engine.model.vocab_size,
+        max_model_len=engine.core.config.max_model_len,
+        shared_prefix_len=config.bench.shared_prefix_len,
+        seed=config.bench.seed,
+    )
+
+
+def trace_rows(config: Config):
+    """The rows of the trace, and where they come from in words."""
+    bench = config.bench
+    rows = rescale(read_trace(bench.trace, bench.num_prompts), bench.trace_speed, bench.trace_scaling, bench.seed)
+    if not rows:
+        raise ConfigError([f"bench.trace_speed {bench.trace_speed:g} leaves none of {bench.num_prompts} requests"])
+    how = {"stretch": "time stretched", "thin": "rows thinned"}[bench.trace_scaling]
+    return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how})"
+
+
+def made_up_rows(config: Config):
+    """Rows of random lengths, and the same."""
+    bench = config.bench
+    rows = random_rows(
+        bench.num_prompts,
+        input_len=bench.random_input_len,
+        output_len=bench.random_output_len,
+        range_ratio=bench.random_range_ratio,
+        rate=bench.request_rate or float("inf"),
+        burstiness=bench.burstiness,
+        seed=bench.seed,
+    )
+    when = (
+        f"{bench.request_rate:g} requests/s, burstiness {bench.burstiness:g}" if bench.request_rate else "all at once"
+    )
+    return rows, f"random lengths, {when}, seed {bench.seed}"
+
+
+def sampling(config: Config) -> SamplingParams:
+    """Greedy to the requested length, unless the user asked for sampling."""
+    given = config.sampling.model_fields_set - {"max_tokens", "ignore_eos"}
+    return replace(GREEDY, **{name: getattr(config.sampling, name) for name in given})
+
+
+def run_load(config: Config, engine: "Engine", workload: Workload) -> Run:
+    return Runner(engine, workload, sampling(config), config.bench.max_concurrency)()
+
+
+def warm_up_load(workload: Workload, count: int) -> Workload:
+    """The first few requests, all at once, under a tenant of their own: their prefixes are nobody else's."""
+    few = workload.requests[:count]
+    short = [replace(r, arrival_s=0.0, output_tokens=min(r.output_tokens, WARM_UP_TOKENS)) for r in few]
+    return replace(workload, requests=tuple(replace(r, tenant="\x00warm-up") for r in short))
+
+
+def run_sides(config: Config, engine: "Engine", workload: Workload, path: str) -> tuple[list[Run], Comparison]:
+    """Our runs, and what they come to beside the other side's; the two sides take turns."""
+    repeats = range(config.bench.repeats)
+    if config.bench.against == "base":
+        plain = workload.on_adapters(())
+        runs = [(run_load(config, engine, workload), run_load(config, engine, plain)) for _ in repeats]
+        ours, base = ([pair[side] for pair in runs] for side in (0, 1))
+        return ours, named("against_base", against_base(ours, base))
+    if config.bench.against == "transformers":
+        peer = TransformersPeer(path, peer_dtype(config))
+        theirs, ours = peer.search(workload), []
+        for _ in repeats:
+            ours.append(run_load(config, engine, workload))
+            theirs.append(peer.run(workload, theirs[0].order, theirs[0].batch_size))
+        return ours, named("against_transformers", against_transformers(ours, theirs, workload))
+    return [run_load(config, engine, workload) for _ in repeats], ([], {})
+
+
+def named(name: str, comparison: Comparison) -> Comparison:
+    return comparison[0], {name: comparison[1]}
+
+
+def circumstances(config: Config, workload: Workload) -> dict[str, Any]:
+    """Date, machine, versions and settings."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "backend": "jaxserve",
+        "model_id": config.model.path,
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "processors": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+        "num_prompts": len(workload.requests),
+        "num_clipped": workload.num_clipped,
+        "source": workload.source,
+        "config": config.model_dump(mode="json"),
+    }
+
+
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Of those that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
