@@ -190,6 +190,7 @@ class EngineCore:
     def add(self, request: Request) -> list[Sequence]:
         """Queues a request; raises InvalidRequest for what can never run."""
         with self.lock:
+            self._idle = False
             return self.scheduler.add(request)
 
     def abort(self, request_id: str) -> list[Sequence]:
@@ -206,7 +207,7 @@ class EngineCore:
         return bool(self.in_flight) or self.scheduler.has_work()
 
     def stuck(self) -> bool:
-        """True when requests are alive, nothing is in flight and the last call planned nothing."""
+        """True when requests are alive, though nothing was in flight, nothing was planned and none came since."""
         return self._idle and not self.in_flight and self.scheduler.has_work()
 
     def stats(self) -> dict[str, Any]:
@@ -235,7 +236,7 @@ class EngineCore:
         start = time.perf_counter()
         with self.lock:
             plan = self.scheduler.plan(self.clock())
-            self._idle = plan is None
+            self._idle = plan is None and not self.in_flight
             if plan is not None:
                 try:
                     self.in_flight.append(self._dispatch(plan))
