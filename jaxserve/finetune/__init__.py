@@ -1,0 +1,1 @@
+"""Finetuning of adapters beside serving: settings, data, optimizers, checkpoints."""
