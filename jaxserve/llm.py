@@ -46,7 +46,6 @@ class _Live:
     request: Request
     prompt: str | None
     choices: list[Choice]
-    decoders: list[Any]
     streams: list[TextStream]
     output: RequestOutput
     open: set[int] = field(default_factory=set)  # choices not finished
@@ -147,6 +146,9 @@ class Engine:
 
     def _published(self, version: AdapterVersion) -> AdapterInfo:
         limit = self.config.max_lora_rank if self.config.enable_lora else 0
+        if version.weights.method != "lora":
+            self.adapters.unload(version.name)
+            raise AdapterError(f"adapter {version.name!r} is a {version.weights.method} adapter; served are: lora", "peft_type")
         if version.rank > limit:
             self.adapters.unload(version.name)
             raise AdapterError(
@@ -230,15 +232,16 @@ class Engine:
             adapter=version and version.name,
             adapter_version=version and version.version,
         )
-        decoders = [self.tokenizer and self.tokenizer.stream(params.skip_special_tokens) for _ in range(params.n)]
-        stops = () if params.min_tokens else params.stops  # stop strings count behind the first min_tokens tokens
-        streams = [TextStream(decoder, stops, params.include_stop_str_in_output) for decoder in decoders]
-        live = _Live(request, text, [], decoders, streams, output, set(range(params.n)))
+        live = _Live(request, text, [], [self._stream(params) for _ in range(params.n)], output, set(range(params.n)))
         with self.core.lock:
             live.choices = self.core.add(request)
             self._live[request.id] = live
             self._totals["requests"] += 1
             self._totals["prompt_tokens"] += len(request.prompt_ids)
+
+    def _stream(self, params: SamplingParams) -> TextStream:
+        decoder = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
+        return TextStream(decoder, params.stops, params.include_stop_str_in_output, params.min_tokens)
 
     def _with_seed(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None:
@@ -248,7 +251,9 @@ class Engine:
     def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
         if isinstance(prompt, str):
             if self.tokenizer is None:
-                raise InvalidRequest("prompt is text, and this model directory has no tokenizer; give token ids", "prompt")
+                raise InvalidRequest(
+                    "prompt is text, and this model directory has no tokenizer; give token ids", "prompt"
+                )
             return prompt, tuple(self._check_ids(self.tokenizer.encode(prompt)))
         return None, tuple(self._check_ids(prompt))
 
@@ -310,18 +315,17 @@ class Engine:
             return self._end(seq, reason, stop_reason=stop, **new)
         return self._event(live, seq, **new)
 
-    def _text(self, live: _Live, seq: Choice, token: int, reason: str | None) -> tuple[str, str | int | None, str | None]:
+    def _text(
+        self, live: _Live, seq: Choice, token: int, reason: str | None
+    ) -> tuple[str, str | int | None, str | None]:
         """New text of a token, what stopped the choice, and why it ends, if it does."""
-        stream, params = live.streams[seq.index], live.request.params
+        stream = live.streams[seq.index]
         if reason == "stop":  # a stop token is no part of the text
             return stream.finish(), token, "stop"
         text, hit = stream.push(token)
         if hit is not None:
             self.core.finish(seq, "stop")
             return text, hit, "stop"
-        if seq.num_outputs == params.min_tokens and params.stops:
-            decoder = live.decoders[seq.index]
-            live.streams[seq.index] = TextStream(decoder, params.stops, params.include_stop_str_in_output)
         return (text + stream.finish(), None, reason) if reason else (text, None, None)
 
     def _event(self, live: _Live, seq: Choice, **fields: Any) -> Event:
@@ -358,7 +362,7 @@ class Engine:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        adapter: str | None | Sequence[str | None] = None,
+        adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
         """Runs a batch of prompts to the end, in order.
 
@@ -387,7 +391,9 @@ class Engine:
             raise
         return [self._finished.pop(i) for i in ids]
 
-    def chat(self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **options: Any) -> RequestOutput:
+    def chat(
+        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **options: Any
+    ) -> RequestOutput:
         """Renders messages with the model's chat template and generates one answer."""
         if self.tokenizer is None:
             raise InvalidRequest("this model directory has no tokenizer", "messages")

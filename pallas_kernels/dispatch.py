@@ -18,7 +18,9 @@ class NoImplementation(ValueError):
     """Every implementation refused; the message carries all reasons."""
 
 
-def choose(op: str, implementations: tuple[Implementation, ...], forced: str | None = None, **facts: Any) -> Implementation:
+def choose(
+    op: str, implementations: tuple[Implementation, ...], forced: str | None = None, **facts: Any
+) -> Implementation:
     """Returns the forced implementation, or the first that does not refuse ``facts`` (best first).
 
     Raises:

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import SITES, Part, member_dims
 from pallas_kernels.lora_matmul import PAGE_RANK
+from pallas_kernels.numerics import wide_dtype
 from sharding import ArraySpec, lora_specs, named_sharding
 
 SITE_NAMES = tuple(SITES)
@@ -77,7 +78,8 @@ class BankShape:
         is_leaf = lambda x: isinstance(x, ArraySpec)
         shardings = jax.tree.map(lambda spec: named_sharding(mesh, spec.axes), specs, is_leaf=is_leaf)
         make = jax.jit(
-            lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, self.dtype), specs, is_leaf=is_leaf), out_shardings=shardings
+            lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, self.dtype), specs, is_leaf=is_leaf),
+            out_shardings=shardings,
         )
         return make()
 
@@ -100,7 +102,7 @@ class BankShape:
         return [self._page(pairs, start) for start in range(0, max(rank, 1), PAGE_RANK)]
 
     def _page(self, pairs, start: int) -> dict:
-        L, dims = self.config.num_layers, member_dims(self.config)
+        L, dims, wide = self.config.num_layers, member_dims(self.config), wide_dtype(self.dtype).type
         page = {}
         for site, members in SITES.items():
             a_LRD = np.zeros((L, PAGE_RANK * len(members), dims[members[0]][0]), jnp.dtype(self.dtype))
@@ -114,7 +116,7 @@ class BankShape:
                         continue
                     a, b = a[start : start + PAGE_RANK], b[:, start : start + PAGE_RANK]
                     a_LRD[layer, index * PAGE_RANK : index * PAGE_RANK + a.shape[0]] = a
-                    b_LER[layer, :, : b.shape[1]] = (np.asarray(b, np.float32) * np.float32(scaling))[rows]
+                    b_LER[layer, :, : b.shape[1]] = (np.asarray(b, wide) * wide(scaling))[rows]
                 outs.append(b_LER)
             page[site] = (a_LRD, tuple(outs))
         return page

@@ -2,8 +2,8 @@
 
 Packing everything into two host arrays makes a step one cheap transfer instead of twenty.
 
-Shapes: T rows, Tc chunk rows, B sequence slots, M pages per sequence, R drawn tokens, N row blocks and Q rows per
-block of the adapters, J their work items, S the four adapter sites.
+Shapes: T rows, W gradient rows, Tc chunk rows, B sequence slots (serving ones, then finetuning ones), M pages per
+sequence, R drawn tokens, N row blocks and Q rows per block of the adapters, J their work items, S the four adapter sites.
 """
 
 from dataclasses import dataclass
@@ -17,10 +17,12 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from jaxserve.engine.buckets import Bucket
+from pallas_kernels.cross_entropy import LossRows
 from pallas_kernels.token_sampling import SampleRows
 
 FROM_DEVICE = -1  # a token the host has not read yet: the device's own last token of that slot
 LORA_ROWS = 8  # rows per block of the multi-adapter matmul
+LOSS_FLOATS = ("weight_W", "sampled_logprob_W", "advantage_W", "clip_low_W", "clip_high_W")
 NUM_FLAGS = 6
 RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS = range(NUM_FLAGS)
 
@@ -37,12 +39,24 @@ class LoraBatch:
 
 
 @struct.dataclass
+class GradBatch:
+    """What the gradient rows are to learn, and where their gradients go."""
+
+    loss: LossRows
+    acc_table_BM: Int[Array, "B M"]  # accumulator page of each page of a sequence; out of range: none
+    block_SJ: Int[Array, "S J"]  # adapter work items of the gradient rows, in blocks of the step's row block
+    page_SJ: Int[Array, "S J"]
+    lane_SJ: Int[Array, "S J"]  # the lane page an item's gradient is added to
+    items_S: Int[Array, "S"]
+
+
+@struct.dataclass
 class TokenBatch:
-    """One step's tokens: chunk rows in aligned blocks, then decode rows; padded to the bucket."""
+    """One step's tokens: gradient rows and chunk rows in aligned blocks, then decode rows; padded to the bucket."""
 
     token_T: Int[Array, "T"]  # FROM_DEVICE: the slot's last token
     position_T: Int[Array, "T"]  # place in the sequence; -1: padding
-    slot_T: Int[Array, "T"]  # sequence slot; B: padding
+    slot_T: Int[Array, "T"]  # sequence slot; B (all of them): padding
     page_table_BM: Int[Array, "B M"]
     target_T: Int[Array, "Tc"]  # chunk rows whose next token's log-probability is wanted: that token; else -1
     sample_row_R: Int[Array, "R"]  # the row whose hidden state draws
@@ -52,6 +66,7 @@ class TokenBatch:
     rows: SampleRows
     flags: Int[Array, "6"]  # what at least one row of the batch needs: RANDOM ... PROMPT_LOGPROBS
     lora: LoraBatch | None
+    grad: GradBatch | None
 
 
 @dataclass(frozen=True)
@@ -59,11 +74,17 @@ class BatchLayout:
     """Where each field lies in the two buffers, for one bucket."""
 
     bucket: Bucket
-    num_slots: int
+    num_slots: int  # that draw tokens
     pages_per_seq: int
     lora_blocks: int = 0
     lora_items: int = 0
     num_sites: int = 4
+    train_slots: int = 0  # behind the others
+    grad_items: int = 0
+
+    @property
+    def all_slots(self) -> int:
+        return self.num_slots + self.train_slots
 
     @cached_property
     def int_fields(self) -> dict[str, tuple[int, ...]]:
@@ -72,7 +93,7 @@ class BatchLayout:
             "token_T": (T,),
             "position_T": (T,),
             "slot_T": (T,),
-            "page_table_BM": (self.num_slots, self.pages_per_seq),
+            "page_table_BM": (self.all_slots, self.pages_per_seq),
             "target_T": (self.bucket.chunk_rows,),
             "sample_row_R": (R,),
             "sample_slot_R": (R,),
@@ -92,12 +113,23 @@ class BatchLayout:
                 "page_SJ": (self.num_sites, self.lora_items),
                 "items_S": (self.num_sites,),
             }
+        if W := self.bucket.grad_rows:
+            fields |= {
+                "loss_target_W": (W,),
+                "loss_kind_W": (W,),
+                "acc_table_BM": (self.all_slots, self.pages_per_seq),
+                "grad_block_SJ": (self.num_sites, self.grad_items),
+                "grad_page_SJ": (self.num_sites, self.grad_items),
+                "grad_lane_SJ": (self.num_sites, self.grad_items),
+                "grad_items_S": (self.num_sites,),
+            }
         return fields
 
     @cached_property
     def float_fields(self) -> dict[str, tuple[int, ...]]:
         names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
-        return {name: (self.num_samples,) for name in names}
+        fields = {name: (self.num_samples,) for name in names}
+        return fields | {name: (self.bucket.grad_rows,) for name in LOSS_FLOATS if self.bucket.grad_rows}
 
     @property
     def num_samples(self) -> int:
@@ -111,13 +143,15 @@ class BatchLayout:
         int_views, float_views = _views(ints, self.int_fields), _views(floats, self.float_fields)
         int_views["position_T"][:] = -1
         int_views["target_T"][:] = -1
-        int_views["slot_T"][:] = self.num_slots
+        int_views["slot_T"][:] = self.all_slots
         int_views["sample_slot_R"][:] = self.num_slots
         float_views["repetition_R"][:] = 1
         float_views["top_p_R"][:] = 1
         if self.lora_blocks:
             int_views["row_NQ"][:] = self.bucket.rows
             int_views["place_T"][:] = self.lora_blocks * LORA_ROWS
+        if self.bucket.grad_rows:
+            int_views["acc_table_BM"][:] = np.iinfo(np.int32).max
         return ints, int_views, floats, float_views
 
     def unpack(self, ints: jax.Array, floats: jax.Array) -> TokenBatch:
@@ -135,10 +169,19 @@ class BatchLayout:
             choice_R=i["choice_R"],
             position_R=i["sample_position_R"],
         )
-        lora = LoraBatch(*(i[k] for k in ("row_NQ", "place_T", "block_SJ", "page_SJ", "items_S"))) if self.lora_blocks else None
+        lora = (
+            LoraBatch(*(i[k] for k in ("row_NQ", "place_T", "block_SJ", "page_SJ", "items_S")))
+            if self.lora_blocks
+            else None
+        )
+        grad = None
+        if self.bucket.grad_rows:
+            loss = LossRows(target_W=i["loss_target_W"], kind_W=i["loss_kind_W"], **{k: f[k] for k in LOSS_FLOATS})
+            items = (i["grad_" + k] for k in ("block_SJ", "page_SJ", "lane_SJ", "items_S"))
+            grad = GradBatch(loss, i["acc_table_BM"], *items)
         plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R")
         return TokenBatch(
-            **{name: i[name] for name in (*plain, "edited_R", "counted_R", "flags")}, rows=rows, lora=lora
+            **{name: i[name] for name in (*plain, "edited_R", "counted_R", "flags")}, rows=rows, lora=lora, grad=grad
         )
 
 

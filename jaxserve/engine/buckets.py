@@ -1,7 +1,7 @@
 """The finite set of shapes a step may have; all compiled before the engine is ready.
 
-A step has ``chunk_rows`` rows for prefill chunks, then ``decode_rows`` rows of one token each. Buckets differ only in
-these two numbers. On XLA's CPU backend the bits of a row do not depend on them (see ``models.layers.dense``), so a
+A step has ``grad_rows`` rows whose backward runs in it, then ``chunk_rows`` rows for prefill chunks and finetune windows
+that only go forward, then ``decode_rows`` rows of one token each. Buckets differ only in these three numbers. On XLA's CPU backend the bits of a row do not depend on them (see ``models.layers.dense``), so a
 request's tokens and log-probabilities are the same in any bucket; on a GPU the matmul library may choose another
 kernel for another number of rows, and with it other last bits.
 """
@@ -14,14 +14,20 @@ MIN_ROWS = 8
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """One compiled shape. Rows [0, chunk_rows) are chunk rows, the rest decode rows."""
+    """One compiled shape: gradient rows, chunk rows, decode rows, in this order."""
 
     chunk_rows: int
     decode_rows: int
+    grad_rows: int = 0
+
+    @property
+    def block_rows(self) -> int:
+        """Rows that come in blocks of one sequence each."""
+        return self.grad_rows + self.chunk_rows
 
     @property
     def rows(self) -> int:
-        return self.chunk_rows + self.decode_rows
+        return self.block_rows + self.decode_rows
 
 
 def ladder(low: int, high: int) -> tuple[int, ...]:
@@ -35,29 +41,41 @@ def ladder(low: int, high: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Every bucket of an engine: decode-only steps, and chunk steps beside few or many decode rows."""
+    """Every bucket of an engine: decode-only steps, chunk steps beside few or many decode rows, and steps with
+    gradient rows beside no or all chunk rows and few or many decode rows."""
 
     chunk_rows: tuple[int, ...]
     decode_rows: tuple[int, ...]
+    grad_rows: tuple[int, ...] = ()
 
     @classmethod
-    def make(cls, max_chunk_rows: int, max_num_seqs: int, row_block: int) -> "Buckets":
-        """Powers of two up to the limits; chunk rows are multiples of ``row_block``."""
+    def make(cls, max_chunk_rows: int, max_num_seqs: int, row_block: int, max_grad_rows: int = 0) -> "Buckets":
+        """Powers of two up to the limits; chunk and gradient rows are multiples of ``row_block``."""
         most = max(max_chunk_rows // row_block, 1)
         chunks = tuple(row_block * n for n in ladder(min(max(64 // row_block, 1), most), most))
-        return cls(chunks, ladder(min(MIN_ROWS, max(max_num_seqs, 2)), max(max_num_seqs, 2)))
+        decodes = ladder(min(MIN_ROWS, max(max_num_seqs, 2)), max(max_num_seqs, 2))
+        grads = max_grad_rows // row_block
+        return cls(chunks, decodes, tuple(row_block * n for n in ladder(max(grads // 4, 1), grads)) if grads else ())
+
+    @property
+    def few_or_many(self) -> tuple[int, ...]:
+        return tuple(sorted({self.decode_rows[0], self.decode_rows[-1]}))
 
     def __iter__(self):
         yield from (Bucket(0, rows) for rows in self.decode_rows)
         for chunk in self.chunk_rows:
-            yield from (Bucket(chunk, rows) for rows in sorted({self.decode_rows[0], self.decode_rows[-1]}))
+            yield from (Bucket(chunk, rows) for rows in self.few_or_many)
+        for grad in self.grad_rows:
+            yield from (Bucket(chunk, rows, grad) for chunk in (0, self.chunk_rows[-1]) for rows in self.few_or_many)
 
-    def fit(self, chunk_rows: int, decode_rows: int) -> Bucket:
+    def fit(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
         """The smallest bucket that holds this many rows of each kind."""
+        if grad_rows:
+            chunk = self.chunk_rows[-1] if chunk_rows else 0
+            return Bucket(chunk, _least(self.few_or_many, decode_rows), _least(self.grad_rows, grad_rows))
         if chunk_rows == 0:
             return Bucket(0, _least(self.decode_rows, decode_rows))
-        few, many = self.decode_rows[0], self.decode_rows[-1]
-        return Bucket(_least(self.chunk_rows, chunk_rows), few if decode_rows <= few else many)
+        return Bucket(_least(self.chunk_rows, chunk_rows), _least(self.few_or_many, decode_rows))
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int:

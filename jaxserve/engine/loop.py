@@ -126,7 +126,9 @@ class EngineCore:
         self.specs = {bucket: self._spec(bucket) for bucket in self.buckets}
         self.slots = Slots(config.max_num_seqs, config.pages_per_seq)
         layouts = {bucket: spec.layout for bucket, spec in self.specs.items()}
-        self.packer = Packer(self.slots, layouts, config.row_block, config.num_pages, config.page_size, model.vocab_size)
+        self.packer = Packer(
+            self.slots, layouts, config.row_block, config.num_pages, config.page_size, model.vocab_size
+        )
         self.in_flight: deque[InFlight] = deque()
         self.compiles = CompileCounter()
         self.num_steps = self.failures = 0
@@ -392,4 +394,3 @@ class EngineCore:
         for page, content in zip(pages, contents, strict=True):
             bank = write_page(bank, np.int32(page), content, self.config.bank_pages)
         self.state = self.state.replace(bank=bank)
-

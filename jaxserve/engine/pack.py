@@ -4,6 +4,7 @@ What a sequence brings once (sampling parameters, adapter) is kept in arrays ind
 page tables grow in place. Every index that reaches the device is checked here: JAX itself never complains.
 """
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS, BatchLayout
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.state import MAX_EDITS
 from jaxserve.errors import EngineError
+from jaxserve.finetune.windows import Lane, WindowRows
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.request import Sequence
 from pallas_kernels.token_sampling import GREEDY_BELOW
@@ -46,6 +48,7 @@ class Slots:
 
     num_slots: int
     pages_per_seq: int
+    train_slots: int = 0  # behind the others: sequences that are finetuned on
     page_table_BM: np.ndarray = field(init=False)
     num_pages_B: np.ndarray = field(init=False)
     lead_page_B: np.ndarray = field(init=False)  # first bank page of the slot's adapter; 0: base
@@ -55,13 +58,17 @@ class Slots:
     adapters: dict[int, AdapterRows] = field(default_factory=dict)  # by lead page
 
     def __post_init__(self):
-        B = self.num_slots
+        B = self.all_slots
         self.page_table_BM = np.zeros((B, self.pages_per_seq), np.int32)
         self.num_pages_B = np.zeros(B, np.int32)
         self.lead_page_B = np.zeros(B + 1, np.int32)  # the last entry stands for padding rows
         self.seed_B2 = np.zeros((B, 2), np.int32)
         self.ints = {name: np.zeros(B, np.int32) for name in INTS}
         self.floats = {name: np.zeros(B, np.float32) for name in FLOATS}
+
+    @property
+    def all_slots(self) -> int:
+        return self.num_slots + self.train_slots
 
     def admit(self, seq: Sequence, adapter: AdapterRows | None, edited: bool) -> None:
         """Takes over a slot for a sequence that starts (or starts again). Its params carry a seed."""
@@ -91,7 +98,15 @@ class Slots:
 class Packer:
     """Turns plans into buffers for one engine."""
 
-    def __init__(self, slots: Slots, layouts: dict[Bucket, BatchLayout], row_block: int, num_pages: int, page_size: int, vocab_size: int):
+    def __init__(
+        self,
+        slots: Slots,
+        layouts: dict[Bucket, BatchLayout],
+        row_block: int,
+        num_pages: int,
+        page_size: int,
+        vocab_size: int,
+    ):
         self.slots = slots
         self.layouts = layouts
         self.row_block = row_block
@@ -103,7 +118,10 @@ class Packer:
         """Fills the buffers of ``bucket`` with the plan's rows."""
         layout = self.layouts[bucket]
         ints, i, floats, f = layout.empty()
-        chunk_ends = self._chunks(plan, i)
+        chunk_ends, row = self._chunks(plan, i, bucket)
+        if plan.finetune is not None:
+            self._windows(plan.finetune.forwards, i, row)
+            self._gradients(plan.finetune.grads, i, f, layout)
         self._decodes(plan, i, bucket)
         i["page_table_BM"][:] = self.slots.page_table_BM
         self._samples(plan, i, f, bucket, chunk_ends)
@@ -112,9 +130,9 @@ class Packer:
         self._check(i, bucket)
         return Packed(bucket, ints, floats, i)
 
-    def _chunks(self, plan: StepPlan, i: dict[str, np.ndarray]) -> list[int]:
-        """Lays chunk segments into aligned blocks; returns each segment's last row."""
-        ends, row = [], 0
+    def _chunks(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> tuple[list[int], int]:
+        """Lays chunk segments into aligned blocks; returns each segment's last row, and the next free row."""
+        ends, row = [], bucket.grad_rows
         for segment in plan.chunks:
             seq, start, length = segment.seq, segment.start, segment.length
             self.slots.grow(seq)
@@ -124,14 +142,58 @@ class Packer:
             i["slot_T"][rows] = seq.slot
             if seq.request.params.prompt_logprobs is not None and start < len(seq.request.prompt_ids) - 1:
                 targets = seq.request.prompt_ids[start + 1 : start + 1 + length]
-                i["target_T"][row : row + len(targets)] = targets
+                at = row - bucket.grad_rows
+                i["target_T"][at : at + len(targets)] = targets
                 i["flags"][flags.PROMPT_LOGPROBS] = 1
             ends.append(row + length - 1)
             row += -(-length // self.row_block) * self.row_block
-        return ends
+        return ends, row
+
+    def _windows(self, windows: Iterable[WindowRows], i: dict[str, np.ndarray], row: int) -> None:
+        """Lays windows of finetune sequences into aligned blocks."""
+        for window in windows:
+            seq, slot = window.seq, self.slots.num_slots + window.seq.slot
+            rows = slice(row, row + window.length)
+            i["token_T"][rows] = seq.token_ids[window.start : window.end]
+            i["position_T"][rows] = np.arange(window.start, window.end)
+            i["slot_T"][rows] = slot
+            self.slots.page_table_BM[slot, : len(seq.pages)] = seq.pages
+            lane = seq.lane
+            self.slots.lead_page_B[slot] = lane.adapter_pages[0]
+            self.slots.adapters[lane.adapter_pages[0]] = AdapterRows(lane.adapter_pages, lane.sites)
+            row += -(-window.length // self.row_block) * self.row_block
+
+    def _gradients(self, windows: Iterable[WindowRows], i, f, layout: BatchLayout) -> None:
+        """The gradient rows: their tokens, what they learn, and the adapter work of their backward."""
+        self._windows(windows, i, 0)
+        row = 0
+        for window in windows:
+            seq, targets, rows = window.seq, window.seq.targets, slice(row, row + window.length)
+            following = slice(window.start + 1, window.end + 1)  # row t predicts token t + 1
+            i["loss_target_W"][rows] = seq.token_ids[following]
+            i["loss_kind_W"][rows] = targets.kind
+            f["weight_W"][rows] = targets.weights[following]
+            if targets.sampled_logprobs is not None:
+                f["sampled_logprob_W"][rows] = targets.sampled_logprobs[following]
+            if targets.advantages is not None:
+                f["advantage_W"][rows] = targets.advantages[following]
+            f["clip_low_W"][rows], f["clip_high_W"][rows] = targets.clip
+            i["acc_table_BM"][self.slots.num_slots + seq.slot, : len(seq.acc_pages)] = seq.acc_pages
+            blocks = -(-window.length // self.row_block)
+            self._gradient_items(i, seq.lane, row // self.row_block, blocks)
+            row += blocks * self.row_block
+
+    def _gradient_items(self, i: dict[str, np.ndarray], lane: Lane, block: int, blocks: int) -> None:
+        pages = len(lane.adapter_pages)
+        for site in lane.sites:
+            items = slice(i["grad_items_S"][site], i["grad_items_S"][site] + blocks * pages)
+            i["grad_block_SJ"][site, items] = np.repeat(np.arange(block, block + blocks), pages)
+            i["grad_page_SJ"][site, items] = np.tile(lane.adapter_pages, blocks)
+            i["grad_lane_SJ"][site, items] = np.tile(lane.lane_pages, blocks)
+            i["grad_items_S"][site] = items.stop
 
     def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> None:
-        for row, segment in enumerate(plan.decodes, bucket.chunk_rows):
+        for row, segment in enumerate(plan.decodes, bucket.block_rows):
             seq, start = segment.seq, segment.start
             self.slots.grow(seq)
             i["token_T"][row] = seq.tokens[start] if start < len(seq.tokens) else FROM_DEVICE
@@ -144,7 +206,8 @@ class Packer:
             return
         slot_R = np.fromiter((sample.seq.slot for sample in plan.samples), np.int32, count)
         row_R = [
-            chunk_ends[s.segment_index] if s.kind == "chunk" else bucket.chunk_rows + s.segment_index for s in plan.samples
+            chunk_ends[s.segment_index] if s.kind == "chunk" else bucket.block_rows + s.segment_index
+            for s in plan.samples
         ]
         i["sample_row_R"][:count] = row_R
         i["sample_slot_R"][:count] = slot_R
@@ -194,7 +257,7 @@ class Packer:
         bounds = {
             "token_T": (FROM_DEVICE, self.vocab_size),
             "position_T": (-1, self.slots.pages_per_seq * self.page_size),
-            "slot_T": (0, self.slots.num_slots + 1),
+            "slot_T": (0, self.slots.all_slots + 1),
             "page_table_BM": (0, self.num_pages),
             "sample_row_R": (0, bucket.rows),
             "sample_slot_R": (0, self.slots.num_slots + 1),

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxserve.adapters.bank import Bank, BankShape
+from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state, train_specs
 from jaxserve.kvcache.pool import KV_AXES, LayerKV, empty_pool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import padded_vocab
@@ -33,13 +34,22 @@ class EngineState:
     edit_token_BZ: Int[Array, "B Z"]
     edit_value_BZ: Float[Array, "B Z"]  # added to the logit ...
     edit_until_BZ: Int[Array, "B Z"]  # ... of tokens drawn at a position below this
+    train: TrainState | None  # None: the engine does not finetune
 
 
 COUNT_AXES = (None, "vocab")
 
 
 def empty_state(
-    config: ModelConfig, mesh: Mesh, *, num_pages: int, page_size: int, num_slots: int, dtype: str, bank: BankShape | None
+    config: ModelConfig,
+    mesh: Mesh,
+    *,
+    num_pages: int,
+    page_size: int,
+    num_slots: int,
+    dtype: str,
+    bank: BankShape | None,
+    train: TrainShape | None = None,
 ) -> EngineState:
     """A state with nothing in it, placed on the mesh."""
     replicated = named_sharding(mesh, ())
@@ -54,6 +64,7 @@ def empty_state(
         edit_token_BZ=put(np.zeros((num_slots, MAX_EDITS), np.int32)),
         edit_value_BZ=put(np.zeros((num_slots, MAX_EDITS), np.float32)),
         edit_until_BZ=put(np.zeros((num_slots, MAX_EDITS), np.int32)),
+        train=None if train is None or bank is None else empty_train_state(train, bank, config, mesh, page_size, dtype),
     )
 
 
@@ -72,6 +83,7 @@ def state_specs(state: EngineState, bank: BankShape | None) -> EngineState:
         edit_token_BZ=whole,
         edit_value_BZ=whole,
         edit_until_BZ=whole,
+        train=None if state.train is None else train_specs(state.train),
     )
 
 
@@ -86,7 +98,9 @@ def write_slot(state: EngineState, slot, token_S, kind_S, edit_token_Z, edit_val
     width = state.count_BV.shape[1]
     column_S = jnp.where(kind_S > 0, token_S, width)
     output_V = jnp.zeros(width, jnp.int16).at[column_S].add((kind_S == 1).astype(jnp.int16), mode="drop")
-    in_prompt_V = jnp.zeros(width, jnp.int16).at[jnp.where(kind_S == 2, token_S, width)].set(jnp.int16(PROMPT_BIT), mode="drop")
+    in_prompt_V = (
+        jnp.zeros(width, jnp.int16).at[jnp.where(kind_S == 2, token_S, width)].set(jnp.int16(PROMPT_BIT), mode="drop")
+    )
     return state.replace(
         count_BV=state.count_BV.at[slot].set(output_V | in_prompt_V),
         edit_token_BZ=state.edit_token_BZ.at[slot].set(edit_token_Z),

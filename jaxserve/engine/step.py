@@ -1,9 +1,9 @@
-"""The step: (state, batch) -> (state, output), one program for decode tokens and prefill chunks.
+"""The step: (state, batch) -> (state, output), one program for decode tokens, prefill chunks and finetuning windows.
 
 The decoder leaves two slots open and this file fills them: ``linear`` adds each row's adapter to the base matmul,
 ``attend`` writes the rows' keys and values to their pages and attends through the page table.
 
-Shapes: T packed rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary, N top log-probabilities.
+Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary, N top log-probabilities.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.adapters.bank import SITE_NAMES, BankShape
 from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import FROM_DEVICE, BatchLayout, TokenBatch
+from jaxserve.engine.gradient import GradientRows, TrainShape
 from jaxserve.engine.state import EngineState, state_specs
 from jaxserve.kvcache.pool import write_kv
 from jaxserve.models import decoder
@@ -46,6 +47,7 @@ class StepSpec:
     bank: BankShape | None = None
     attention: str | None = None  # force an implementation
     lora: str | None = None
+    train: TrainShape | None = None
 
     @property
     def shard(self) -> VocabShard:
@@ -59,12 +61,14 @@ class StepOutput:
     token_R: Int[Array, "R"]
     logprob_R: Float[Array, "R"]  # of the drawn token under the model's own distribution
     finite_R: Bool[Array, "R"]  # the row's logits were finite, and something could be drawn
-    finite_B: Bool[Array, "B"]  # all of the slot's rows were finite; true for slots without rows
+    finite_B: Bool[Array, "B"]  # all of the slot's rows were finite; true for slots without rows (all slots)
     top_token_RN: Int[Array, "R N"]
     top_logprob_RN: Float[Array, "R N"]
     prompt_logprob_T: Float[Array, "Tc"]  # of target_T after each chunk row
     prompt_top_token_TN: Int[Array, "Tc N"]
     prompt_top_logprob_TN: Float[Array, "Tc N"]
+    loss_W: Float[Array, "W"]  # weighted loss of each gradient row
+    train_logprob_W: Float[Array, "W"]  # of each gradient row's target
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
@@ -85,31 +89,51 @@ def step(params, state: EngineState, ints: Int[Array, "I"], floats: Float[Array,
 
 def _local_step(params, state: EngineState, ints, floats, *, spec: StepSpec) -> tuple[EngineState, StepOutput]:
     batch = spec.layout.unpack(ints, floats)
-    hidden_TD, kv = forward_rows(params, state, batch, spec)
+    bucket = spec.layout.bucket
+    gradient = GradientRows(params, batch, state.train, state.bank, spec) if bucket.grad_rows else None
+    hidden_TD, kv = forward_rows(params, state, batch, spec, gradient)
     finite_B = _finite_slots(hidden_TD, batch, spec)
     state = state.replace(kv=kv)
     state, drawn = _draw(params, state, hidden_TD, batch, spec)
-    prompt = _prompt_logprobs(params, hidden_TD[: spec.layout.bucket.chunk_rows], batch, spec)
-    return state, StepOutput(finite_B=finite_B, **drawn, **prompt)
+    prompt = _prompt_logprobs(params, hidden_TD[bucket.grad_rows : bucket.block_rows], batch, spec)
+    losses = {name: jnp.zeros(0, jnp.float32) for name in ("loss_W", "train_logprob_W")}
+    if gradient is not None:
+        train, losses = gradient.backward(kv)
+        state = state.replace(train=train)
+    return state, StepOutput(finite_B=finite_B, **drawn, **prompt, **losses)
 
 
-def forward_rows(params, state: EngineState, batch: TokenBatch, spec: StepSpec):
+def forward_rows(params, state: EngineState, batch: TokenBatch, spec: StepSpec, gradient: GradientRows | None = None):
     """All layers over all rows. Returns final hidden states [T, D] and the written K/V pools."""
-    num_slots = spec.layout.num_slots
     last_T = state.last_token_B.at[batch.slot_T].get(mode="clip")
     token_T = jnp.where(batch.token_T == FROM_DEVICE, last_T, batch.token_T)
-    slot_T = jnp.minimum(batch.slot_T, num_slots - 1)
+    slot_T = jnp.minimum(batch.slot_T, spec.layout.all_slots - 1)
     position_T = jnp.maximum(batch.position_T, 0)
     layers = [{**p, "index": jnp.int32(i)} for i, p in enumerate(params["layers"])]
+    linear = partial(_linear, state=state, batch=batch, spec=spec)
+    attend = _make_attend(state, batch, slot_T, spec)
+
+    def attend_rows(q, k, v, kv, layer):
+        out_THC, lse_TH, kv = attend(q, k, v, kv, layer)
+        if gradient is not None:
+            gradient.record_attention(out_THC, lse_TH)
+        return out_THC, kv
+
+    wrap = {}
+    if gradient is not None:
+        rope = partial(decoder.rotary, spec.config, position_T=position_T, dtype=params["embed"].dtype)
+        gradient.all_rows = (linear, attend, rope)
+        wrap = {"wrap": gradient.record}
     return decoder.forward(
         {**params, "layers": layers},
         token_T,
         position_T,
         config=spec.config,
         lookup=partial(_lookup, shard=spec.shard),
-        linear=partial(_linear, state=state, batch=batch, spec=spec),
-        attend=_make_attend(state, batch, slot_T, spec),
+        linear=linear,
+        attend=attend_rows,
         kv=state.kv,
+        **wrap,
     )
 
 
@@ -152,13 +176,13 @@ def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"],
         position_T=batch.position_T,
         sequence_T=slot_T,
         page_table_BM=batch.page_table_BM,
-        chunk_rows=spec.layout.bucket.chunk_rows,
+        chunk_rows=spec.layout.bucket.block_rows,
         row_block=spec.row_block,
     )
 
     def attend(q_THC, k_TKC, v_TKC, kv, layer):
         kv = write_kv(kv, k_TKC, v_TKC, page_T, offset_T)
-        out_THC, _ = ragged_paged_attention(
+        out_THC, lse_TH = ragged_paged_attention(
             q_THC,
             *kv,
             layout,
@@ -167,14 +191,14 @@ def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"],
             window=layer.window,
             implementation=spec.attention,
         )
-        return out_THC, kv
+        return out_THC, lse_TH, kv
 
     return attend
 
 
 def _finite_slots(hidden_TD, batch: TokenBatch, spec: StepSpec) -> Bool[Array, "B"]:
     finite_T = jnp.all(jnp.isfinite(hidden_TD), axis=1)
-    finite_B = jnp.ones(spec.layout.num_slots, jnp.int32).at[batch.slot_T].min(finite_T.astype(jnp.int32), mode="drop")
+    finite_B = jnp.ones(spec.layout.all_slots, jnp.int32).at[batch.slot_T].min(finite_T.astype(jnp.int32), mode="drop")
     return finite_B.astype(bool)
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence as Values
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jaxserve.scheduler.request import Sequence
 
@@ -31,6 +31,13 @@ class Sample(NamedTuple):
     kind: Literal["chunk", "decode"]
 
 
+class FinetunePlan(NamedTuple):
+    """Windows of finetune sequences: in the gradient rows, and forward only beside the chunks."""
+
+    grads: tuple[Any, ...] = ()
+    forwards: tuple[Any, ...] = ()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StepPlan:
     """Valid until the scheduler is called again: pages and slots are read from the sequences, so pack it at once.
@@ -45,7 +52,7 @@ class StepPlan:
     page_copies: tuple[tuple[int, int], ...] = ()
     started: tuple[Sequence, ...] = ()  # hold a slot since this plan, some of them again; followers included
     preempted: tuple[Sequence, ...] = ()
-    finetune: tuple = ()
+    finetune: FinetunePlan | None = None
     chunk_rows: int  # rows of the chunks, each rounded up to whole row blocks
 
     @property

@@ -41,6 +41,7 @@ def token_loss(logprob_W: Float[Array, "W"], rows: LossRows) -> tuple[Float[Arra
     importance sampling:  -weight * ratio * advantage, ratio = exp(logprob - sampled logprob)
     PPO (Schulman et al. 2017, eq. 7): -weight * min(ratio * advantage, clip(ratio) * advantage)
     """
+    rows = jax.tree.map(lambda x: x.astype(logprob_W.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, rows)
     ratio_W = jnp.exp(jnp.where(rows.kind_W == CROSS_ENTROPY, 0, logprob_W - rows.sampled_logprob_W))
     gain_W = ratio_W * rows.advantage_W
     clipped_W = jnp.clip(ratio_W, rows.clip_low_W, rows.clip_high_W) * rows.advantage_W
@@ -80,7 +81,7 @@ def loss_and_gradient(
         V = logits_QV.shape[1]
         token_V = shard.offset(V) + jnp.arange(V, dtype=jnp.int32)
         is_target_QV = token_V[None] == rows.target_W[:, None]
-        d_logits_QV = (jnp.exp(logits_QV - norm_Q[:, None]) - is_target_QV) * coefficient_Q[:, None]
+        d_logits_QV = (jnp.exp(logits_QV - norm_Q[:, None]) - is_target_QV.astype(logits_QV.dtype)) * coefficient_Q[:, None]
         # a row without weight contributes exactly nothing, whatever its numbers are
         learns_Q = rows.weight_W != 0
         d_hidden_QD = shard.sum(pull(jnp.where(learns_Q[:, None], d_logits_QV, 0)))

@@ -15,7 +15,11 @@ from jaxtyping import Array, Int
 PAGE_RANK = 16
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["row_NQ", "place_T", "block_J", "page_J", "num_items"], meta_fields=[])
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["row_NQ", "place_T", "block_J", "page_J", "num_items"],
+    meta_fields=[],
+)
 @dataclass(frozen=True, kw_only=True)
 class LoraPlan:
     """The rows of each block, and the (block, page) pairs to be computed, the first ``num_items`` of them real."""

@@ -34,7 +34,8 @@ def lora_matmul(
         block, page = (lax.dynamic_slice_in_dim(v, index * span, span) for v in (block_J, page_J))
         h_JQR = dot_blocks(x_NQD[block], a_PRD[page], accumulate).astype(x_TD.dtype)
         y_JQE = jnp.concatenate(
-            [dot_blocks(h_JQR[..., i * rank : (i + 1) * rank], b[page], accumulate) for i, b in enumerate(members)], axis=-1
+            [dot_blocks(h_JQR[..., i * rank : (i + 1) * rank], b[page], accumulate) for i, b in enumerate(members)],
+            axis=-1,
         )
         target = jnp.where(item_J < plan.num_items, block, N)
         return y_NQE.at[target].add(y_JQE, mode="drop")

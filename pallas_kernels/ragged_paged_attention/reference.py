@@ -25,7 +25,8 @@ def ragged_paged_attention(
     accumulate = wide_dtype(q_THC.dtype)
     pages_TM = layout.page_table_BM.at[layout.sequence_T].get(mode="clip")
     k_TSKC, v_TSKC = (
-        pool.at[pages_TM].get(mode="clip").swapaxes(2, 3).reshape(T, -1, K, C).astype(accumulate) for pool in (k_PKGC, v_PKGC)
+        pool.at[pages_TM].get(mode="clip").swapaxes(2, 3).reshape(T, -1, K, C).astype(accumulate)
+        for pool in (k_PKGC, v_PKGC)
     )
     key_S = jnp.arange(pages_TM.shape[1] * G, dtype=jnp.int32)
     low_T = jnp.zeros_like(layout.position_T) if window is None else layout.position_T - window + 1

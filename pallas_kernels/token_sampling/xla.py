@@ -70,7 +70,9 @@ def pick(x_RV: Float[Array, "R V"], token_R: Int[Array, "R"], shard: VocabShard)
     return shard.sum(jnp.where(mine_R, value_R, 0))
 
 
-def top_tokens(x_RV: Float[Array, "R V"], count: int, shard: VocabShard) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
+def top_tokens(
+    x_RV: Float[Array, "R V"], count: int, shard: VocabShard
+) -> tuple[Float[Array, "R N"], Int[Array, "R N"]]:
     """The ``count`` greatest values of each row and their token ids, greatest first."""
     V = x_RV.shape[1]
     value_RN, token_RN = lax.top_k(x_RV, min(count, V))
@@ -81,9 +83,7 @@ def top_tokens(x_RV: Float[Array, "R V"], count: int, shard: VocabShard) -> tupl
     return value_RN, jnp.take_along_axis(token_RN, index_RN, axis=1)
 
 
-def penalise(
-    logits_RV: Float[Array, "R V"], count_RV: Int[Array, "R V"], rows: SampleRows
-) -> Float[Array, "R V"]:
+def penalise(logits_RV: Float[Array, "R V"], count_RV: Int[Array, "R V"], rows: SampleRows) -> Float[Array, "R V"]:
     """Repetition (prompt and output), presence and frequency (output) penalties from per-row token counts."""
     output_RV = (count_RV & COUNT_MASK).astype(logits_RV.dtype)
     scale_RV = jnp.where(count_RV != 0, rows.repetition_R[:, None], 1).astype(logits_RV.dtype)
@@ -92,7 +92,9 @@ def penalise(
     return logits_RV - rows.presence_R[:, None] * (output_RV > 0).astype(logits_RV.dtype)
 
 
-def sample(logits_RV: Float[Array, "R V"], rows: SampleRows, any_random, any_filter, shard: VocabShard) -> Int[Array, "R"]:
+def sample(
+    logits_RV: Float[Array, "R V"], rows: SampleRows, any_random, any_filter, shard: VocabShard
+) -> Int[Array, "R"]:
     """Draws a token per row. ``any_random``, ``any_filter`` (scalars) let a batch skip what none of its rows needs."""
     greedy_R = argmax(logits_RV, shard)
 
@@ -132,13 +134,16 @@ def _ordered_bits(x_RV: Float[Array, "R V"]) -> UInt[Array, "R V"]:
     return jnp.where(bits_RV >> 31 == 1, ~bits_RV, bits_RV | jnp.uint32(1 << 31))
 
 
-def _threshold(order_RV: UInt[Array, "R V"], weight_RV: jax.Array, wanted_R: jax.Array, shard: VocabShard) -> UInt[Array, "R"]:
+def _threshold(
+    order_RV: UInt[Array, "R V"], weight_RV: jax.Array, wanted_R: jax.Array, shard: VocabShard
+) -> UInt[Array, "R"]:
     """The greatest t with sum(weight where order >= t) >= wanted, built bit by bit: 32 passes, no sort."""
 
     def try_bit(step, floor_R):
         candidate_R = floor_R | (jnp.uint32(1 << 31) >> step.astype(jnp.uint32))
         above_RV = jnp.where(order_RV >= candidate_R[:, None], weight_RV, 0)
-        total_R = row_sum(above_RV) if jnp.issubdtype(above_RV.dtype, jnp.floating) else jnp.sum(above_RV, axis=1)
+        is_mass = jnp.issubdtype(above_RV.dtype, jnp.floating)
+        total_R = row_sum(above_RV) if is_mass else jnp.sum(above_RV, axis=1, dtype=jnp.int32)
         return jnp.where(shard.sum(total_R) >= wanted_R, candidate_R, floor_R)
 
     return lax.fori_loop(0, 32, try_bit, jnp.zeros(order_RV.shape[0], jnp.uint32))

@@ -1,0 +1,341 @@
+"""The backward of the gradient rows, in the step that runs their forward.
+
+The forward runs all rows of a step through the same matmuls. Only the first W rows are differentiated: every linear
+layer and attention has its own backward that looks at those rows alone, so no inference row costs a backward matmul,
+and the frozen weights get no gradient at all. How much of the forward is kept is the remat policy:
+
+    full       each layer's input; the layer is run again, for the gradient rows alone, when its turn comes
+    attention  that and attention's output; all but attention is run again
+    none       everything autodiff asks for, of all rows; nothing is run again
+
+Shapes: T rows, W gradient rows, L layers, D hidden, I in, O out, H query heads, K kv heads, C head dim, A accumulator
+pages, Y lane pages, R ranks, E out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from jaxserve.adapters.bank import SITE_NAMES, BankShape, SiteBank
+from jaxserve.engine.batch import TokenBatch
+from jaxserve.kvcache.pool import KV_AXES, kv_spec
+from jaxserve.models import decoder
+from jaxserve.models.config import LayerConfig, ModelConfig
+from jaxserve.models.layers import matmul, rms_norm
+from jaxserve.models.params import BIASES, SITES
+from pallas_kernels.cross_entropy import loss_and_gradient
+from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
+from pallas_kernels.numerics import wide_dtype
+from pallas_kernels.ragged_paged_attention import (
+    AttentionLayout,
+    ragged_paged_attention,
+    ragged_paged_attention_backward,
+    take_rows,
+)
+from sharding import AXIS, named_sharding, partition_spec
+
+REMAT = ("none", "attention", "full")
+
+
+@struct.dataclass
+class TrainState:
+    """What finetuning keeps on the device between steps.
+
+    A lane page holds the gradient of one bank page's worth of an adapter (16 ranks of every layer), in float32 or
+    wider. Where a factor is replicated over devices its gradient is not (each device has a term of it), so all
+    lanes carry the device as their first axis; the terms are summed once per optimizer step.
+    """
+
+    acc: list[tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]]  # dK, dV; pages that nobody owns are zero
+    lanes: dict[str, SiteBank]  # a [devices, L * Y, R, D], members [devices, L * Y, E, 16]
+
+
+@dataclass(frozen=True)
+class TrainShape:
+    """Sizes of the finetuning state."""
+
+    num_slots: int  # sequences between their first and last window
+    acc_pages: int
+    lane_pages: int
+    remat: str = "full"
+
+    def __post_init__(self):
+        if self.remat not in REMAT:
+            raise ValueError(f"remat is {self.remat!r}; it must be one of {', '.join(REMAT)}")
+
+
+def empty_train_state(
+    shape: TrainShape, bank: BankShape, config: ModelConfig, mesh: Mesh, page_size: int, dtype: str
+) -> TrainState:
+    """All zeros, on the mesh."""
+    wide, tp = wide_dtype(jnp.dtype(dtype)), mesh.size
+    pool = kv_spec(config, shape.acc_pages, page_size, tp)
+    zeros = jax.jit(lambda: jnp.zeros(pool.shape, wide), out_shardings=named_sharding(mesh, pool.axes))
+    lane_sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(AXIS))
+
+    def lane(spec):
+        local = named_sharding(mesh, spec.axes).shard_shape(spec.shape)
+        full = (tp, local[0] // bank.num_pages * shape.lane_pages, *local[1:])
+        return jax.jit(lambda: jnp.zeros(full, wide), out_shardings=lane_sharding)()
+
+    lanes = jax.tree.map(lane, bank.specs(), is_leaf=lambda x: hasattr(x, "axes"))
+    return TrainState(acc=[(zeros(), zeros()) for _ in range(config.num_layers)], lanes=lanes)
+
+
+def train_specs(train: TrainState) -> TrainState:
+    """The PartitionSpec of every array."""
+    pool = partition_spec(KV_AXES)
+    lanes = jax.tree.map(lambda _: PartitionSpec(AXIS), train.lanes)
+    return TrainState(acc=[(pool, pool) for _ in train.acc], lanes=lanes)
+
+
+@dataclass
+class Tape:
+    """What the forward leaves for the backward; filled while the step is traced."""
+
+    rows: int
+    remat: str
+    inputs: list[Float[Array, "W D"]] = field(default_factory=list)  # of each layer
+    attended: list[tuple[jax.Array, jax.Array]] = field(default_factory=list)  # attention's output, log-sum-exp
+    pulls: list[Callable] = field(default_factory=list)  # vector-Jacobian products of layers, policy none
+    last: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
+
+
+class GradientRows:
+    """The gradient rows of one step: their layers, differentiable, and their backward.
+
+    Made while tracing, inside ``shard_map``.
+    """
+
+    def __init__(self, params: Any, batch: TokenBatch, train: TrainState, bank: dict[str, SiteBank], spec: Any):
+        assert batch.grad is not None
+        self.params, self.batch, self.grad, self.train, self.bank, self.spec = (
+            params,
+            batch,
+            batch.grad,
+            train,
+            bank,
+            spec,
+        )
+        self.W = spec.layout.bucket.grad_rows
+        self.tape = Tape(self.W, spec.train.remat)
+        slots, W = spec.layout.all_slots, self.W
+        self.slot_W = jnp.minimum(batch.slot_T[:W], slots - 1)
+        self.position_W = batch.position_T[:W]
+        self.layout = AttentionLayout(
+            position_T=self.position_W,
+            sequence_T=self.slot_W,
+            page_table_BM=batch.page_table_BM,
+            chunk_rows=W,
+            row_block=spec.row_block,
+        )
+        place_W = jnp.maximum(self.position_W, 0)
+        page_W = self.grad.acc_table_BM.at[self.slot_W, place_W // spec.page_size].get(mode="clip")
+        self.acc_page_W = jnp.where(self.position_W >= 0, page_W, train.acc[0][0].shape[0])
+        self.acc_offset_W = place_W % spec.page_size
+        self.settings = {"scale": spec.config.attention_scale, "softcap": spec.config.attention_softcap}
+
+    # forward
+
+    def record(self, layer_step: Callable) -> Callable:
+        """Wraps a layer of the forward: notes what the policy keeps."""
+
+        def recorded(p, x_TD, kv):
+            if self.tape.remat == "none":
+                y_TD, kv = self._recorded_with_autodiff(p, x_TD, kv, len(self.tape.pulls))
+            else:
+                self.tape.inputs.append(x_TD[: self.W])
+                y_TD, kv = layer_step(p, x_TD, kv)
+            self.tape.last = y_TD[: self.W]
+            return y_TD, kv
+
+        return recorded
+
+    def record_attention(self, out_THC, lse_TH) -> None:
+        if self.tape.remat == "attention":
+            self.tape.attended.append((out_THC[: self.W], lse_TH[: self.W]))
+
+    def _recorded_with_autodiff(self, p, x_TD, kv, index: int):
+        """Policy none: the layer over all rows under autodiff. ``self.all_rows`` gives the engine's own slots."""
+        linear, attend, rope = self.all_rows
+        layer_config = self.spec.config.layers[index]
+
+        def run(x_TD, lanes, acc):
+            def attend_rows(q, k, v, kv, layer):
+                out, lse, kv = attend(*lax.stop_gradient((q, k, v)), kv, layer)  # _attention has the gradient
+                return self._attention(q, k, v, acc, kv, layer, (out, lse)), kv
+
+            def linear_rows(site, p, x):
+                return self._linear(site, p, x, lanes[site], lambda x: linear(site, p, x))
+
+            return decoder.layer(
+                p, x_TD, config=self.spec.config, layer=layer_config, rope=rope(layer_config),
+                linear=linear_rows, attend=attend_rows, kv=kv,
+            )  # fmt: skip
+
+        y_TD, pull, kv = jax.vjp(run, x_TD, self._lane_zeros(), self.train.acc[index], has_aux=True)
+        self.tape.pulls.append(pull)
+        return y_TD, kv
+
+    # backward
+
+    def backward(self, kv: list) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Losses and gradients of this window; ``kv`` are the pools with all of the step's keys and values."""
+        spec, tape = self.spec, self.tape
+        assert tape.last is not None
+        hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), tape.last)
+        loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, self._head, spec.shard)
+        (d_x_WD,) = pull_norm(d_hidden_WD)
+        acc, lanes = list(self.train.acc), self.train.lanes
+        for index in reversed(range(spec.config.num_layers)):
+            d_x_WD, d_lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
+            lanes = jax.tree.map(lambda lane, new, i=index: _add_layer(lane, new, i), lanes, d_lanes)
+        train = self.train.replace(acc=acc, lanes=lanes)
+        return train, {"loss_W": loss_W, "train_logprob_W": logprob_W}
+
+    def _head(self, hidden_QD):
+        """This shard's logits, and their pull-back to the hidden states."""
+        config = self.spec.config
+        logits_QV = decoder.logits(self.params, hidden_QD, config)
+        table_VD = self.params["embed"] if config.tie_word_embeddings else self.params["lm_head"]
+        token_V = self.spec.shard.offset(logits_QV.shape[1]) + jnp.arange(logits_QV.shape[1], dtype=jnp.int32)
+
+        def pull(d_QV):
+            if config.logits_softcap is not None:
+                d_QV = d_QV * (1 - (logits_QV / config.logits_softcap) ** 2)
+            return _contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))
+
+        return jnp.where((token_V < config.vocab_size)[None], logits_QV, -jnp.inf), pull
+
+    def _pull_layer(self, index: int, d_x_WD, kv):
+        if self.tape.remat == "none":
+            T = self.spec.layout.bucket.rows
+            d_x_TD, d_lanes, acc = self.tape.pulls[index](jnp.pad(d_x_WD, ((0, T - self.W), (0, 0))))
+            return d_x_TD[: self.W], d_lanes, acc
+        # the barrier keeps the compiler from running layers again before their turn, all at once
+        x_WD, d_x_WD = lax.optimization_barrier((self.tape.inputs[index], d_x_WD))
+        layer_config = self.spec.config.layers[index]
+        p = {**self.params["layers"][index], "index": jnp.int32(index)}
+        rope = decoder.rotary(self.spec.config, layer_config, jnp.maximum(self.position_W, 0), x_WD.dtype)
+
+        def run(x_WD, lanes, acc):
+            def attend(q, k, v, kv, layer):
+                known = self.tape.attended[index] if self.tape.attended else None
+                return self._attention(q, k, v, acc, kv, layer, known), kv
+
+            def linear(site, p, x):
+                return self._linear(site, p, x, lanes[site], lambda x: self._rows_linear(site, p, x))
+
+            y_WD, _ = decoder.layer(
+                p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv
+            )
+            return y_WD
+
+        _, pull = jax.vjp(run, x_WD, self._lane_zeros(), self.train.acc[index])
+        return pull(d_x_WD)
+
+    # the differentiable slots
+
+    def _plan(self, site: str, layer_index) -> LoraPlan:
+        """Adapter work of the gradient rows; their blocks are the step's row blocks, so nothing is gathered."""
+        at, Q = SITE_NAMES.index(site), self.spec.row_block
+        row_W = jnp.arange(self.W, dtype=jnp.int32)
+        return LoraPlan(
+            row_NQ=row_W.reshape(-1, Q),
+            place_T=row_W,
+            block_J=self.grad.block_SJ[at],
+            page_J=self.grad.page_SJ[at] + layer_index * self.spec.bank.num_pages,
+            num_items=self.grad.items_S[at],
+        )
+
+    def _rows_linear(self, site: str, p: dict, x_WI):
+        """What the engine's own linear layer computes, for the gradient rows alone."""
+        bank = self.bank[site]
+        plan = self._plan(site, p["index"])
+        y_WO = matmul(x_WI, p[site]) + lora_matmul(x_WI, bank.a_PRD, bank.members, plan, implementation=self.spec.lora)
+        if site in decoder.ROW and self.spec.mesh.size > 1:
+            y_WO = lax.psum(y_WO, AXIS)
+        bias = p.get(BIASES[site])
+        return y_WO if bias is None else y_WO + bias[None]
+
+    def _lane_zeros(self) -> dict[str, SiteBank]:
+        """Stand-ins whose cotangents are the adapters' gradients in one layer."""
+        Y = self.spec.train.lane_pages
+        return jax.tree.map(lambda lane: jnp.zeros((Y, *lane.shape[2:]), lane.dtype), self.train.lanes)
+
+    def _linear(self, site: str, p: dict, x, lane: SiteBank, forward: Callable):
+        """``forward(x)``, differentiable in x's first W rows and in the adapters of those rows."""
+        w_OI, bank, W = p[site], self.bank[site], self.W
+        plan, lane_J = self._plan(site, p["index"]), self.grad.lane_SJ[SITE_NAMES.index(site)]
+
+        @jax.custom_vjp
+        def run(x, lane):
+            return forward(x)
+
+        def run_forward(x, lane):
+            return forward(x), x[:W]
+
+        def run_backward(x_WI, d_y):
+            d_y_WO = d_y[:W]
+            d_x_WI, d_a, d_bs = lora_matmul_backward(
+                x_WI, d_y_WO, bank.a_PRD, bank.members, plan, lane_J, self.spec.train.lane_pages
+            )
+            d_x_WI = _contract(d_y_WO, w_OI, wide_dtype(x_WI.dtype)).astype(x_WI.dtype) + d_x_WI
+            if site in decoder.COLUMN and self.spec.mesh.size > 1:
+                d_x_WI = lax.psum(d_x_WI, AXIS)
+            d_x = jnp.pad(d_x_WI, ((0, d_y.shape[0] - W), (0, 0)))
+            return d_x, SiteBank(d_a.astype(lane.a_PRD.dtype), d_bs)
+
+        run.defvjp(run_forward, run_backward)
+        return run(x, lane)
+
+    def _attention(self, q, k, v, acc, kv, layer: LayerConfig, known):
+        """Attention over pools that hold this step's keys already, differentiable in q, k and v of the first W rows.
+
+        The cotangent of ``acc`` is not a gradient but the accumulators as this window leaves them.
+        """
+        W, settings = self.W, {**self.settings, "window": layer.window}
+
+        def forward(q):
+            if known is not None:
+                return known
+            return ragged_paged_attention(q, *kv, self.layout, **settings, implementation=self.spec.attention)
+
+        @jax.custom_vjp
+        def run(q, k, v, acc):
+            return forward(q)[0]
+
+        def run_forward(q, k, v, acc):
+            out, lse = forward(q)
+            return out, (q[:W], out[:W], lse[:W], acc)
+
+        def run_backward(kept, d_out):
+            q_WHC, out_WHC, lse_WH, acc = kept
+            d_q_WHC, acc = ragged_paged_attention_backward(
+                d_out[:W], q_WHC, out_WHC, lse_WH, *kv, self.layout, acc, self.grad.acc_table_BM, **settings
+            )
+            (d_k_WKC, d_v_WKC), acc = take_rows(acc, self.acc_page_W, self.acc_offset_W)
+            rest = ((0, d_out.shape[0] - W), (0, 0), (0, 0))
+            pads = (jnp.pad(d.astype(d_out.dtype), rest) for d in (d_q_WHC, d_k_WKC, d_v_WKC))
+            return (*pads, acc)
+
+        run.defvjp(run_forward, run_backward)
+        return run(q, k, v, acc)
+
+
+def _contract(d_y_WO: jax.Array, w_OI: jax.Array, wide) -> jax.Array:
+    """[W, O] x [O, I] -> [W, I]."""
+    return lax.dot_general(d_y_WO, w_OI, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+
+
+def _add_layer(lane: jax.Array, new: jax.Array, index: int) -> jax.Array:
+    """Adds one layer's gradient [Y, ...] to the lane pages [1, L * Y, ...], in place."""
+    rows = slice(index * new.shape[0], (index + 1) * new.shape[0])
+    return lane.at[0, rows].add(new.astype(lane.dtype))
