@@ -255,7 +255,8 @@ def train(
 ) -> Any:
     """Runs to the end of the steps or the minutes and returns the parameters."""
     params = initial_params(config)
-    (params, state), done, before = checkpoint.load((params, OPTIMIZER.init(params)))
+    fresh = jax.device_put((params, OPTIMIZER.init(params)), jax.devices()[0])
+    (params, state), done, before = checkpoint.load(fresh)
     start, losses = time.monotonic() - before, []
     while (progress := max(done / steps, (time.monotonic() - start) / (minutes * 60))) < 1:
         rate = jnp.asarray(rate_at(progress), jnp.float32)
