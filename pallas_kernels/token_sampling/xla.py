@@ -130,7 +130,8 @@ def filter_mask(scaled_RV: Float[Array, "R V"], rows: SampleRows, shard: VocabSh
 
 def _ordered_bits(x_RV: Float[Array, "R V"]) -> UInt[Array, "R V"]:
     """Unsigned integers in the same order as the floats."""
-    bits_RV = lax.bitcast_convert_type(x_RV.astype(jnp.float32) + jnp.float32(0), jnp.uint32)  # + 0: -0 becomes 0
+    x_RV = jnp.where(x_RV == 0, 0, x_RV)  # -0 becomes 0; XLA drops an addition of 0
+    bits_RV = lax.bitcast_convert_type(x_RV.astype(jnp.float32), jnp.uint32)
     return jnp.where(bits_RV >> 31 == 1, ~bits_RV, bits_RV | jnp.uint32(1 << 31))
 
 
