@@ -97,6 +97,7 @@ def _attend_blocks(
     )
     top_NKR, total_NKR, out_NKRC = lax.fori_loop(first, spans, add_span, start)
     out_NKRC = (out_NKRC / jnp.where(total_NKR == 0, 1, total_NKR)[..., None]).astype(q_NQHC.dtype)
+    out_NKRC = jnp.where((position_NR >= 0)[:, None, :, None], out_NKRC, 0)  # beside a NaN sequence as well
     lse_NKR = jnp.where(total_NKR == 0, -jnp.inf, top_NKR + jnp.log(jnp.where(total_NKR == 0, 1, total_NKR)))
 
     def to_rows(x):
