@@ -1,0 +1,126 @@
+"""Every implementation of the op against the adapters one by one in float64, and what must not matter to a row.
+
+Shapes: T rows, D in, E out, P pages, R ranks per page, N blocks, Q rows per block, J items.
+"""
+
+import dataclasses
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import NoImplementation
+from pallas_kernels.lora_matmul import IMPLEMENTATIONS, PAGE_RANK, lora_matmul
+from pallas_kernels.lora_matmul.cases import BENCH_CASES, CASES
+
+NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+MIXED = next(case for case in CASES if case.name == "mixed-ranks")
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.01, "float64": 1e-13}
+
+
+@lru_cache
+def jitted(implementation):
+    return jax.jit(partial(lora_matmul, implementation=implementation))
+
+
+def call(implementation, x_TD, a_PRD, members, plan):
+    return np.asarray(jitted(implementation)(x_TD, a_PRD, members, plan))
+
+
+def one_by_one(case, x_TD, a_PRD, members, adapter_T):
+    """y[t] = sum over the adapter's pages of B (A x[t]), member by member."""
+    x_TD, a_PRD, *members = (np.asarray(array, np.float64) for array in (x_TD, a_PRD, *members))
+    y_TE = np.zeros((len(adapter_T), sum(case.dims_out)))
+    for t, adapter in enumerate(adapter_T):
+        for page in case.pages()[adapter] if adapter >= 0 else ():
+            h_R = a_PRD[page] @ x_TD[t]
+            parts = [b_PER[page] @ h_R[m * PAGE_RANK : (m + 1) * PAGE_RANK] for m, b_PER in enumerate(members)]
+            y_TE[t] += np.concatenate(parts)
+    return y_TE
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_row_goes_through_its_own_adapter(implementation, case):
+    x_TD, a_PRD, members, plan = case.make()
+    out = call(implementation, x_TD, a_PRD, members, plan)
+    expected = one_by_one(case, x_TD, a_PRD, members, case.adapter_rows())
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    assert (out[case.adapter_rows() < 0] == 0).all()
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_dtypes_keep_their_precision(implementation, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        x_TD, a_PRD, members, plan = MIXED.make(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+        out = call(implementation, x_TD, a_PRD, members, plan)
+    assert out.dtype == x_TD.dtype
+    expected = one_by_one(MIXED, x_TD, a_PRD, members, MIXED.adapter_rows())
+    np.testing.assert_allclose(out.astype(np.float64), expected, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_an_adapter_of_nan_reaches_only_its_own_rows(implementation):
+    x_TD, a_PRD, members, plan = MIXED.make()
+    clean = call(implementation, x_TD, a_PRD, members, plan)
+    sick = MIXED.pages()[1][0]
+    out = call(implementation, x_TD, a_PRD.at[sick].set(jnp.nan), (members[0].at[sick].set(jnp.inf),), plan)
+    mine_T = MIXED.adapter_rows() == 1
+    assert np.isnan(out[mine_T]).all()
+    np.testing.assert_array_equal(out[~mine_T], clean[~mine_T])
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_a_row_of_nan_stays_alone(implementation):
+    x_TD, a_PRD, members, plan = MIXED.make()
+    clean = call(implementation, x_TD, a_PRD, members, plan)
+    sick = int(np.flatnonzero(MIXED.adapter_rows() == 1)[0])
+    out = call(implementation, x_TD.at[sick].set(jnp.nan), a_PRD, members, plan)
+    others = np.arange(len(out)) != sick
+    assert np.isnan(out[sick]).all()
+    np.testing.assert_array_equal(out[others], clean[others])
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_an_adapter_of_zeros_adds_exact_zeros(implementation):
+    x_TD, a_PRD, members, plan = MIXED.make()
+    pages = jnp.asarray(MIXED.pages()[1])
+    out = call(implementation, x_TD, a_PRD, (members[0].at[pages].set(0),), plan)
+    assert (out[MIXED.adapter_rows() == 1] == 0).all()
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.ranks], ids=str)
+def test_a_rows_bits_depend_on_nothing_but_itself(case):
+    """Each adapter alone, its rows in another order, its pages elsewhere in a larger bank: the same bits."""
+    x_TD, a_PRD, members, plan = case.make()
+    together, adapter_T = call("xla", x_TD, a_PRD, members, plan), case.adapter_rows()
+    for adapter, pages in list(enumerate(case.pages()))[-2:]:
+        rows = np.flatnonzero(adapter_T == adapter)[::-1]
+        if not len(rows):
+            continue
+        alone = dataclasses.replace(case, ranks=(case.ranks[adapter],), rows=(len(rows),), base_rows=0, spare_items=20)
+        kept = jnp.asarray([0, *pages, *pages])
+        a, b = a_PRD[kept], tuple(member[kept] for member in members)
+        out = call("xla", x_TD[rows], a, b, alone.plan(np.zeros(len(rows), int)))
+        np.testing.assert_array_equal(out, together[rows])
+
+
+def test_a_larger_rank_padded_with_zeros_changes_no_bit():
+    x_TD, a_PRD, members, plan = MIXED.make()
+    page = MIXED.pages()[0][0]  # rank 4: ranks 4 to 15 are zeros already; give them an A without a B
+    out = call("xla", x_TD, a_PRD.at[page, 4:].set(1.0), members, plan)
+    np.testing.assert_array_equal(out, call("xla", x_TD, a_PRD, members, plan))
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    with pytest.raises(NoImplementation, match=r"no implementation 'cuda'.*reference.*xla"):
+        lora_matmul(*MIXED.make(), implementation="cuda")
+
+
+def test_names_of_cases_are_unique():
+    names = [case.name for case in CASES + BENCH_CASES]
+    assert len(set(names)) == len(names)

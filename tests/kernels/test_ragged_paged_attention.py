@@ -1,0 +1,158 @@
+"""Every implementation of the op against dense attention in float64, and what must not matter to a row.
+
+Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per page, B sequences, M pages per sequence.
+"""
+
+import dataclasses
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.dispatch import NoImplementation
+from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS, AttentionLayout, ragged_paged_attention
+from pallas_kernels.ragged_paged_attention.cases import BENCH_CASES, CASES, AttentionCase
+
+NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+MIXED = next(case for case in CASES if case.name == "mixed")
+TOLERANCE = {"float32": 2e-6, "bfloat16": 0.03, "float16": 4e-3, "float64": 1e-14}
+
+
+@lru_cache
+def jitted(**settings):
+    return jax.jit(partial(ragged_paged_attention, **settings))
+
+
+def call(implementation, case, q, k, v, layout):
+    out, lse = jitted(**case.settings, implementation=implementation)(q, k, v, layout)
+    return np.asarray(out), np.asarray(lse)
+
+
+def dense(case, q_THC, k_PKGC, v_PKGC, layout):
+    """Row by row, from the definition."""
+    q_THC, k_PKGC, v_PKGC = (np.asarray(x, np.float64) for x in (q_THC, k_PKGC, v_PKGC))
+    T, H, C = q_THC.shape
+    out_THC, lse_TH = np.zeros((T, H, C)), np.full((T, H), -np.inf)
+    for t, position in enumerate(np.asarray(layout.position_T)):
+        if position < 0:
+            continue
+        pages_M = np.asarray(layout.page_table_BM)[layout.sequence_T[t]]
+        low = 0 if case.window is None else max(position - case.window + 1, 0)
+        k_KSC, v_KSC = (
+            pool[pages_M].swapaxes(0, 1).reshape(pool.shape[1], -1, C)[:, low : position + 1]
+            for pool in (k_PKGC, v_PKGC)
+        )
+        for h in range(H):
+            head = h // (H // k_KSC.shape[0])
+            score_S = k_KSC[head] @ q_THC[t, h] * case.scale
+            if case.softcap is not None:
+                score_S = case.softcap * np.tanh(score_S / case.softcap)
+            weight_S = np.exp(score_S - score_S.max())
+            out_THC[t, h] = weight_S @ v_KSC[head] / weight_S.sum()
+            lse_TH[t, h] = score_S.max() + np.log(weight_S.sum())
+    return out_THC, lse_TH
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_is_dense_attention_over_each_rows_own_pages(implementation, case):
+    args = case.make()
+    out, lse = call(implementation, case, *args)
+    expected_out, expected_lse = dense(case, *args)
+    np.testing.assert_allclose(out, expected_out, atol=2e-6)
+    np.testing.assert_allclose(lse, expected_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_other_dtypes_keep_their_precision(implementation, dtype):
+    case = dataclasses.replace(MIXED, softcap=5.0, window=40)
+    with jax.enable_x64(dtype == "float64"):
+        args = case.make(np.dtype(getattr(ml_dtypes, dtype, dtype)))
+        out, lse = call(implementation, case, *args)
+    assert out.dtype == args[0].dtype
+    assert lse.dtype == (np.float64 if dtype == "float64" else np.float32)
+    expected_out, expected_lse = dense(case, *args)
+    np.testing.assert_allclose(out.astype(np.float64), expected_out, atol=TOLERANCE[dtype])
+    np.testing.assert_allclose(lse, expected_lse, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_padding_rows_are_zeros(implementation, case):
+    q, k, v, layout = case.make()
+    out, lse = call(implementation, case, q, k, v, layout)
+    padding_T = np.asarray(layout.position_T) < 0
+    assert (out[padding_T] == 0).all()
+    assert (lse[padding_T] == -np.inf).all()
+    assert np.isfinite(lse[~padding_T]).all()
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "padding-only"], ids=str)
+def test_what_lies_past_a_sequence_or_in_other_pages_changes_no_bit(implementation, case):
+    """NaN in every place that no row may see: other pages, and the rest of each sequence's last page."""
+    q, k, v, layout = case.make()
+    unseen_PG = np.ones((k.shape[0], case.page_size), bool)
+    for sequence, length in enumerate(case.lengths):
+        for position in range(length):
+            page = layout.page_table_BM[sequence, position // case.page_size]
+            unseen_PG[page, position % case.page_size] = False
+    nan = jnp.asarray(unseen_PG)[:, None, :, None]
+    poisoned = call(implementation, case, q, jnp.where(nan, jnp.nan, k), jnp.where(nan, jnp.nan, v), layout)
+    clean = call(implementation, case, q, k, v, layout)
+    np.testing.assert_array_equal(poisoned[0], clean[0])
+    np.testing.assert_array_equal(poisoned[1], clean[1])
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+def test_a_sequence_with_nan_keeps_it_to_itself(implementation):
+    q, k, v, layout = MIXED.make()
+    sick = layout.page_table_BM[1, 0]
+    clean, _ = call(implementation, MIXED, q, k, v, layout)
+    out, _ = call(implementation, MIXED, q, k.at[sick].set(jnp.nan), v.at[sick].set(jnp.nan), layout)
+    mine_T = (np.asarray(layout.sequence_T) == 1) & (np.asarray(layout.position_T) >= 0)
+    assert np.isnan(out[mine_T]).all()
+    np.testing.assert_array_equal(out[~mine_T], clean[~mine_T])
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "padding-only"], ids=str)
+def test_a_rows_bits_depend_on_nothing_but_itself(case):
+    """Each sequence alone, in other pages, as decode rows instead of chunks: the same bits."""
+    q, k, v, layout = case.make()
+    together = call("xla", case, q, k, v, layout)
+    rng = np.random.default_rng(1)
+    shuffled_P = rng.permutation(k.shape[0])
+    k, v = k[shuffled_P], v[shuffled_P]
+    place_P = np.argsort(shuffled_P)
+    rows = rng.permutation(np.flatnonzero(np.asarray(layout.position_T) >= 0))[:24]
+    alone = AttentionLayout(
+        position_T=layout.position_T[rows],
+        sequence_T=layout.sequence_T[rows],
+        page_table_BM=jnp.asarray(place_P)[layout.page_table_BM],
+        chunk_rows=0,
+        row_block=1,
+    )
+    out, lse = call("xla", case, q[rows], k, v, alone)
+    np.testing.assert_array_equal(out, together[0][rows])
+    np.testing.assert_array_equal(lse, together[1][rows])
+
+
+def test_chunk_rows_come_in_whole_blocks():
+    index = jnp.zeros(4, jnp.int32)
+    with pytest.raises(ValueError, match="chunk_rows 4 must be a multiple of row_block 3"):
+        AttentionLayout(position_T=index, sequence_T=index, page_table_BM=index[:, None], chunk_rows=4, row_block=3)
+
+
+def test_an_unknown_implementation_is_refused_by_name():
+    with pytest.raises(NoImplementation, match=r"no implementation 'cuda'.*reference.*xla"):
+        ragged_paged_attention(*MIXED.make(), scale=1.0, implementation="cuda")
+
+
+def test_names_of_cases_are_unique():
+    names = [case.name for case in CASES + BENCH_CASES]
+    assert len(set(names)) == len(names)
+    assert all(isinstance(case, AttentionCase) for case in BENCH_CASES)
