@@ -92,7 +92,18 @@ class LoraOptions(Section):
         return self
 
 
-class EngineConfig(ModelOptions, EngineOptions, LoraOptions):
+class FinetuneOptions(Section):
+    max_finetune_jobs: Annotated[int, Field(ge=0, le=64)] = 0
+    """Jobs that train at once, prepared for at start-up; 0 prepares for one job when the first one comes."""
+    finetune_window: Annotated[int, Field(ge=16, le=1 << 16)] = 256
+    """Most gradient rows of a step: tokens whose backward runs in it."""
+    finetune_remat: Literal["none", "attention", "full"] = "attention"
+    """What a backward computes again rather than keeps."""
+    tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
+    """Time per output token that finetuning must leave to running requests; none lets it take all it can."""
+
+
+class EngineConfig(ModelOptions, EngineOptions, LoraOptions, FinetuneOptions):
     """Keyword arguments of ``Engine.from_pretrained``.
 
     Raises:
@@ -243,10 +254,11 @@ class Config(Section):
     model: ModelSection = ModelSection()
     engine: EngineOptions = EngineOptions()
     lora: LoraSection = LoraSection()
+    finetune: FinetuneOptions = FinetuneOptions()
     sampling: SamplingSection = SamplingSection()
     bench: BenchSection = BenchSection()
 
     def engine_config(self) -> EngineConfig:
         """The part that ``Engine.from_pretrained`` takes."""
-        merged: Mapping[str, Any] = {**dict(self.model), **dict(self.engine), **dict(self.lora)}
+        merged: Mapping[str, Any] = {**dict(self.model), **dict(self.engine), **dict(self.lora), **dict(self.finetune)}
         return EngineConfig(**{name: merged[name] for name in EngineConfig.model_fields})

@@ -20,6 +20,9 @@ class Bucket:
     decode_rows: int
     grad_rows: int = 0
 
+    def __str__(self) -> str:
+        return f"step {self.grad_rows}+{self.chunk_rows}+{self.decode_rows}"
+
     @property
     def block_rows(self) -> int:
         """Rows that come in blocks of one sequence each."""

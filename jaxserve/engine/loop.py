@@ -4,6 +4,7 @@ The loop runs one step ahead: step n + 1 goes to the device before the host has 
 work hides behind the device's. A sequence that turns out to have ended at step n has one wasted row in step n + 1.
 """
 
+import dataclasses
 import logging
 import threading
 import time
@@ -18,17 +19,23 @@ from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape, sites_touched, write_page
 from jaxserve.adapters.residency import Residency
-from jaxserve.adapters.store import AdapterVersion
+from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.engine.batch import LORA_ROWS, BatchLayout
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
+from jaxserve.engine.gradient import TrainShape, empty_train_state
+from jaxserve.engine.lanes import publish, scales_of
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, slot_edits
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
 from jaxserve.engine.step import StepOutput, StepSpec, step
-from jaxserve.errors import EngineError
+from jaxserve.engine.times import StepTimes
+from jaxserve.engine.trainer import Trainer
+from jaxserve.errors import EngineError, InvalidRequest
+from jaxserve.finetune.live import LiveWeights
+from jaxserve.finetune.windows import total_rows
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler.plan import Outcome, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_REQUESTS, Outcome, StepPlan, StepResult
 from jaxserve.scheduler.request import Request, Sequence
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from pallas_kernels.lora_matmul import PAGE_RANK
@@ -36,6 +43,7 @@ from pallas_kernels.lora_matmul import PAGE_RANK
 logger = logging.getLogger(__name__)
 
 COPIES = 16  # page copies per device call
+TRAIN_SLOTS = 8  # finetune sequences under way at once
 MAX_REPLAYS = 2  # failed steps in a row before the requests in flight are given up
 
 
@@ -59,6 +67,9 @@ class CoreConfig:
     max_lora_rank: int = 0
     attention: str | None = None
     lora: str | None = None
+    max_grad_rows: int = 256
+    remat: str = "attention"
+    tpot_objective: float | None = None  # seconds
 
     @property
     def pages_per_seq(self) -> int:
@@ -81,6 +92,7 @@ class InFlight(NamedTuple):
     plan: StepPlan
     output: StepOutput
     chunk_slots: list[int]  # as they were then: by the time the step is read, a sequence may have lost its slot
+    bucket: Bucket
     started: float
 
 
@@ -124,7 +136,7 @@ class EngineCore:
         self.scheduler = Scheduler(limits, self.pool, self.residency)
         self.buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
         self.specs = {bucket: self._spec(bucket) for bucket in self.buckets}
-        self.slots = Slots(config.max_num_seqs, config.pages_per_seq)
+        self.slots = Slots(config.max_num_seqs, config.pages_per_seq, TRAIN_SLOTS)
         layouts = {bucket: spec.layout for bucket, spec in self.specs.items()}
         self.packer = Packer(
             self.slots, layouts, config.row_block, config.num_pages, config.page_size, model.vocab_size
@@ -134,6 +146,9 @@ class EngineCore:
         self.num_steps = self.failures = 0
         self.host_seconds = 0.0
         self._idle = False
+        self.trainer: Trainer | None = None
+        self.times = StepTimes()
+        self._last_done = 0.0
         self._paged: dict[bytes, list[dict]] = {}
         self.lock = threading.RLock()
 
@@ -154,8 +169,17 @@ class EngineCore:
     def _spec(self, bucket: Bucket) -> StepSpec:
         c = self.config
         blocks = -(-bucket.rows // LORA_ROWS) + min(max(c.bank_pages - 1, 0), c.max_num_seqs) if self.bank else 0
-        layout = BatchLayout(bucket, c.max_num_seqs, c.pages_per_seq, blocks, blocks * c.adapter_pages)
+        layout = BatchLayout(
+            bucket,
+            c.max_num_seqs,
+            c.pages_per_seq,
+            blocks,
+            blocks * c.adapter_pages,
+            train_slots=TRAIN_SLOTS,
+            grad_items=bucket.grad_rows // c.row_block * c.adapter_pages,
+        )
         return StepSpec(
+            train=self.trainer.shape if bucket.grad_rows and self.trainer else None,
             config=self.model,
             mesh=self.mesh,
             layout=layout,
@@ -170,12 +194,8 @@ class EngineCore:
     def warm_up(self) -> dict[str, float]:
         """Compiles every program the engine will ever run, by running it on nothing. Returns seconds by program."""
         seconds = {}
-        for bucket, spec in self.specs.items():
-            ints, _, floats, _ = spec.layout.empty()
-            start = self.clock()
-            self.state, output = step(self.params, self.state, ints, floats, spec=spec)
-            jax.block_until_ready(output)
-            seconds[f"step {bucket.chunk_rows}+{bucket.decode_rows}"] = self.clock() - start
+        for bucket in self.specs:
+            seconds[str(bucket)] = self._try(bucket)
         start = self.clock()
         drop = np.full(COPIES, self.config.num_pages, np.int32)
         self.state = copy_pages(self.state, np.zeros(COPIES, np.int32), drop)
@@ -186,6 +206,64 @@ class EngineCore:
         seconds["slot and page writers"] = self.clock() - start
         self.compiles.mark_ready()
         return seconds
+
+    def _try(self, bucket: Bucket) -> float:
+        """Runs a bucket on nothing, twice: seconds of the first, compilation and all; the second is its time."""
+        start = self.clock()
+        ints, _, floats, _ = self.specs[bucket].layout.empty()
+        jax.block_until_ready(self._run(bucket, ints, floats))
+        compiled = self.clock()
+        jax.block_until_ready(self._run(bucket, ints, floats))
+        self.times.observe(bucket, self.clock() - compiled)
+        return compiled - start
+
+    def _run(self, bucket: Bucket, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
+        """One step on the device; only steps with gradient rows carry the finetuning state."""
+        state = self.state
+        if bucket.grad_rows:
+            assert self.trainer is not None
+            state = state.replace(train=self.trainer.state)
+        state, output = step(self.params, state, ints, floats, spec=self.specs[bucket])
+        if bucket.grad_rows and self.trainer is not None:
+            self.trainer.state = state.train
+        self.state = state.replace(train=None)
+        return output
+
+    def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
+        """Makes room for finetuning jobs and compiles the steps with gradient rows. Returns seconds by program."""
+        c = self.config
+        if self.bank is None:
+            raise InvalidRequest("finetuning needs enable_lora: an adapter is trained where adapters are served")
+        if self.mesh.size > self.model.num_kv_heads:
+            raise InvalidRequest(
+                f"finetuning needs tensor_parallel at most num_key_value_heads {self.model.num_kv_heads}; "
+                f"it is {self.mesh.size}"
+            )
+        with self.lock:
+            rows = c.max_grad_rows // c.row_block * c.row_block
+            shape = TrainShape(TRAIN_SLOTS, 2 * c.pages_per_seq, lanes * c.adapter_pages, c.remat)
+            state = empty_train_state(shape, self.bank, self.model, self.mesh, c.page_size, c.dtype)
+            self.trainer = Trainer(
+                self.model,
+                self.mesh,
+                shape,
+                state,
+                self.pool,
+                self.residency,
+                store,
+                lanes=lanes,
+                row_block=c.row_block,
+                max_window=rows,
+            )
+            self.scheduler.reclaim = self.trainer.queue.give_way
+            self.buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
+            fresh = [bucket for bucket in self.buckets if bucket.grad_rows]
+            self.specs |= {bucket: self._spec(bucket) for bucket in fresh}
+            self.packer.layouts |= {bucket: self.specs[bucket].layout for bucket in fresh}
+            self.compiles.ready = False
+            seconds = {str(bucket): self._try(bucket) for bucket in fresh}
+            self.compiles.mark_ready()
+            return seconds
 
     # requests
 
@@ -206,7 +284,8 @@ class EngineCore:
             return self.scheduler.finish(seq, reason)
 
     def has_work(self) -> bool:
-        return bool(self.in_flight) or self.scheduler.has_work()
+        training = self.trainer is not None and self.trainer.has_work()
+        return bool(self.in_flight) or self.scheduler.has_work() or training
 
     def stuck(self) -> bool:
         """True when requests are alive, though nothing was in flight, nothing was planned and none came since."""
@@ -237,7 +316,7 @@ class EngineCore:
         """Dispatches the next step and takes in the one before."""
         start = time.perf_counter()
         with self.lock:
-            plan = self.scheduler.plan(self.clock())
+            plan = self._plan()
             self._idle = plan is None and not self.in_flight
             if plan is not None:
                 try:
@@ -258,19 +337,49 @@ class EngineCore:
             self.failures = 0
             return self._commit(oldest)
 
+    def _plan(self) -> StepPlan | None:
+        """Requests first; finetune windows take what the latency objective leaves."""
+        plan = self.scheduler.plan(self.clock())
+        if self.trainer is None:
+            return plan
+        nothing = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
+        base = plan or nothing
+        chunk_rows = self.scheduler.config.max_chunk_rows - base.chunk_rows
+        allowed = self._allowed_grad_rows(base)
+        finetune = self.trainer.plan(allowed, chunk_rows if allowed else 0)
+        return plan if finetune is None else dataclasses.replace(base, finetune=finetune)
+
+    def _allowed_grad_rows(self, plan: StepPlan) -> int:
+        """The most gradient rows whose step is predicted to keep the objective of the requests in it."""
+        sizes = self.buckets.grad_rows
+        objective = self.config.tpot_objective
+        if objective is None or not plan.decodes:
+            return sizes[-1]
+        fitting = [
+            rows
+            for rows in sizes
+            if self.times.predict(self.buckets.fit(plan.chunk_rows, len(plan.decodes), rows)) <= objective
+        ]
+        return fitting[-1] if fitting else 0
+
     def _dispatch(self, plan: StepPlan) -> InFlight:
         for seq in plan.started:
             self._admit(seq)
         for start in range(0, len(plan.page_copies), COPIES):
             self._copy(plan.page_copies[start : start + COPIES])
-        bucket = self.buckets.fit(plan.chunk_rows, len(plan.decodes))
+        grads, forwards = plan.finetune or ((), ())
+        block = self.config.row_block
+        chunk_rows = plan.chunk_rows + total_rows(forwards, block)
+        bucket = self.buckets.fit(chunk_rows, len(plan.decodes), total_rows(grads, block))
         packed = self.packer.pack(plan, bucket)
-        self.state, output = step(self.params, self.state, packed.ints, packed.floats, spec=self.specs[bucket])
+        output = self._run(bucket, packed.ints, packed.floats)
+        if self.trainer is not None:
+            self.trainer.after_dispatch()
         for array in (output.token_R, output.logprob_R, output.finite_R, output.finite_B):
             array.copy_to_host_async()
         self.num_steps += 1
         chunk_slots = [segment.seq.slot for segment in plan.chunks if segment.seq.slot is not None]
-        return InFlight(plan, output, chunk_slots, self.clock())
+        return InFlight(plan, output, chunk_slots, bucket, self.clock())
 
     def _admit(self, seq: Sequence) -> None:
         """Gives a sequence that starts, or starts again, its slot's parameters."""
@@ -283,7 +392,7 @@ class EngineCore:
     def _adapter_rows(self, version: AdapterVersion | None) -> AdapterRows | None:
         if version is None:
             return None
-        members = {member for _, member in version.weights.pairs}
+        members = {member for _, member in version.weights.scaling}
         return AdapterRows(self.residency.pages_of(version), sites_touched(sorted(members)))
 
     def _write_slot(self, slot: int, tokens: list[int], prompt_len: int, edits: tuple[np.ndarray, ...]) -> EngineState:
@@ -301,6 +410,13 @@ class EngineCore:
     def _commit(self, done: InFlight) -> list[News]:
         start = time.perf_counter()
         plan, output = done.plan, done.output
+        now = self.clock()
+        self.times.observe(done.bucket, now - max(done.started, self._last_done))
+        self._last_done = now
+        if plan.finetune is not None and self.trainer is not None:
+            self.trainer.commit(plan.finetune, output, np.asarray(output.finite_B)[self.config.max_num_seqs :])
+        if plan.index == NO_REQUESTS:
+            return []
         chunk_finite = np.asarray(output.finite_B)[done.chunk_slots].tolist()
         count = len(plan.samples)
         finite = np.asarray(output.finite_R)[:count].tolist()
@@ -387,6 +503,15 @@ class EngineCore:
         return self.bank.paged(pairs, weights.rank)
 
     def _upload(self, version: AdapterVersion, pages: list[int]) -> None:
+        if isinstance(version.weights, LiveWeights):
+            live = version.weights
+            scales = scales_of(live.like, self.model)
+            index = np.array(pages, np.int32)
+            bank = publish(
+                self.state.bank, live.masters, index, scales, mesh=self.mesh, num_pages=self.config.bank_pages
+            )
+            self.state = self.state.replace(bank=bank)
+            return
         self._write_pages(pages, self._paged.get(version.digest) or self._cut(version))
 
     def _write_pages(self, pages: list[int], contents: list[dict]) -> None:

@@ -58,6 +58,9 @@ def core_config(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mes
         max_queue=config.max_queue,
         max_loras=config.max_loras if config.enable_lora else 0,
         max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
+        max_grad_rows=max(config.finetune_window, row_block),
+        remat=config.finetune_remat,
+        tpot_objective=None if config.tpot_objective_ms is None else config.tpot_objective_ms / 1000,
     )
 
 

@@ -66,14 +66,15 @@ def init_state(optimizer: str, masters: Any) -> Any:
     return transform(optimizer, nothing).init(masters)
 
 
-@partial(jax.jit, static_argnames="optimizer", donate_argnames=("masters", "state"))
+@partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
 def apply_gradients(
     optimizer: str, masters: Any, state: Any, gradients: Any, hyper: Hyper
 ) -> tuple[Any, Any, jax.Array]:
     """One update: (masters, state, norm of the gradient before clipping).
 
     A gradient that is not finite changes nothing, and its norm says so. One compilation serves every job whose
-    adapter has the same shapes. ``masters`` and ``state`` are donated.
+    adapter has the same shapes. ``state`` is donated; ``masters`` are not: the
+    version served until now may still be asked for them.
     """
     norm = optax.tree.norm(gradients)
     updates, new_state = transform(optimizer, hyper).update(gradients, state, masters)

@@ -49,6 +49,13 @@ class WindowRows(NamedTuple):
         return self.start + self.length
 
 
+class FinetunePlan(NamedTuple):
+    """Windows of one step: in the gradient rows, and forward only beside the prefill chunks."""
+
+    grads: tuple[WindowRows, ...] = ()
+    forwards: tuple[WindowRows, ...] = ()
+
+
 @dataclass(eq=False)
 class TrainSequence:
     """One example under way."""

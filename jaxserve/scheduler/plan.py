@@ -31,11 +31,7 @@ class Sample(NamedTuple):
     kind: Literal["chunk", "decode"]
 
 
-class FinetunePlan(NamedTuple):
-    """Windows of finetune sequences: in the gradient rows, and forward only beside the chunks."""
-
-    grads: tuple[Any, ...] = ()
-    forwards: tuple[Any, ...] = ()
+NO_REQUESTS = -1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,14 +41,14 @@ class StepPlan:
     page_copies (src, dst) run before the step writes anything, and all of them read before any of them writes.
     """
 
-    index: int
+    index: int  # of the scheduler's plans; NO_REQUESTS: the step has nothing of the scheduler's
     chunks: tuple[Segment, ...]
     decodes: tuple[Segment, ...]
     samples: tuple[Sample, ...]
     page_copies: tuple[tuple[int, int], ...] = ()
     started: tuple[Sequence, ...] = ()  # hold a slot since this plan, some of them again; followers included
     preempted: tuple[Sequence, ...] = ()
-    finetune: FinetunePlan | None = None
+    finetune: Any = None  # a FinetunePlan: windows of finetune sequences beside the requests
     chunk_rows: int  # rows of the chunks, each rounded up to whole row blocks
 
     @property

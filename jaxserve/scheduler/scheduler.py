@@ -5,6 +5,7 @@ Shapes: P pages, G tokens per page.
 
 import heapq
 from bisect import bisect_left, insort
+from collections.abc import Callable
 from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -65,6 +66,7 @@ class Scheduler:
         self.pool = pool
         self.residency = residency
         self.policy = policy or POLICIES[config.policy]()
+        self.reclaim: Callable[[], bool] = lambda: False  # frees somebody else's pages, if there are any to free
         self.waiting: list[Sequence] = []  # both by rank; followers are in neither until they part from their leader
         self.running: list[Sequence] = []
         self._requests: dict[str, list[Sequence]] = {}
@@ -226,6 +228,8 @@ class Scheduler:
             fresh = self.pool.alloc(1)
             if fresh is not None:
                 break
+            if self.reclaim():
+                continue
             if self.running[-1] is seq:
                 return False
             draft.preempted.append(self._preempt(self.running[-1]))
@@ -321,7 +325,10 @@ class Scheduler:
         revived = sum(self.pool.refcount(page) == 0 for page in prefix)
         # Beside others, leave each running sequence a page to grow into, or the newcomer is soon preempted for it.
         reserve = len(self.running) + len(seq.followers) if self.running else 0
-        return prefix if fresh + revived + reserve <= self.pool.num_available else None
+        while fresh + revived + reserve > self.pool.num_available:
+            if not self.reclaim():
+                return None
+        return prefix
 
     def _acquire(self, seq: Sequence) -> bool:
         """Pins the adapter once for each member of the group, or not at all."""
