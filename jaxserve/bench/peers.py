@@ -67,12 +67,13 @@ class TransformersPeer:
 
     def __init__(self, directory: str | Path, dtype: str, clock: Callable[[], float] = time.perf_counter):
         import torch
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
         self.clock = clock
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(self.threads)
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        self.model.generation_config = GenerationConfig()  # no end token: generate() would take it from here
 
     def run(self, workload: Workload, order: str, batch_size: int) -> PeerRun:
         """Generates for all requests, ``batch_size`` at a time."""
@@ -98,8 +99,7 @@ class TransformersPeer:
         pads = [width - len(r.prompt_ids) for r in batch]
         ids = torch.tensor([[0] * pad + list(r.prompt_ids) for pad, r in zip(pads, batch, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
-        length = {"max_new_tokens": steps, "min_new_tokens": steps, "eos_token_id": None}
-        config = GenerationConfig(**length, do_sample=False, use_cache=True, pad_token_id=0)
+        config = GenerationConfig(max_new_tokens=steps, do_sample=False, use_cache=True, pad_token_id=0)
         with torch.inference_mode():
             out = self.model.generate(ids, attention_mask=mask, generation_config=config)
         rows = out[:, width:].tolist()

@@ -17,7 +17,7 @@ from jaxserve.bench.peers import TransformersPeer, require_transformers, write_d
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, metrics, text_block
 from jaxserve.bench.runner import GREEDY, Runner
-from jaxserve.bench.workload import Workload, make_workload, random_rows, read_trace, rescale
+from jaxserve.bench.workload import Row, Workload, make_workload, random_rows, read_trace, rescale
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.sampling import SamplingParams
@@ -74,10 +74,17 @@ def peer_dtype(config: Config) -> str:
 
 def measure(config: Config, path: str) -> dict[str, Any]:
     """Loads, runs, prints; returns what goes to the result file."""
+    rows, source = trace_rows(config) if config.bench.trace is not None else made_up_rows(config)
     engine = make_engine(config, path)
-    workload = load(config, engine).on_adapters(
-        make_adapters(config, engine), config.bench.lora_assignment, config.bench.seed
-    )
+    names = make_adapters(config, engine)
+    workload = make_workload(
+        rows,
+        source=source,
+        vocab_size=engine.model.vocab_size,
+        max_model_len=engine.core.config.max_model_len,
+        shared_prefix_len=config.bench.shared_prefix_len,
+        seed=config.bench.seed,
+    ).on_adapters(names, config.bench.lora_assignment, config.bench.seed)
     print(f"load: {workload.source}; {workload.num_clipped} of {len(workload.requests)} clipped to the model's length")
     if config.bench.num_adapters:
         bench, targets = config.bench, ", ".join(check_targets(config.bench.adapter_targets))
@@ -119,22 +126,10 @@ def make_adapters(config: Config, engine: "Engine") -> list[str]:
     return [module.name for module in config.lora.modules] + names
 
 
-def load(config: Config, engine: "Engine") -> Workload:
-    """The requests, on the base model."""
-    rows, source = trace_rows(config) if config.bench.trace is not None else made_up_rows(config)
-    return make_workload(
-        rows,
-        source=source,
-        vocab_size=engine.model.vocab_size,
-        max_model_len=engine.core.config.max_model_len,
-        shared_prefix_len=config.bench.shared_prefix_len,
-        seed=config.bench.seed,
-    )
-
-
-def trace_rows(config: Config):
+def trace_rows(config: Config) -> tuple[list[Row], str]:
     """The rows of the trace, and where they come from in words."""
     bench = config.bench
+    assert bench.trace is not None, "no trace"
     rows = rescale(read_trace(bench.trace, bench.num_prompts), bench.trace_speed, bench.trace_scaling, bench.seed)
     if not rows:
         raise ConfigError([f"bench.trace_speed {bench.trace_speed:g} leaves none of {bench.num_prompts} requests"])
@@ -142,7 +137,7 @@ def trace_rows(config: Config):
     return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how})"
 
 
-def made_up_rows(config: Config):
+def made_up_rows(config: Config) -> tuple[list[Row], str]:
     """Rows of random lengths, and the same."""
     bench = config.bench
     rows = random_rows(

@@ -186,7 +186,9 @@ def make_workload(
     return Workload(requests=tuple(requests), source=source, num_clipped=num_clipped)
 
 
-def assign(requests: Sequence[BenchRequest], names: Sequence[str], assignment: str, seed: int = 0) -> list[str | None]:
+def assign(
+    requests: Sequence[BenchRequest], names: Sequence[str], assignment: str, seed: int = 0
+) -> Sequence[str | None]:
     """An adapter for each request: in turn, at random, or by tenant (from the start again when they run out)."""
     if not names:
         return [None] * len(requests)
