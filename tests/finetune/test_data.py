@@ -338,14 +338,11 @@ def test_the_first_ten_bad_lines_are_named(load):
 def test_a_line_may_hold_a_mebibyte_and_no_more(load):
     longest = b'{"text": 1' + b" " * (MAX_LINE_BYTES - 11) + b"}"
     assert len(longest) == MAX_LINE_BYTES
-    content = b"\n".join([longest, longest[:-1] + b" }", longest[:-1] + b" }\r", longest[:-1] + b"}\r"])
-    problems = refusal(load, content)
-    assert [problem.split(": ")[1] for problem in problems] == [
-        "text must be a string",
-        f"longer than {MAX_LINE_BYTES} bytes",
-        f"longer than {MAX_LINE_BYTES} bytes",
-        "text must be a string",
-    ]
+    lines = [longest + b"\r", longest, longest + b" ", longest[:-1] + b" }", longest + b" \r", b"{"]
+    long, whole = f"longer than {MAX_LINE_BYTES} bytes", "text must be a string"
+    problems = refusal(load, b"\n".join(lines))
+    assert problems[:5] == [f"line {n}: {why}" for n, why in enumerate([whole, whole, long, long, long], start=1)]
+    assert problems[5].startswith("line 6: not valid JSON")
 
 
 def test_a_giant_line_is_refused_without_reading_it_into_memory(tokenizer, tmp_path):
@@ -589,6 +586,7 @@ def test_a_bin_holds_a_window_or_one_long_example(lengths, window):
 
 def test_examples_that_fit_together_share_a_window():
     assert pack([5, 4, 3, 2, 1], 8) == [[0, 2], [1, 3, 4]]
+    assert pack([1, 2, 3, 4, 5], 8) == [[0, 1, 3], [2, 4]]
     assert pack([8, 8], 8) == [[0], [1]]
     assert pack([20, 3], 8) == [[0], [1]]
     assert pack([], 8) == []
