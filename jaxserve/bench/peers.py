@@ -31,6 +31,7 @@ class PeerRun:
     order: str
     batch_size: int
     duration: float
+    cpu_seconds: float
     output_tokens: int  # asked for
     padded_tokens: int  # computed, with those past a request's end
     token_ids: dict[BenchRequest, list[int]]
@@ -41,7 +42,15 @@ class PeerRun:
         return self.output_tokens / self.duration
 
     def summary(self) -> dict[str, Any]:
-        names = ("order", "batch_size", "duration", "output_tokens", "padded_tokens", "output_throughput")
+        names = (
+            "order",
+            "batch_size",
+            "duration",
+            "cpu_seconds",
+            "output_tokens",
+            "padded_tokens",
+            "output_throughput",
+        )
         return {name: getattr(self, name) for name in names}
 
 
@@ -72,19 +81,20 @@ class TransformersPeer:
         self.clock = clock
         self.threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         torch.set_num_threads(self.threads)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
+        self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
         self.model.generation_config = GenerationConfig()  # no end token: generate() would take it from here
 
     def run(self, workload: Workload, order: str, batch_size: int) -> PeerRun:
         """Generates for all requests, ``batch_size`` at a time."""
         requests = sorted(workload.requests, key=SORT_KEYS[order])
         batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
-        start = self.clock()
+        start, cpu = self.clock(), time.process_time()
         token_ids = {request: ids for batch in batches for request, ids in self._generate(batch).items()}
         return PeerRun(
             order=order,
             batch_size=batch_size,
             duration=self.clock() - start,
+            cpu_seconds=time.process_time() - cpu,
             output_tokens=workload.total_output_tokens,
             padded_tokens=sum(len(batch) * _longest(batch) for batch in batches),
             token_ids=token_ids,

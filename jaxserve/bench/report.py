@@ -85,6 +85,7 @@ class Run:
     requests: list[RequestRecord] = field(default_factory=list)
     steps: list[StepRecord] = field(default_factory=list)
     duration: float = 0.0
+    cpu_seconds: float = 0.0  # of the process: what a busy machine's other work does not change much
     recompiles: int = 0
     preemptions: int = 0
     prefix_hits: int = 0  # prompt tokens found in the cache
@@ -148,6 +149,7 @@ def _engine_metrics(run: Run) -> dict[str, Any]:
     usage = [step.kv_usage for step in steps]
     busy = sum(step.seconds for step in steps)
     numbers = {
+        "cpu_seconds": run.cpu_seconds,
         "num_steps": len(steps),
         "kv_usage_mean": summary(usage)["mean"],
         "kv_usage_max": max(usage, default=0.0),
@@ -226,6 +228,7 @@ def text_block(numbers: Mapping[str, Any]) -> str:
 def _engine_lines(numbers: Mapping[str, Any]) -> list[str]:
     full = numbers["host_full_batch"]
     values = {
+        "Processor time (s):": numbers["cpu_seconds"],
         "Steps:": numbers["num_steps"],
         "KV usage, mean (%):": numbers["kv_usage_mean"] * 100,
         "KV usage, max (%):": numbers["kv_usage_max"] * 100,

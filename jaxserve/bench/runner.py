@@ -79,7 +79,7 @@ class Runner:
 
     def __call__(self) -> Run:
         before = self.engine.stats()
-        self.began = self.clock()
+        self.began, cpu = self.clock(), time.process_time()
         with self.parts.watch(self.engine):
             while self.waiting or self.alive:
                 self._send_due()
@@ -87,7 +87,7 @@ class Runner:
                     self._step()
                 elif self.waiting:
                     self.sleep(max(self.waiting[0].arrival_s - self._now(), 0.0))
-        self.run.duration = self._now()
+        self.run.duration, self.run.cpu_seconds = self._now(), time.process_time() - cpu
         after = self.engine.stats()
         self.run.recompiles = after["recompiles"] - before["recompiles"]
         self.run.preemptions = after["preemptions"] - before["preemptions"]
