@@ -193,7 +193,7 @@ def assign(
     if not names:
         return [None] * len(requests)
     if assignment == "random":
-        return [names[i] for i in np.random.default_rng(seed).integers(len(names), size=len(requests)).tolist()]
-    keys: Sequence[object] = range(len(requests)) if assignment == "round-robin" else [r.tenant for r in requests]
+        return [names[int(i)] for i in np.random.default_rng(seed).integers(len(names), size=len(requests))]
+    keys = list(range(len(requests))) if assignment == "round-robin" else [r.tenant for r in requests]
     turn = {key: names[i % len(names)] for i, key in enumerate(dict.fromkeys(keys))}
     return [turn[key] for key in keys]
