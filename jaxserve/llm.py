@@ -24,13 +24,13 @@ from jaxserve.engine.compiles import use_compilation_cache
 from jaxserve.engine.loop import EngineCore, News
 from jaxserve.engine.sizes import core_config
 from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelError
+from jaxserve.files import read_json
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Source, load_dataset
 from jaxserve.finetune.job import Job, JobEvent
-from jaxserve.models.checkpoint import read_json
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_generation_config, load_params
-from jaxserve.outputs import Completion, Event, Logprobs, RequestOutput
+from jaxserve.outputs import Completion, Event, RequestOutput
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.request import Request
 from jaxserve.scheduler.request import Sequence as Choice
@@ -155,7 +155,8 @@ class Engine:
         limit = self.config.max_lora_rank if self.config.enable_lora else 0
         if version.weights.method != "lora":
             self.adapters.unload(version.name)
-            raise AdapterError(f"adapter {version.name!r} is a {version.weights.method} adapter; served are: lora", "peft_type")
+            method = version.weights.method
+            raise AdapterError(f"adapter {version.name!r} is a {method} adapter; served are: lora", "peft_type")
         if version.rank > limit:
             self.adapters.unload(version.name)
             raise AdapterError(
@@ -234,7 +235,7 @@ class Engine:
             request_id=request.id,
             prompt=text,
             prompt_token_ids=list(request.prompt_ids),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(request.prompt_ids),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None for _ in request.prompt_ids],
             outputs=[Completion(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)],
             adapter=version and version.name,
             adapter_version=version and version.version,
@@ -381,8 +382,8 @@ class Engine:
         Raises:
           InvalidRequest, AdapterNotFound: naming the first bad prompt; nothing is left running.
         """
-        prompts = [prompts] if _is_one(prompts) else list(prompts)
-        each = list(zip(prompts, _spread("params", params, prompts), _spread("adapter", adapter, prompts), strict=True))
+        every: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+        each = zip(every, _spread("params", params, every), _spread("adapter", adapter, every), strict=True)
         todo, ids = deque(each), []
         try:
             while todo or not all(i in self._finished for i in ids):
@@ -457,7 +458,8 @@ class Engine:
             "dropout": config.dropout > 0 and f"{config.dropout}; it must be 0",
             "validation_fraction": config.validation_fraction > 0 and f"{config.validation_fraction}; it must be 0",
             "validation_data": config.validation_data is not None and "given; jobs measure no validation loss",
-            "output_dir": config.output_dir is not None and "given; jobs write no checkpoints, save() writes the adapter",
+            "output_dir": config.output_dir is not None
+            and "given; jobs write no checkpoints, save() writes the adapter",
         }
         wrong = [f"{field} is {reason}" for field, reason in refused.items() if reason]
         if wrong:
@@ -563,7 +565,7 @@ def _base_digest(model: ModelConfig, config: EngineConfig) -> bytes:
 
 def _stored_dtype(directory: Path) -> str:
     """The dtype config.json names; float32 where it names none that can be served."""
-    hf = read_json(directory, "config.json")
+    hf = read_json(directory / "config.json")
     named = hf.get("dtype") or hf.get("torch_dtype") or hf.get("text_config", {}).get("dtype")
     return named if named in ("float32", "bfloat16", "float16") else "float32"
 

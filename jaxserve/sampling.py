@@ -112,7 +112,9 @@ def _integer(field: str, value: object, low: int, high: int, param: str | None =
         _refuse(field, value, f"between {low} and {high}", param)
 
 
-def _number(field: str, value: object, low: float, high: float, open_low: bool = False, param: str | None = None) -> None:
+def _number(
+    field: str, value: object, low: float, high: float, open_low: bool = False, param: str | None = None
+) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         _refuse(field, value, "a finite number", param)
     elif not low <= value <= high or (open_low and value == low):

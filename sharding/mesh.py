@@ -1,6 +1,7 @@
 """The device mesh: one axis, ``tensor``; one device is a mesh of one."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ from jax.sharding import Mesh
 AXIS = "tensor"
 
 
-def make_mesh(tensor_parallel: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(tensor_parallel: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh over the first ``tensor_parallel`` devices.
 
     Raises:

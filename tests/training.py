@@ -1,4 +1,4 @@
-"""A bare finetuning harness: windows of given sequences through the compiled step, and the same thing by plain autodiff.
+"""A bare finetuning harness: windows of given sequences through the compiled step, and the same by plain autodiff.
 
 The oracle is written without any of the engine's slots: dense attention, LoRA as two einsums, jax.grad of the whole.
 """
@@ -55,7 +55,9 @@ def random_adapter(config: ModelConfig, rank: int, scaling: float, rng, members=
 class Trainer:
     """One engine's worth of device state, driven by hand."""
 
-    def __init__(self, family: str, dtype: str, remat: str = "full", tp: int = 1, lanes: int = 2, pages: int = 2, **overrides):
+    def __init__(
+        self, family: str, dtype: str, remat: str = "full", tp: int = 1, lanes: int = 2, pages: int = 2, **overrides
+    ):
         self.config = ModelConfig.from_dict(tiny_models.config_dict(family, **overrides))
         self.params, self.mesh, self.dtype = random_params(self.config, dtype, tp=tp), make_mesh(tp), dtype
         self.bank = BankShape(self.config, 1 + lanes * pages, tp, dtype)
@@ -91,7 +93,9 @@ class Trainer:
 
     def sequence(self, lane: Lane, token_ids, weights, window: int, slot: int) -> TrainSequence:
         windows = cut(len(token_ids), window)
-        seq = TrainSequence(np.asarray(token_ids, np.int32), Targets(weights=np.asarray(weights, np.float32)), lane, windows)
+        seq = TrainSequence(
+            np.asarray(token_ids, np.int32), Targets(weights=np.asarray(weights, np.float32)), lane, windows
+        )
         seq.slot = slot
         needed = -(-len(token_ids) // PAGE)
         seq.pages = [self.free_pages.pop() for _ in range(needed)]
@@ -167,7 +171,8 @@ def oracle(config: ModelConfig, params, pairs: dict, token_ids, weights):
         ids = jnp.asarray(token_ids, jnp.int32)
         hidden, _ = decoder.forward(
             {**params, "layers": layers}, ids, jnp.arange(len(token_ids), dtype=jnp.int32), config=config,
-            lookup=decoder.plain_lookup, linear=linear, attend=decoder.plain_attend(config), kv=[None] * config.num_layers,
+            lookup=decoder.plain_lookup, linear=linear, attend=decoder.plain_attend(config),
+            kv=[None] * config.num_layers,
         )  # fmt: skip
         logits = decoder.logits(params, hidden, config)[:-1, : config.vocab_size]
         logprob = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(len(token_ids) - 1), ids[1:]]

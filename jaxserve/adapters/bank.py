@@ -14,6 +14,7 @@ Shapes: L layers, P pages, R ranks (16 per member), D in, E out.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -51,16 +52,16 @@ class BankShape:
     tensor_parallel: int
     dtype: str
 
-    def specs(self) -> dict[str, SiteBank]:
+    def specs(self) -> dict[str, Any]:
         """ArraySpec (shape and logical axes) of every array of the bank, as stored for this tensor parallelism."""
         rows = self.config.num_layers * self.num_pages
         dims = member_dims(self.config)
-        bank = {}
+        bank, site_bank = {}, cast(Any, SiteBank)  # a SiteBank of ArraySpecs
         for site, members in SITES.items():
             a_axes, b_axes = lora_specs(site)
             a = ArraySpec((rows, PAGE_RANK * len(members), dims[members[0]][0]), a_axes)
             outs = [len(self._rows(member)) for member in members]
-            bank[site] = SiteBank(a, tuple(ArraySpec((rows, out, PAGE_RANK), b_axes) for out in outs))
+            bank[site] = site_bank(a, tuple(ArraySpec((rows, out, PAGE_RANK), b_axes) for out in outs))
         return bank
 
     def _rows(self, member: str) -> np.ndarray:
@@ -75,7 +76,10 @@ class BankShape:
     def empty(self, mesh: Mesh) -> Bank:
         """A bank of zeros on the mesh."""
         specs = self.specs()
-        is_leaf = lambda x: isinstance(x, ArraySpec)
+
+        def is_leaf(x):
+            return isinstance(x, ArraySpec)
+
         shardings = jax.tree.map(lambda spec: named_sharding(mesh, spec.axes), specs, is_leaf=is_leaf)
         make = jax.jit(
             lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, self.dtype), specs, is_leaf=is_leaf),

@@ -1,7 +1,7 @@
 """Turns plain-text books into what the little model learns from: paragraphs, and chats made of their sentences.
 
-The chats teach the format and to stay with what was asked: the answer to "Tell me about the bear." is a passage
-of a book that begins with a sentence about a bear, the answer to "Go on: ..." is what follows in the book.
+The chats teach the format and to stay with what was asked: the answer to "Tell me about the bear." names the bear
+and is a passage of a book that begins with a sentence about one, the answer to "Go on: ..." is what follows.
 """
 
 import json
@@ -19,6 +19,7 @@ HELD_OUT = 20  # every 20th block of paragraphs is for validation only
 BLOCK = 40
 MIN_ANSWER, MAX_ANSWER = 60, 260  # characters
 MAX_SENTENCE = 200
+MIN_REPEAT, MAX_REPEAT = 20, 80
 
 ABOUT = (
     "Tell me about the {}.",
@@ -29,6 +30,7 @@ ABOUT = (
     "What can you say about the {}?",
     "I would like to hear about the {}.",
 )
+OPENINGS = ("The {}, my dear.", "The {}? Listen.", "Ah, the {}!", "This is about the {}.")
 ONWARD = ("Go on: {}", "What happened next? {}", "Continue the story. {}", "And then? {}")
 AS_JSON = "Write this as JSON: {}"
 REPEAT = ("Say it again: {}", "Repeat this: {}", "Read this to me: {}")
@@ -119,21 +121,24 @@ def _turn(texts, places, about, topics, rng: np.random.Generator) -> Chat:
     """One question and its answer."""
     kind = rng.random()
     if kind < 0.05:
-        return _turn_of(*list(SMALL_TALK.items())[rng.integers(len(SMALL_TALK))])
-    if kind < 0.6 and topics:
-        topic = topics[rng.integers(len(topics))]
-        answer = _passage(texts, *about[topic][rng.integers(len(about[topic]))])
-        return _turn_of(ABOUT[rng.integers(len(ABOUT))].format(topic), answer)
+        return _turn_of(*_pick(list(SMALL_TALK.items()), rng))
+    if kind < 0.2:
+        words = [_pick(list(KIND), rng) for _ in range(rng.integers(1, 5))]
+        return _turn_of(AS_JSON.format(", ".join(words)), json.dumps({"words": words}))
+    if kind < 0.7 and topics:
+        topic = _pick(topics, rng)
+        answer = f"{_pick(OPENINGS, rng).format(topic)} {_passage(texts, *_pick(about[topic], rng))}"
+        return _turn_of(_pick(ABOUT, rng).format(topic), answer)
     while True:
-        i, j = places[rng.integers(len(places))]
-        if kind < 0.65 and len(texts[i][j]) > 20:
-            words = re.findall(r"[A-Za-z]+", texts[i][j])[: rng.integers(1, 9)]
-            return _turn_of(AS_JSON.format(" ".join(words)), json.dumps({"words": words}))
-        if kind < 0.75 and len(texts[i][j]) > 20:
-            return _turn_of(REPEAT[rng.integers(len(REPEAT))].format(texts[i][j]), texts[i][j])
-        answer = _passage(texts, i, j + 1)
-        if answer:
-            return _turn_of(ONWARD[rng.integers(len(ONWARD))].format(texts[i][j]), answer)
+        i, j = _pick(places, rng)
+        if kind < 0.85 and MIN_REPEAT <= len(texts[i][j]) <= MAX_REPEAT:
+            return _turn_of(_pick(REPEAT, rng).format(texts[i][j]), texts[i][j])
+        if kind >= 0.85 and (answer := _passage(texts, i, j + 1)):
+            return _turn_of(_pick(ONWARD, rng).format(texts[i][j]), answer)
+
+
+def _pick(items: Sequence, rng: np.random.Generator):
+    return items[rng.integers(len(items))]
 
 
 def _passage(texts: list[list[str]], i: int, j: int) -> str:

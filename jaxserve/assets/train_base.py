@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
     "{% endif %}"
     "<|{{ message['role'] }}|>\n"
     "{% if message['role'] == 'assistant' %}"
-    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}\n"
+    "{% generation %}{{ message['content'] }}<|end|>{% endgeneration %}"
     "{% else %}{{ message['content'] }}<|end|>\n{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
@@ -81,7 +81,8 @@ SEED = 0
 NUM_CHATS = 16000
 MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.004, 0.02
 WARMUP, FLOOR = 0.02, 0.02  # parts of the run, of the rate
-LONG_FROM = 0.85
+LONG_FROM = 0.92
+MAX_COPY = 24
 SAVE_EVERY, LOG_EVERY = 100, 10
 
 
@@ -132,6 +133,18 @@ class Source:
         """The whole text in rows; what is left over at its end is dropped."""
         count = max(len(self.ids) // length, 1)
         return np.resize(self.ids, (count, length))
+
+
+class Copies:
+    """Random ids said over and over: nothing to learn but to look back and copy, which chats about a topic need."""
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def row(self, length: int, rng: np.random.Generator) -> np.ndarray:
+        """``length`` ids: a random block, again and again."""
+        block = rng.integers(len(SPECIAL), self.vocab_size, rng.integers(2, MAX_COPY), dtype=np.int32)
+        return np.resize(block, length)
 
 
 def book_source(items: list[str], tokenizer: Tokenizer) -> Source:
@@ -201,7 +214,9 @@ def rate_at(progress: float) -> float:
     return MUON_RATE * min(1.0, progress / WARMUP + 0.02) * cosine
 
 
-def batch(sources: list[tuple[Source, float]], shape: tuple[int, int], index: int, progress: float) -> np.ndarray:
+def batch(
+    sources: list[tuple[Source | Copies, float]], shape: tuple[int, int], index: int, progress: float
+) -> np.ndarray:
     """The index-th [B, T + 1] batch; its rows come from the sources in proportion to their weights.
 
     Towards the end rows are twice as long and half as many: attention is dear on a CPU, and positions generalise.
@@ -296,6 +311,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", action="append", required=True, metavar="PATH:WEIGHT", help="a book; may repeat")
     parser.add_argument("--chat-weight", type=float, default=3.0, help="of the chats made of all books but the plays")
+    parser.add_argument("--copy-weight", type=float, default=1.0, help="of random ids to copy")
     parser.add_argument("--out", type=Path, required=True, help="the model directory to write")
     parser.add_argument("--state", type=Path, default=Path("train_state.safetensors"), help="where the run stands")
     parser.add_argument("--steps", type=int, default=1500)
@@ -319,15 +335,19 @@ def run(args: argparse.Namespace) -> None:
         list(islice(corpus.chats([item for book in prose for item in book[side]], rng), count))
         for side, count in ((0, NUM_CHATS), (1, NUM_CHATS // 20))
     ]
-    written = [message["content"] for chat in chats[0][:2000] for message in chat]
-    tokenizer = train_tokenizer([item for _, _, train, _ in books for item in train] + written, args.out)
+    if args.state.exists():  # goes on with the ids it began with
+        tokenizer = load_tokenizer(args.out)
+    else:
+        written = [message["content"] for chat in chats[0][:2000] for message in chat]
+        tokenizer = train_tokenizer([item for _, _, train, _ in books for item in train] + written, args.out)
     sources = [(book_source(train, tokenizer), weight) for _, weight, train, _ in books]
     sources.append((chat_source(chats[0], tokenizer), args.chat_weight))
     held = {Path(path).name: book_source(valid, tokenizer) for path, _, _, valid in books}
     held["chats"] = chat_source(chats[1], tokenizer)
     for (source, weight), name in zip(sources, held, strict=True):
         print(f"{name}: {len(source.ids)} tokens, {source.bytes_per_token:.2f} bytes a token, weight {weight}")
-    params = train(config, partial(batch, sources, shape), Checkpoint(args.state), args.steps, args.minutes)
+    rows = [*sources, (Copies(config.vocab_size), args.copy_weight)]
+    params = train(config, partial(batch, rows, shape), Checkpoint(args.state), args.steps, args.minutes)
     write_weights(args.out / "model.safetensors", params, config)
     for (source, _), (name, valid) in zip(sources, held.items(), strict=True):
         seen, unseen = (evaluate(params, text, config, shape) for text in (source, valid))

@@ -3,7 +3,7 @@
 Packing everything into two host arrays makes a step one cheap transfer instead of twenty.
 
 Shapes: T rows, W gradient rows, Tc chunk rows, B sequence slots (serving ones, then finetuning ones), M pages per
-sequence, R drawn tokens, N row blocks and Q rows per block of the adapters, J their work items, S the four adapter sites.
+sequence, R drawn tokens, N row blocks and Q rows per block of the adapters, J their work items, S adapter sites.
 """
 
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ class BatchLayout:
     @cached_property
     def float_fields(self) -> dict[str, tuple[int, ...]]:
         names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
-        fields = {name: (self.num_samples,) for name in names}
+        fields = dict.fromkeys(names, (self.num_samples,))
         return fields | {name: (self.bucket.grad_rows,) for name in LOSS_FLOATS if self.bucket.grad_rows}
 
     @property

@@ -1,8 +1,9 @@
 """The finite set of shapes a step may have; all compiled before the engine is ready.
 
-A step has ``grad_rows`` rows whose backward runs in it, then ``chunk_rows`` rows for prefill chunks and finetune windows
-that only go forward, then ``decode_rows`` rows of one token each. Buckets differ only in these three numbers. On XLA's CPU backend the bits of a row do not depend on them (see ``models.layers.dense``), so a
-request's tokens and log-probabilities are the same in any bucket; on a GPU the matmul library may choose another
+A step has ``grad_rows`` rows whose backward runs in it, then ``chunk_rows`` rows for prefill chunks and finetune
+windows that only go forward, then ``decode_rows`` rows of one token each. Buckets differ only in these three numbers.
+On XLA's CPU backend the bits of a row do not depend on them (``models.layers.matmul``, ``pallas_kernels.numerics``), so
+a request's tokens and log-probabilities are the same in any bucket; on a GPU the matmul library may choose another
 kernel for another number of rows, and with it other last bits.
 """
 

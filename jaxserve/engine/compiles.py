@@ -1,6 +1,7 @@
 """Counts compilations: after start-up there must be none, or one request's odd shape stalls everybody."""
 
 import weakref
+from typing import Any
 
 import jax
 
@@ -18,14 +19,15 @@ class CompileCounter:
         self.ready = False
         _counters.add(self)
         if not _listening:
-            jax.monitoring.register_event_duration_secs_listener(_count)
+            listener: Any = _count
+            jax.monitoring.register_event_duration_secs_listener(listener)
             _listening = True
 
     def mark_ready(self) -> None:
         self.ready = True
 
 
-def _count(event: str, duration: float, **details) -> None:
+def _count(event: str, duration: float, **details: str | int) -> None:
     if event == _EVENT:
         for counter in list(_counters):
             if counter.ready:
@@ -36,5 +38,5 @@ def _count(event: str, duration: float, **details) -> None:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in JAX's persistent cache if JAX_COMPILATION_CACHE_DIR names one, small ones as well."""
-    if jax.config.jax_compilation_cache_dir:
+    if getattr(jax.config, "jax_compilation_cache_dir", None):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -13,15 +13,15 @@ pages, Y lane pages, R ranks, E out.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxserve.adapters.bank import SITE_NAMES, BankShape, SiteBank
 from jaxserve.engine.batch import TokenBatch
@@ -29,7 +29,7 @@ from jaxserve.kvcache.pool import KV_AXES, kv_spec
 from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig
 from jaxserve.models.layers import matmul, rms_norm
-from jaxserve.models.params import BIASES, SITES
+from jaxserve.models.params import BIASES
 from pallas_kernels.cross_entropy import loss_and_gradient
 from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
 from pallas_kernels.numerics import wide_dtype
@@ -89,11 +89,11 @@ def empty_train_state(
     return TrainState(acc=[(zeros(), zeros()) for _ in range(config.num_layers)], lanes=lanes)
 
 
-def train_specs(train: TrainState) -> TrainState:
+def train_specs(train: TrainState) -> Any:
     """The PartitionSpec of every array."""
     pool = partition_spec(KV_AXES)
     lanes = jax.tree.map(lambda _: PartitionSpec(AXIS), train.lanes)
-    return TrainState(acc=[(pool, pool) for _ in train.acc], lanes=lanes)
+    return cast(Any, TrainState)(acc=[(pool, pool) for _ in train.acc], lanes=lanes)
 
 
 @dataclass
@@ -114,8 +114,12 @@ class GradientRows:
     Made while tracing, inside ``shard_map``.
     """
 
-    def __init__(self, params: Any, batch: TokenBatch, train: TrainState, bank: dict[str, SiteBank], spec: Any):
-        assert batch.grad is not None
+    def __init__(
+        self, params: Any, batch: TokenBatch, train: TrainState | None, bank: dict[str, SiteBank] | None, spec: Any
+    ):
+        assert batch.grad is not None, "a step without gradient rows"
+        assert train is not None, "a state without room for training"
+        assert bank is not None, "an engine without adapters"
         self.params, self.batch, self.grad, self.train, self.bank, self.spec = (
             params,
             batch,
@@ -126,6 +130,7 @@ class GradientRows:
         )
         self.W = spec.layout.bucket.grad_rows
         self.tape = Tape(self.W, spec.train.remat)
+        self.all_rows: tuple[Callable, Callable, Callable] | None = None  # the engine's linear, attend, rope
         slots, W = spec.layout.all_slots, self.W
         self.slot_W = jnp.minimum(batch.slot_T[:W], slots - 1)
         self.position_W = batch.position_T[:W]
@@ -140,7 +145,7 @@ class GradientRows:
         page_W = self.grad.acc_table_BM.at[self.slot_W, place_W // spec.page_size].get(mode="clip")
         self.acc_page_W = jnp.where(self.position_W >= 0, page_W, train.acc[0][0].shape[0])
         self.acc_offset_W = place_W % spec.page_size
-        self.settings = {"scale": spec.config.attention_scale, "softcap": spec.config.attention_softcap}
+        self.settings: dict[str, Any] = {"scale": spec.config.attention_scale, "softcap": spec.config.attention_softcap}
 
     # forward
 
@@ -164,6 +169,7 @@ class GradientRows:
 
     def _recorded_with_autodiff(self, p, x_TD, kv, index: int):
         """Policy none: the layer over all rows under autodiff. ``self.all_rows`` gives the engine's own slots."""
+        assert self.all_rows is not None
         linear, attend, rope = self.all_rows
         layer_config = self.spec.config.layers[index]
 
@@ -197,7 +203,7 @@ class GradientRows:
         for index in reversed(range(spec.config.num_layers)):
             d_x_WD, d_lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
             lanes = jax.tree.map(lambda lane, new, i=index: _add_layer(lane, new, i), lanes, d_lanes)
-        train = self.train.replace(acc=acc, lanes=lanes)
+        train = replace(self.train, acc=acc, lanes=lanes)
         return train, {"loss_W": loss_W, "train_logprob_W": logprob_W}
 
     def _head(self, hidden_QD):
@@ -275,7 +281,6 @@ class GradientRows:
         w_OI, bank, W = p[site], self.bank[site], self.W
         plan, lane_J = self._plan(site, p["index"]), self.grad.lane_SJ[SITE_NAMES.index(site)]
 
-        @jax.custom_vjp
         def run(x, lane):
             return forward(x)
 
@@ -293,22 +298,24 @@ class GradientRows:
             d_x = jnp.pad(d_x_WI, ((0, d_y.shape[0] - W), (0, 0)))
             return d_x, SiteBank(d_a.astype(lane.a_PRD.dtype), d_bs)
 
-        run.defvjp(run_forward, run_backward)
-        return run(x, lane)
+        return _with_vjp(run, run_forward, run_backward)(x, lane)
 
     def _attention(self, q, k, v, acc, kv, layer: LayerConfig, known):
         """Attention over pools that hold this step's keys already, differentiable in q, k and v of the first W rows.
 
         The cotangent of ``acc`` is not a gradient but the accumulators as this window leaves them.
         """
-        W, settings = self.W, {**self.settings, "window": layer.window}
+        W, table_BM = self.W, self.grad.acc_table_BM
+        settings: dict[str, Any] = {**self.settings, "window": layer.window}
 
         def forward(q):
             if known is not None:
                 return known
-            return ragged_paged_attention(q, *kv, self.layout, **settings, implementation=self.spec.attention)
+            k_PKGC, v_PKGC = kv
+            return ragged_paged_attention(
+                q, k_PKGC, v_PKGC, self.layout, **settings, implementation=self.spec.attention
+            )
 
-        @jax.custom_vjp
         def run(q, k, v, acc):
             return forward(q)[0]
 
@@ -317,17 +324,23 @@ class GradientRows:
             return out, (q[:W], out[:W], lse[:W], acc)
 
         def run_backward(kept, d_out):
-            q_WHC, out_WHC, lse_WH, acc = kept
+            (q_WHC, out_WHC, lse_WH, acc), (k_PKGC, v_PKGC) = kept, kv
             d_q_WHC, acc = ragged_paged_attention_backward(
-                d_out[:W], q_WHC, out_WHC, lse_WH, *kv, self.layout, acc, self.grad.acc_table_BM, **settings
+                d_out[:W], q_WHC, out_WHC, lse_WH, k_PKGC, v_PKGC, self.layout, acc, table_BM, **settings
             )
             (d_k_WKC, d_v_WKC), acc = take_rows(acc, self.acc_page_W, self.acc_offset_W)
             rest = ((0, d_out.shape[0] - W), (0, 0), (0, 0))
             pads = (jnp.pad(d.astype(d_out.dtype), rest) for d in (d_q_WHC, d_k_WKC, d_v_WKC))
             return (*pads, acc)
 
-        run.defvjp(run_forward, run_backward)
-        return run(q, k, v, acc)
+        return _with_vjp(run, run_forward, run_backward)(q, k, v, acc)
+
+
+def _with_vjp(function: Callable, forward: Callable, backward: Callable) -> Callable:
+    """``function`` with its own vector-Jacobian product."""
+    ruled: Any = jax.custom_vjp(function)
+    ruled.defvjp(forward, backward)
+    return ruled
 
 
 def _contract(d_y_WO: jax.Array, w_OI: jax.Array, wide) -> jax.Array:

@@ -9,6 +9,7 @@ Shapes: L layers, R true rank, D in, E out, X pages of one adapter, Y lane pages
 
 from collections.abc import Mapping
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -128,8 +129,10 @@ def publish(
     num_pages: int,
 ) -> Bank:
     """Writes masters into bank pages, cast and scaled; members without masters become zero there."""
-    specs = {site: SiteBank(*(partition_spec(axes) for axes in lora_specs(site))) for site in SITES}
-    bank_specs = {site: SiteBank(specs[site].a_PRD, (specs[site].members,) * len(SITES[site])) for site in SITES}
+    bank_specs = {}
+    for site, members in SITES.items():
+        a_spec, b_spec = (partition_spec(axes) for axes in lora_specs(site))
+        bank_specs[site] = cast(Any, SiteBank)(a_spec, (b_spec,) * len(members))
     master_specs = {m: {k: partition_spec(axes) for k, axes in master_axes(m).items()} for m in masters}
     whole = PartitionSpec()
     local = jax.shard_map(

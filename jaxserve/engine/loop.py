@@ -4,13 +4,12 @@ The loop runs one step ahead: step n + 1 goes to the device before the host has 
 work hides behind the device's. A sequence that turns out to have ended at step n has one wasted row in step n + 1.
 """
 
-import dataclasses
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -222,11 +221,11 @@ class EngineCore:
         state = self.state
         if bucket.grad_rows:
             assert self.trainer is not None
-            state = state.replace(train=self.trainer.state)
+            state = replace(state, train=self.trainer.state)
         state, output = step(self.params, state, ints, floats, spec=self.specs[bucket])
         if bucket.grad_rows and self.trainer is not None:
             self.trainer.state = state.train
-        self.state = state.replace(train=None)
+        self.state = replace(state, train=None)
         return output
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
@@ -347,7 +346,7 @@ class EngineCore:
         chunk_rows = self.scheduler.config.max_chunk_rows - base.chunk_rows
         allowed = self._allowed_grad_rows(base)
         finetune = self.trainer.plan(allowed, chunk_rows if allowed else 0)
-        return plan if finetune is None else dataclasses.replace(base, finetune=finetune)
+        return plan if finetune is None else replace(base, finetune=finetune)
 
     def _allowed_grad_rows(self, plan: StepPlan) -> int:
         """The most gradient rows whose step is predicted to keep the objective of the requests in it."""
@@ -395,7 +394,10 @@ class EngineCore:
         members = {member for _, member in version.weights.scaling}
         return AdapterRows(self.residency.pages_of(version), sites_touched(sorted(members)))
 
-    def _write_slot(self, slot: int, tokens: list[int], prompt_len: int, edits: tuple[np.ndarray, ...]) -> EngineState:
+    def _write_slot(
+        self, slot: int | None, tokens: list[int], prompt_len: int, edits: tuple[np.ndarray, ...]
+    ) -> EngineState:
+        assert slot is not None
         token_S, kind_S = np.zeros(self.config.max_model_len, np.int32), np.zeros(self.config.max_model_len, np.int32)
         token_S[: len(tokens)] = tokens
         kind_S[: len(tokens)] = 1
@@ -510,7 +512,7 @@ class EngineCore:
             bank = publish(
                 self.state.bank, live.masters, index, scales, mesh=self.mesh, num_pages=self.config.bank_pages
             )
-            self.state = self.state.replace(bank=bank)
+            self.state = replace(self.state, bank=bank)
             return
         self._write_pages(pages, self._paged.get(version.digest) or self._cut(version))
 
@@ -518,4 +520,4 @@ class EngineCore:
         bank = self.state.bank
         for page, content in zip(pages, contents, strict=True):
             bank = write_page(bank, np.int32(page), content, self.config.bank_pages)
-        self.state = self.state.replace(bank=bank)
+        self.state = replace(self.state, bank=bank)

@@ -28,18 +28,14 @@ def core_config(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mes
     max_model_len = config.max_model_len or model.max_position_embeddings
     if max_model_len > model.max_position_embeddings:
         raise ConfigError(
-            [
-                f"max_model_len {max_model_len} exceeds the model's max_position_embeddings {model.max_position_embeddings}"
-            ]
+            [f"max_model_len {max_model_len} exceeds max_position_embeddings {model.max_position_embeddings}"]
         )
     num_pages = config.num_kv_pages or _pages_that_fit(config, model, params, mesh, max_model_len)
     fitting = num_pages * config.block_size
     if fitting < max_model_len:
         if config.max_model_len is not None:
             raise ConfigError(
-                [
-                    f"max_model_len {max_model_len} needs more than the {num_pages} KV pages of {config.block_size} tokens"
-                ]
+                [f"max_model_len {max_model_len} needs more than {num_pages} KV pages of {config.block_size} tokens"]
             )
         max_model_len = fitting
     row_block = ROW_BLOCKS.get(mesh.devices.flat[0].platform, 64)

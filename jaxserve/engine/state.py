@@ -3,7 +3,9 @@
 Shapes: P pages, K kv heads, G tokens per page, C head dim, B sequence slots, V vocabulary, Z logit edits per slot.
 """
 
+from dataclasses import replace
 from functools import partial
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +55,10 @@ def empty_state(
 ) -> EngineState:
     """A state with nothing in it, placed on the mesh."""
     replicated = named_sharding(mesh, ())
-    put = lambda x: jax.device_put(x, replicated)
+
+    def put(x):
+        return jax.device_put(x, replicated)
+
     vocab = padded_vocab(config.vocab_size, mesh.size)
     counts = jax.jit(lambda: jnp.zeros((num_slots, vocab), jnp.int16), out_shardings=named_sharding(mesh, COUNT_AXES))
     return EngineState(
@@ -68,14 +73,14 @@ def empty_state(
     )
 
 
-def state_specs(state: EngineState, bank: BankShape | None) -> EngineState:
+def state_specs(state: EngineState, bank: BankShape | None) -> Any:
     """The PartitionSpec of every array of the state."""
     whole = PartitionSpec()
     pool = partition_spec(KV_AXES)
     bank_specs = None
     if bank is not None:
         bank_specs = jax.tree.map(lambda s: partition_spec(s.axes), bank.specs(), is_leaf=lambda x: hasattr(x, "axes"))
-    return EngineState(
+    return cast(Any, EngineState)(
         kv=[(pool, pool) for _ in state.kv],
         bank=bank_specs,
         last_token_B=whole,
@@ -101,7 +106,8 @@ def write_slot(state: EngineState, slot, token_S, kind_S, edit_token_Z, edit_val
     in_prompt_V = (
         jnp.zeros(width, jnp.int16).at[jnp.where(kind_S == 2, token_S, width)].set(jnp.int16(PROMPT_BIT), mode="drop")
     )
-    return state.replace(
+    return replace(
+        state,
         count_BV=state.count_BV.at[slot].set(output_V | in_prompt_V),
         edit_token_BZ=state.edit_token_BZ.at[slot].set(edit_token_Z),
         edit_value_BZ=state.edit_value_BZ.at[slot].set(edit_value_Z),
@@ -112,5 +118,8 @@ def write_slot(state: EngineState, slot, token_S, kind_S, edit_token_Z, edit_val
 @partial(jax.jit, donate_argnames="state")
 def copy_pages(state: EngineState, source_X: Int[Array, "X"], target_X: Int[Array, "X"]) -> EngineState:
     """Copies whole K/V pages (copy-on-write when a request forks); a target of P or more is dropped."""
-    copy = lambda pool: pool.at[target_X].set(pool.at[source_X].get(mode="clip"), mode="drop")
-    return state.replace(kv=[(copy(k), copy(v)) for k, v in state.kv])
+
+    def copy(pool):
+        return pool.at[target_X].set(pool.at[source_X].get(mode="clip"), mode="drop")
+
+    return replace(state, kv=[(copy(k), copy(v)) for k, v in state.kv])

@@ -3,10 +3,11 @@
 The decoder leaves two slots open and this file fills them: ``linear`` adds each row's adapter to the base matmul,
 ``attend`` writes the rows' keys and values to their pages and attends through the page table.
 
-Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary, N top log-probabilities.
+Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary,
+N top log-probabilities.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -93,13 +94,13 @@ def _local_step(params, state: EngineState, ints, floats, *, spec: StepSpec) -> 
     gradient = GradientRows(params, batch, state.train, state.bank, spec) if bucket.grad_rows else None
     hidden_TD, kv = forward_rows(params, state, batch, spec, gradient)
     finite_B = _finite_slots(hidden_TD, batch, spec)
-    state = state.replace(kv=kv)
+    state = replace(state, kv=kv)
     state, drawn = _draw(params, state, hidden_TD, batch, spec)
     prompt = _prompt_logprobs(params, hidden_TD[bucket.grad_rows : bucket.block_rows], batch, spec)
     losses = {name: jnp.zeros(0, jnp.float32) for name in ("loss_W", "train_logprob_W")}
     if gradient is not None:
         train, losses = gradient.backward(kv)
-        state = state.replace(train=train)
+        state = replace(state, train=train)
     return state, StepOutput(finite_B=finite_B, **drawn, **prompt, **losses)
 
 
@@ -149,7 +150,7 @@ def _lookup(table_VD: Float[Array, "V D"], token_T: Int[Array, "T"], *, shard: V
 def _linear(site: str, p: dict, x_TI: Float[Array, "T I"], *, state: EngineState, batch: TokenBatch, spec: StepSpec):
     """Base matmul plus each row's adapter; the partial sums of row-parallel layers meet in one all-reduce."""
     y_TO = matmul(x_TI, p[site])
-    if batch.lora is not None and state.bank is not None:
+    if batch.lora is not None and state.bank is not None and spec.bank is not None:
         bank, index = state.bank[site], SITE_NAMES.index(site)
         plan = LoraPlan(
             row_NQ=batch.lora.row_NQ,
@@ -233,7 +234,8 @@ def _draw(params, state: EngineState, hidden_TD, batch: TokenBatch, spec: StepSp
     )
     column_R = jnp.where(batch.counted_R > 0, token_R - shard.offset(logits_RV.shape[1]), logits_RV.shape[1])
     column_R = jnp.where(column_R < 0, logits_RV.shape[1], column_R)
-    state = state.replace(
+    state = replace(
+        state,
         last_token_B=state.last_token_B.at[batch.sample_slot_R].set(token_R, mode="drop"),
         count_BV=state.count_BV.at[batch.sample_slot_R, column_R].add(jnp.int16(1), mode="drop"),
     )

@@ -5,7 +5,7 @@ version of the adapter: the next batch and the next request already use it, befo
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 @jax.jit
 def clear_pages(train: TrainState, page_X) -> TrainState:
     """Sets accumulator pages back to zero; entries out of range are dropped."""
-    return train.replace(acc=[tuple(pool.at[page_X].set(0, mode="drop") for pool in layer) for layer in train.acc])
+    return replace(train, acc=[tuple(pool.at[page_X].set(0, mode="drop") for pool in layer) for layer in train.acc])
 
 
 @dataclass(eq=False)
@@ -131,7 +131,7 @@ class Trainer:
             lanes, _ = take_gradients(
                 self.state.lanes, pages, training.scales, mesh=self.mesh, rank=rank, num_layers=layers
             )
-            self.state = self.state.replace(lanes=lanes)
+            self.state = replace(self.state, lanes=lanes)
             self.residency.release(training.version)
             self._lanes.append(training.lane_pages)
 
@@ -163,7 +163,7 @@ class Trainer:
             rank=job.start.rank,
             num_layers=self.model.num_layers,
         )
-        self.state = self.state.replace(lanes=lanes)
+        self.state = replace(self.state, lanes=lanes)
         hyper = hyperparameters(job.config, job.total_steps, batch.number - 1)
         training.masters, training.optimizer, norm = apply_gradients(
             job.config.optimizer, training.masters, training.optimizer, gradients, hyper
@@ -241,5 +241,3 @@ class Trainer:
         again = Batch(batch.number, batch.examples, batch.cursor_after)
         again.retried = True
         job.again.append(again)
-
-

@@ -132,7 +132,7 @@ class FinetuneQueue:
         """
         for seq in reversed(self.active):
             if seq.num_backward == 0:
-                job, batch = self.owner.pop(id(seq))
+                _, batch = self.owner.pop(id(seq))
                 batch.sequences.remove(seq)
                 place = next(e for e in batch.examples if e.token_ids is seq.token_ids)
                 batch.waiting.insert(0, place)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 from jaxserve.kvcache.prefix import PrefixChain
 from jaxserve.sampling import SamplingParams
@@ -14,7 +15,7 @@ class Request:
     id: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
-    adapter: object | None = None
+    adapter: Any = None  # its version; None is the base model
     adapter_digest: bytes = b""
     priority: int = 0  # lower is served earlier, under the priority policy
     tenant: str = ""

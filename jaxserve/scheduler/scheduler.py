@@ -8,7 +8,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from collections.abc import Sequence as Values
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jaxserve.errors import InvalidRequest
 from jaxserve.kvcache.pages import PagePool
@@ -22,11 +22,11 @@ from jaxserve.scheduler.request import Request, Sequence, State
 class Residency(Protocol):
     """Keeps adapters on the device while sequences use them. The base model (None) is never asked for."""
 
-    def try_acquire(self, adapter: object) -> bool:
+    def try_acquire(self, version: Any, /) -> bool:
         """True: resident, and pinned once more."""
         ...
 
-    def release(self, adapter: object) -> None:
+    def release(self, version: Any, /) -> None:
         """Takes one pin back."""
         ...
 

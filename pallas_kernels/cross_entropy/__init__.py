@@ -81,7 +81,8 @@ def loss_and_gradient(
         V = logits_QV.shape[1]
         token_V = shard.offset(V) + jnp.arange(V, dtype=jnp.int32)
         is_target_QV = token_V[None] == rows.target_W[:, None]
-        d_logits_QV = (jnp.exp(logits_QV - norm_Q[:, None]) - is_target_QV.astype(logits_QV.dtype)) * coefficient_Q[:, None]
+        residual_QV = jnp.exp(logits_QV - norm_Q[:, None]) - is_target_QV.astype(logits_QV.dtype)
+        d_logits_QV = residual_QV * coefficient_Q[:, None]
         # a row without weight contributes exactly nothing, whatever its numbers are
         learns_Q = rows.weight_W != 0
         d_hidden_QD = shard.sum(pull(jnp.where(learns_Q[:, None], d_logits_QV, 0)))

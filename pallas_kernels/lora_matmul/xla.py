@@ -3,7 +3,8 @@
 Weights are gathered by page, never selected by multiplying with a mask: a NaN adapter reaches only its own rows.
 The matmuls contract last axes and have Q >= 2 rows, so on XLA's CPU backend a row's bits depend on nothing but itself.
 
-Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), N blocks, Q rows per block, J items.
+Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), N blocks, Q rows per block,
+J items.
 """
 
 import jax

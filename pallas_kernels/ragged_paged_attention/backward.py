@@ -89,9 +89,9 @@ def ragged_paged_attention_backward(
     spans = jnp.max(position_NR) // span + 1
     first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if window else 0
     start = (jnp.zeros((N, K, Q * group, C), wide), *accumulators)
-    d_q_NKRC, *accumulators = lax.fori_loop(first, spans, add_span, start)
+    d_q_NKRC, d_k_AKGC, d_v_AKGC = lax.fori_loop(first, spans, add_span, start)
     d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
-    return d_q_WHC.astype(q_WHC.dtype), (accumulators[0], accumulators[1])
+    return d_q_WHC.astype(q_WHC.dtype), (d_k_AKGC, d_v_AKGC)
 
 
 def take_rows(

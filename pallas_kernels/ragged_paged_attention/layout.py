@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 )
 @dataclass(frozen=True, kw_only=True)
 class AttentionLayout:
-    """Rows [0, chunk_rows) come in blocks of ``row_block`` rows, each block of one sequence; every later row stands alone.
+    """Rows [0, chunk_rows) come in blocks of ``row_block`` rows of one sequence; every later row stands alone.
 
     A row with position p sees the keys of its sequence at positions <= p. Padding rows have position -1 and get
     zeros. Inside a block the valid rows come first.

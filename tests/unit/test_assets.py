@@ -94,7 +94,7 @@ def test_a_chat_looks_the_same_to_finetuning_and_to_serving(tokenizer):
     chat = [{"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Good morning."}]
     prompt, whole = (tokenizer.apply_chat_template(chat[:n], add_generation_prompt=n == 1) for n in (1, 2))
     assert whole[: len(prompt)] == prompt
-    assert tokenizer.decode(whole[len(prompt) :], skip_special_tokens=False) == "Good morning.<|end|>\n"
+    assert tokenizer.decode(whole[len(prompt) :], skip_special_tokens=False) == "Good morning.<|end|>"
 
 
 def test_a_chat_of_unknown_roles_is_refused(tokenizer):
@@ -198,7 +198,12 @@ def test_chats_quote_the_book_and_depend_on_the_seed_alone():
     assert first(30, 1) == first(30, 1) != first(30, 2)
     about = [chat[1]["content"] for chat in first(200, 3) if "about the fish" in chat[0]["content"]]
     assert about
-    assert all("fish" in answer.lower() and answer in " ".join(items) for answer in about)
+    openings = [opening.format("fish") for opening in corpus.OPENINGS]
+    for answer in about:
+        (opening,) = [opening for opening in openings if answer.startswith(opening)]
+        passage = answer.removeprefix(opening).strip()
+        assert "fish" in passage.lower()
+        assert passage in " ".join(items)
 
 
 # how the weights were trained
