@@ -138,7 +138,13 @@ class EngineCore:
         self.slots = Slots(config.max_num_seqs, config.pages_per_seq, TRAIN_SLOTS)
         layouts = {bucket: spec.layout for bucket, spec in self.specs.items()}
         self.packer = Packer(
-            self.slots, layouts, config.row_block, config.num_pages, config.page_size, model.vocab_size
+            self.slots,
+            layouts,
+            config.row_block,
+            config.num_pages,
+            config.page_size,
+            model.vocab_size,
+            config.bank_pages,
         )
         self.in_flight: deque[InFlight] = deque()
         self.compiles = CompileCounter()

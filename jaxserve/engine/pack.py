@@ -106,6 +106,7 @@ class Packer:
         num_pages: int,
         page_size: int,
         vocab_size: int,
+        bank_pages: int = 0,
     ):
         self.slots = slots
         self.layouts = layouts
@@ -113,6 +114,7 @@ class Packer:
         self.num_pages = num_pages
         self.page_size = page_size
         self.vocab_size = vocab_size
+        self.bank_pages = bank_pages
 
     def pack(self, plan: StepPlan, bucket: Bucket) -> Packed:
         """Fills the buffers of ``bucket`` with the plan's rows."""
@@ -263,6 +265,13 @@ class Packer:
             "sample_slot_R": (0, self.slots.num_slots + 1),
             "target_T": (-1, self.vocab_size),
         }
+        if "row_NQ" in i:
+            bounds |= {
+                "row_NQ": (0, bucket.rows + 1),
+                "place_T": (0, i["row_NQ"].size + 1),
+                "block_SJ": (0, len(i["row_NQ"])),
+                "page_SJ": (0, self.bank_pages),
+            }
         for name, (low, high) in bounds.items():
             values = i[name]
             if values.size and (values.min() < low or values.max() >= high):
