@@ -24,7 +24,7 @@ from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
 from jaxserve.engine.gradient import TrainShape, empty_train_state
 from jaxserve.engine.lanes import publish, scales_of
-from jaxserve.engine.pack import AdapterRows, Packer, Slots, slot_edits
+from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
 from jaxserve.engine.step import StepOutput, StepSpec, step
 from jaxserve.engine.times import StepTimes
@@ -274,6 +274,7 @@ class EngineCore:
 
     def add(self, request: Request) -> list[Sequence]:
         """Queues a request; raises InvalidRequest for what can never run."""
+        check_edits(request.params, self.scheduler.config.eos_token_ids)
         with self.lock:
             self._idle = False
             return self.scheduler.add(request)

@@ -14,8 +14,9 @@ from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS, BatchLayout
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.state import MAX_EDITS
-from jaxserve.errors import EngineError
+from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.finetune.windows import Lane, WindowRows
+from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.request import Sequence
 from pallas_kernels.token_sampling import GREEDY_BELOW
@@ -278,6 +279,18 @@ class Packer:
                 raise EngineError(f"{name} spans {values.min()}..{values.max()}, outside [{low}, {high})")
 
 
+def check_edits(params: SamplingParams, eos_token_ids: Iterable[int]) -> None:
+    """Raises InvalidRequest for more logit edits than a slot has room for."""
+    stops = set(params.stop_token_ids or ()) | set(() if params.ignore_eos else eos_token_ids)
+    room = MAX_EDITS - len(params.logit_bias or ())
+    if params.min_tokens and len(stops) > room:
+        raise InvalidRequest(
+            f"stop_token_ids and the model's own make {len(stops)}; with min_tokens and this logit_bias they must be "
+            f"at most {room}",
+            "stop_token_ids",
+        )
+
+
 def slot_edits(seq: Sequence | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A sequence's logit edits: logit_bias for ever, its stop tokens held back until min_tokens. None: no edits.
 
@@ -291,8 +304,7 @@ def slot_edits(seq: Sequence | None) -> tuple[np.ndarray, np.ndarray, np.ndarray
     if p.min_tokens:
         until = len(seq.request.prompt_ids) + p.min_tokens
         edits += [(token, -np.inf, until) for token in sorted(seq.stop_ids)]
-    if len(edits) > MAX_EDITS:
-        raise EngineError(f"{len(edits)} logit edits exceed {MAX_EDITS}")
+    assert len(edits) <= MAX_EDITS, f"{len(edits)=} {MAX_EDITS=}"
     for z, (token, value, until) in enumerate(edits):
         token_Z[z], value_Z[z], until_Z[z] = token, value, until
     return token_Z, value_Z, until_Z
