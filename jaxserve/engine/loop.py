@@ -120,7 +120,9 @@ class EngineCore:
         self.bank = BankShape(model, config.bank_pages, mesh.size, config.dtype) if config.max_loras else None
         self.state = self._empty_state()
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
-        self.residency = Residency(max(config.bank_pages, 1), self._upload)
+        # Planning only notes what is to be uploaded: a failure there is then one of the step, and replayed like one.
+        self._uploads: deque[tuple[AdapterVersion, list[int]]] = deque()
+        self.residency = Residency(max(config.bank_pages, 1), lambda *upload: self._uploads.append(upload))
         limits = SchedulerConfig(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -369,6 +371,8 @@ class EngineCore:
         return fitting[-1] if fitting else 0
 
     def _dispatch(self, plan: StepPlan) -> InFlight:
+        while self._uploads:
+            self._upload(*self._uploads.popleft())
         for seq in plan.started:
             self._admit(seq)
         for start in range(0, len(plan.page_copies), COPIES):
@@ -484,6 +488,7 @@ class EngineCore:
         running = list(self.scheduler.running)
         self.state = self._empty_state()
         self.scheduler.reset()
+        self._uploads.clear()
         for version in self.residency.resident():
             self._upload(version, list(self.residency.pages_of(version)))
         if self.failures <= MAX_REPLAYS:
