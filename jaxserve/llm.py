@@ -41,7 +41,6 @@ from sharding import make_mesh
 logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-NOT_FINITE = "the model's numbers are not finite for this request"
 
 
 @dataclass
@@ -310,7 +309,7 @@ class Engine:
             for position, logprobs in news.prompt_logprobs:
                 live.output.prompt_logprobs[position] = logprobs
         if token is None:
-            return self._end(seq, "error", error=NOT_FINITE) if news.outcome.finish_reason else None
+            return self._end(seq, "error", error=news.error) if news.outcome.finish_reason else None
         completion = live.output.outputs[seq.index]
         completion.token_ids.append(token)
         self._totals["generation_tokens"] += 1

@@ -101,6 +101,7 @@ class News(NamedTuple):
     outcome: Outcome
     logprobs: dict[int, float] | None
     prompt_logprobs: list[tuple[int, dict[int, float]]]  # (prompt position, log-probabilities) that became known
+    error: str | None = None  # why, where the outcome is an error
 
 
 class EngineCore:
@@ -439,7 +440,7 @@ class EngineCore:
         tokens = np.asarray(output.token_R)[:count].tolist()
         prompt = self._prompt_logprobs(plan, output)
         outcomes = self.scheduler.commit(plan, StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite))
-        news = [News(o, self._logprobs(o, output), prompt.pop(id(o.seq), [])) for o in outcomes]
+        news = [News(o, self._logprobs(o, output), prompt.pop(id(o.seq), []), _why(o)) for o in outcomes]
         waiting = [segment.seq for segment in plan.chunks if id(segment.seq) in prompt]
         news += [News(Outcome(seq, None, None, None), None, prompt[id(seq)]) for seq in waiting]
         self.host_seconds += time.perf_counter() - start
@@ -496,8 +497,9 @@ class EngineCore:
         lost = [seq for first in running for seq in self.scheduler.abort(first.request.id)]
         for seq in lost:
             seq.finish_reason = "error"
+        reason = f"the engine's step failed {self.failures} times in a row"
         self.failures = 0
-        return [News(Outcome(seq, None, "error", None), None, []) for seq in lost]
+        return [News(Outcome(seq, None, "error", None), None, [], reason) for seq in lost]
 
     # adapters
 
@@ -533,3 +535,7 @@ class EngineCore:
         for page, content in zip(pages, contents, strict=True):
             bank = write_page(bank, np.int32(page), content, self.config.bank_pages)
         self.state = replace(self.state, bank=bank)
+
+
+def _why(outcome: Outcome) -> str | None:
+    return "the model's numbers are not finite for this request" if outcome.finish_reason == "error" else None
