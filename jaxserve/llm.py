@@ -386,7 +386,7 @@ class Engine:
         todo, ids = deque(each), []
         try:
             while todo or not all(i in self._finished for i in ids):
-                while todo and len(self._live) < self.config.max_queue:
+                while todo and self._queue_has_room(todo[0][1]):
                     prompt, param, name = todo.popleft()
                     ids.append(self.add_request(prompt, param, adapter=name))
                     self._live[ids[-1]].collect = True
@@ -397,6 +397,11 @@ class Engine:
                 self._finished.pop(request_id, None)
             raise
         return [self._finished.pop(i) for i in ids]
+
+    def _queue_has_room(self, params: SamplingParams | None) -> bool:
+        """An empty queue has: what does not even fit there is to be refused."""
+        waiting = self.core.scheduler.counts().waiting
+        return waiting == 0 or waiting + (params.n if params else 1) <= self.config.max_queue
 
     def chat(
         self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **options: Any
