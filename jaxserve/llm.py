@@ -241,6 +241,8 @@ class Engine:
         )
         live = _Live(request, text, [], [self._stream(params) for _ in range(params.n)], output, set(range(params.n)))
         with self.core.lock:
+            if request.id in self._live:
+                raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among live requests", "id")
             live.choices = self.core.add(request)
             self._live[request.id] = live
             self._totals["requests"] += 1
