@@ -78,7 +78,9 @@ class Engine:
         digest = _base_digest(model, config)
         sizes = core_config(config, model, params, mesh)
         self.core = EngineCore(model, params, mesh, sizes, self._eos_token_ids(), digest)
-        self.adapters = AdapterStore(model, config.max_cpu_loras, base_names=(name,), base_digest=digest)
+        self.adapters = AdapterStore(
+            model, config.max_cpu_loras, base_names=(name,), base_digest=digest, read=self._read
+        )
         self._live: dict[str, _Live] = {}
         self._finished: dict[str, RequestOutput] = {}
         self._aborted: deque[Event] = deque()
@@ -143,28 +145,35 @@ class Engine:
           AdapterError: what the directory has that cannot be served, by file and field.
           InvalidRequest: a bad name.
         """
-        version = self.adapters.load(name, path)
-        return self._published(version)
+        self._require_lora()
+        return self._described(self.adapters.load(name, path))
 
     def put_adapter(self, name: str, weights: AdapterWeights) -> AdapterInfo:
         """Publishes weights held in memory under a name."""
-        return self._published(self.adapters.put(name, weights))
+        self._require_lora()
+        self._require_servable(weights)
+        self.core.prepare(weights)
+        return self._described(self.adapters.put(name, weights))
 
-    def _published(self, version: AdapterVersion) -> AdapterInfo:
-        limit = self.config.max_lora_rank if self.config.enable_lora else 0
-        if version.weights.method != "lora":
-            self.adapters.unload(version.name)
-            method = version.weights.method
-            raise AdapterError(f"adapter {version.name!r} is a {method} adapter; served are: lora", "peft_type")
-        if version.rank > limit:
-            self.adapters.unload(version.name)
-            raise AdapterError(
-                f"adapter {version.name!r} has rank {version.rank}; max_lora_rank is {limit}"
-                if limit
-                else f"adapter {version.name!r}: this engine was started with enable_lora off",
-                "r",
-            )
-        self.core.prepare(version)
+    def _read(self, path: Path, *args: Any, **options: Any) -> AdapterWeights:
+        """Reads a directory for the store on the caller's thread, and again when its weights have left the host."""
+        weights = load_peft(path, *args, **options)
+        self._require_servable(weights)
+        self.core.prepare(weights)
+        return weights
+
+    def _require_lora(self) -> None:
+        if not self.config.enable_lora:
+            raise AdapterError("this engine was started with enable_lora off", "enable_lora")
+
+    def _require_servable(self, weights: AdapterWeights) -> None:
+        """Raises AdapterError before anything is published: the name keeps the version it has."""
+        if weights.method != "lora":
+            raise AdapterError(f"peft_type: {weights.method} is not served; served are: lora", "peft_type")
+        if weights.rank > self.config.max_lora_rank:
+            raise AdapterError(f"rank {weights.rank} exceeds max_lora_rank {self.config.max_lora_rank}", "r")
+
+    def _described(self, version: AdapterVersion) -> AdapterInfo:
         return next(info for info in self.adapters.list() if info.name == version.name)
 
     def unload_adapter(self, name: str) -> None:
@@ -173,9 +182,7 @@ class Engine:
         Raises:
           AdapterNotFound: no such name.
         """
-        version = self.adapters.unload(name)
-        if version is not None:
-            self.core.forget(version)
+        self.adapters.unload(name)
 
     def list_adapters(self) -> list[AdapterInfo]:
         return self.adapters.list()
@@ -242,7 +249,9 @@ class Engine:
         live = _Live(request, text, [], [self._stream(params) for _ in range(params.n)], output, set(range(params.n)))
         with self.core.lock:
             if request.id in self._live:
-                raise InvalidRequest(f"request id {request.id!r} is in use; it must be unique among live requests", "id")
+                raise InvalidRequest(
+                    f"request id {request.id!r} is in use; it must be unique among live requests", "id"
+                )
             live.choices = self.core.add(request)
             self._live[request.id] = live
             self._totals["requests"] += 1

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from jaxserve.adapters.bank import BankShape, sites_touched, write_page
 from jaxserve.adapters.residency import Residency
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
+from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.engine.batch import LORA_ROWS, BatchLayout
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
@@ -157,7 +159,7 @@ class EngineCore:
         self.trainer: Trainer | None = None
         self.times = StepTimes()
         self._last_done = 0.0
-        self._paged: dict[bytes, list[dict]] = {}
+        self._paged: WeakKeyDictionary[AdapterWeights, list[dict]] = WeakKeyDictionary()  # goes with the weights
         self.lock = threading.RLock()
 
     # start-up
@@ -503,18 +505,13 @@ class EngineCore:
 
     # adapters
 
-    def prepare(self, version: AdapterVersion) -> None:
+    def prepare(self, weights: AdapterWeights) -> None:
         """Cuts an adapter into bank pages on the caller's thread, so that the loop only uploads."""
-        if self.bank is not None and version.digest not in self._paged:
-            self._paged[version.digest] = self._cut(version)
+        if self.bank is not None and weights not in self._paged:
+            self._paged[weights] = self._cut(weights)
 
-    def forget(self, version: AdapterVersion) -> None:
-        """Drops what ``prepare`` kept; the version can still be served and is then cut again."""
-        self._paged.pop(version.digest, None)
-
-    def _cut(self, version: AdapterVersion) -> list[dict]:
+    def _cut(self, weights: AdapterWeights) -> list[dict]:
         assert self.bank is not None
-        weights = version.weights
         pairs = {key: (pair.a, pair.b, weights.scaling[key]) for key, pair in weights.pairs.items()}
         return self.bank.paged(pairs, weights.rank)
 
@@ -528,7 +525,7 @@ class EngineCore:
             )
             self.state = replace(self.state, bank=bank)
             return
-        self._write_pages(pages, self._paged.get(version.digest) or self._cut(version))
+        self._write_pages(pages, self._paged.get(version.weights) or self._cut(version.weights))
 
     def _write_pages(self, pages: list[int], contents: list[dict]) -> None:
         bank = self.state.bank
