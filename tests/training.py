@@ -34,7 +34,7 @@ def random_params(config: ModelConfig, dtype: str, seed: int = 0, tp: int = 1):
     rng, mesh = np.random.default_rng(seed), make_mesh(tp)
 
     def make(spec):
-        scale = 0.5 if len(spec.shape) == 1 else 0.3 if dtype == "float64" else 0.1
+        scale = 0.5 if len(spec.shape) == 1 else 0.3 if dtype == "float64" else 0.05
         value = rng.normal(size=spec.shape) * scale + (spec.init == "ones")
         return jax.device_put(value.astype(dtype), named_sharding(mesh, spec.axes))
 
