@@ -1,0 +1,74 @@
+"""One step's two host buffers, and the same fields on the device."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxserve.engine.batch import LORA_ROWS, NUM_FLAGS, BatchLayout
+from jaxserve.engine.buckets import Bucket
+
+LAYOUTS = [
+    BatchLayout(Bucket(0, 8), 8, 10),
+    BatchLayout(Bucket(64, 8), 8, 10),
+    BatchLayout(Bucket(64, 8), 16, 10, lora_blocks=5, lora_items=12),
+    BatchLayout(Bucket(0, 32), 32, 3, lora_blocks=40, lora_items=40, train_slots=2),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_fields_lie_one_after_another_without_gap_or_overlap(layout):
+    ints, int_views, floats, float_views = layout.empty()
+    for buffer, views in ((ints, int_views), (floats, float_views)):
+        buffer[:] = np.arange(len(buffer))
+        assert np.concatenate([view.reshape(-1) for view in views.values()]).tolist() == list(range(len(buffer)))
+        assert all(np.shares_memory(view, buffer) for view in views.values() if view.size)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_the_device_reads_what_the_host_wrote(layout):
+    ints, int_views, floats, float_views = layout.empty()
+    rng = np.random.default_rng(0)
+    ints[:] = rng.integers(-(2**31), 2**31, len(ints))
+    floats[:] = rng.standard_normal(len(floats))
+    batch = jax.jit(layout.unpack)(ints, floats)
+    plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R", "flags")
+    for name in (*plain, "edited_R", "counted_R"):
+        np.testing.assert_array_equal(getattr(batch, name), int_views[name])
+    for name, view in float_views.items():
+        np.testing.assert_array_equal(getattr(batch.rows, name), view)
+    np.testing.assert_array_equal(batch.rows.seed_R2, int_views["seed_R2"].view(np.uint32))
+    np.testing.assert_array_equal(batch.rows.top_k_R, int_views["top_k_R"])
+    np.testing.assert_array_equal(batch.rows.choice_R, int_views["choice_R"])
+    np.testing.assert_array_equal(batch.rows.position_R, int_views["sample_position_R"])
+    assert (batch.lora is None) == (layout.lora_blocks == 0)
+    if batch.lora is not None:
+        for name in ("row_NQ", "place_T", "block_SJ", "page_SJ", "items_S"):
+            np.testing.assert_array_equal(getattr(batch.lora, name), int_views[name])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=repr)
+def test_an_empty_step_is_padding_through_and_through(layout):
+    _, i, _, f = layout.empty()
+    assert (i["position_T"] == -1).all()
+    assert (i["target_T"] == -1).all()
+    assert (i["slot_T"] == layout.all_slots).all()
+    assert (i["sample_slot_R"] == layout.num_slots).all()
+    assert (f["temperature_R"] == 0).all()
+    assert (f["top_p_R"] == 1).all()
+    assert (f["repetition_R"] == 1).all()
+    assert i["flags"].tolist() == [0] * NUM_FLAGS
+    if layout.lora_blocks:
+        assert (i["row_NQ"] == layout.bucket.rows).all()
+        assert (i["place_T"] == layout.lora_blocks * LORA_ROWS).all()
+        assert not i["items_S"].any()
+
+
+def test_new_buffers_are_new_each_time():
+    layout = LAYOUTS[0]
+    first, second = layout.empty()[0], layout.empty()[0]
+    assert not np.shares_memory(first, second)
+
+
+def test_steps_without_chunks_draw_one_token_per_decode_row():
+    assert BatchLayout(Bucket(0, 8), 16, 4).num_samples == 8
+    assert BatchLayout(Bucket(64, 8), 16, 4).num_samples == 16
