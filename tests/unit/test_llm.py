@@ -1,0 +1,291 @@
+"""The public engine on the host's side: what it refuses, counts and hands out."""
+
+import threading
+
+import numpy as np
+import pytest
+import serving
+import tiny_adapters
+
+import jaxserve
+from jaxserve.adapters.peft_io import load_peft
+from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest, ModelError
+from jaxserve.sampling import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return serving.engine(serving.model_dir(), max_queue=6)
+
+
+ONE = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+# prompts
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "prompt is empty"),
+        ([-1], "token id -1; ids go from 0 to 299"),
+        ([1, 300], "token id 300"),
+        ([2**40], f"token id {2**40}"),
+        ([2**70], "must be a list of token ids"),
+        ([1.5], "must be a list of token ids"),
+        ([[1, 2], [3]], "must be a list of token ids"),
+        ([[1, 2]], "must be a list of token ids"),
+        ([None], "must be a list of token ids"),
+        ([1, "a"], "must be a list of token ids"),
+        ([True], "must be a list of token ids"),
+        (7, "must be a list of token ids"),
+        (range(160), "exceeds the context length of 160 tokens"),
+        (range(161), "exceeds the context length"),
+    ],
+)
+def test_a_bad_prompt_is_refused_by_what_is_wrong_with_it(engine, prompt, message):
+    with pytest.raises(InvalidRequest, match=message) as caught:
+        engine.add_request(prompt, ONE)
+    assert caught.value.param in ("prompt", "max_tokens")
+    serving.check_idle(engine)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, np.uint8, np.int64])
+def test_token_ids_come_in_any_sequence(engine, kind):
+    """Lists, tuples, numpy arrays of any integer type."""
+    (output,) = engine.generate([kind([5, 6, 7])], ONE)
+    assert output.prompt_token_ids == [5, 6, 7]
+    (single,) = engine.generate(kind([5, 6, 7]), ONE)
+    assert single.token_ids == output.token_ids
+
+
+def test_text_without_a_tokenizer_is_refused():
+    engine = serving.engine(serving.model_dir(tokenizer=False), enable_lora=False)
+    with pytest.raises(InvalidRequest, match="no tokenizer; give token ids"):
+        engine.generate("hello")
+    with pytest.raises(InvalidRequest, match="no tokenizer"):
+        engine.chat([{"role": "user", "content": "hello"}])
+
+
+def test_a_request_that_can_never_fit_is_refused_with_the_limit(engine):
+    with pytest.raises(InvalidRequest, match=r"n is 9; it must be at most max_num_seqs 8"):
+        engine.add_request([1], SamplingParams(n=9))
+    with pytest.raises(InvalidRequest, match=r"context length of 160 tokens \(max_model_len\)") as caught:
+        engine.add_request([1] * 100, SamplingParams(max_tokens=61))
+    assert caught.value.param == "max_tokens"
+    with pytest.raises(InvalidRequest, match="between 0 and 5"):
+        engine.add_request([1], SamplingParams(logprobs=6))
+    serving.check_idle(engine)
+
+
+def test_more_stop_tokens_than_a_slot_can_hold_back_are_refused_and_the_engine_lives_on(engine):
+    bias = dict.fromkeys(range(300), 1.0)
+    params = SamplingParams(min_tokens=1, stop_token_ids=list(range(85)), logit_bias=bias)
+    with pytest.raises(InvalidRequest, match="stop_token_ids and the model's own make 86"):
+        engine.add_request([1, 2], params)
+    assert engine.generate([[1, 2]], ONE)[0].finish_reason == "length"
+    serving.check_idle(engine)
+
+
+# ids, queue and threads
+
+
+def test_an_id_in_use_is_refused_until_its_last_event_is_out(engine):
+    engine.add_request([1, 2], ONE, request_id="mine")
+    with pytest.raises(InvalidRequest, match="request id 'mine' is in use"):
+        engine.add_request([3], ONE, request_id="mine")
+    engine.core.step()
+    news = engine.core.step()  # the scheduler is done with it; the engine has not said so yet
+    assert news[0].outcome.finish_reason == "length"
+    with pytest.raises(InvalidRequest, match="request id 'mine' is in use"):
+        engine.add_request([3], ONE, request_id="mine")
+    engine._take_in(news[0])
+    assert engine.add_request([3], ONE, request_id="mine") == "mine"
+    serving.drain(engine)
+    serving.check_idle(engine)
+
+
+def test_a_full_queue_refuses_and_generate_waits_for_room(engine):
+    ids = [engine.add_request([i], ONE) for i in range(6)]
+    with pytest.raises(InvalidRequest, match="queue is full: 6 choices wait") as caught:
+        engine.add_request([7], ONE)
+    assert caught.value.param == "max_queue"
+    assert {event.request_id for event in serving.drain(engine)} == set(ids)
+    params = SamplingParams(max_tokens=3, n=4, seed=1)
+    outputs = engine.generate([[i] for i in range(20)], params)  # 80 choices through a queue of 6
+    assert [len(output.outputs) for output in outputs] == [4] * 20
+    with pytest.raises(InvalidRequest, match="queue is full"):
+        engine.generate([[1]], SamplingParams(n=7))
+    serving.check_idle(engine)
+
+
+def test_requests_may_come_from_other_threads(engine):
+    failures, added = [], []
+
+    def client(i):
+        for k in range(5):
+            while not failures:
+                try:
+                    added.append(engine.add_request([i, k], SamplingParams(max_tokens=4, seed=i)))
+                    break
+                except InvalidRequest as error:
+                    if error.param != "max_queue":
+                        failures.append(error)
+
+    clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
+    for thread in clients:
+        thread.start()
+    over = 0
+    while over < 20 and not failures:
+        for event in engine.step():
+            over += event.finish_reason is not None
+    for thread in clients:
+        thread.join()
+    assert not failures
+    serving.check_idle(engine)
+
+
+# generate
+
+
+def test_generate_spreads_one_value_or_takes_one_each(engine):
+    params = [SamplingParams(max_tokens=i, temperature=0.0) for i in (1, 2, 3)]
+    outputs = engine.generate([[1], [2], [3]], params)
+    assert [len(output.token_ids) for output in outputs] == [1, 2, 3]
+    assert [output.prompt_token_ids for output in outputs] == [[1], [2], [3]]
+    with pytest.raises(InvalidRequest, match="params has 2 entries for 3 prompts"):
+        engine.generate([[1], [2], [3]], params[:2])
+    with pytest.raises(InvalidRequest, match="adapter has 1 entries for 2 prompts"):
+        engine.generate([[1], [2]], ONE, adapter=[None])
+    assert engine.generate([], ONE) == []
+
+
+def test_a_bad_prompt_among_others_leaves_nothing_running(engine):
+    with pytest.raises(InvalidRequest, match="token id 999"):
+        engine.generate([[1], [2], [999], [3]], SamplingParams(max_tokens=50))
+    with pytest.raises(AdapterNotFound, match="'nobody' is not loaded"):
+        engine.generate([[1], [2]], ONE, adapter=[None, "nobody"])
+    events = serving.drain(engine)
+    assert {event.finish_reason for event in events} <= {"abort"}
+    serving.check_idle(engine)
+
+
+def test_generate_beside_streamed_requests_takes_only_its_own(engine):
+    streamed = engine.add_request([4, 5], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
+    (output,) = engine.generate([[1]], ONE)
+    assert output.request_id != streamed
+    assert engine.has_work()
+    serving.drain(engine)
+    assert engine._finished == {}
+
+
+def test_cached_tokens_are_reported(engine):
+    engine.core.pool.drop_cache()
+    prompt = serving.prompt(50)
+    counts = [engine.generate([prompt], ONE)[0].num_cached_tokens for _ in range(2)]
+    assert counts == [0, 48]
+
+
+@pytest.mark.parametrize("other", [{"salt": "x"}, {"tenant": "y"}])
+def test_tenants_and_salts_do_not_share_prefixes(engine, other):
+    prompt = serving.prompt(50, seed=len(str(other)))
+
+    def cached(**options):
+        request_id = engine.add_request(prompt, ONE, **options)
+        live = engine._live[request_id]
+        serving.drain(engine)
+        return live.output.num_cached_tokens
+
+    assert [cached(), cached(**other), cached(), cached(**other)] == [0, 0, 48, 48]
+
+
+def test_under_the_priority_policy_small_numbers_go_first():
+    engine = serving.engine(serving.model_dir(), scheduling_policy="priority")
+    for i in range(12):
+        engine.add_request(serving.prompt(60, seed=i), ONE, request_id=str(i), priority=-i)
+    order = [event.request_id for event in serving.drain(engine)]
+    assert order == [str(i) for i in reversed(range(12))]
+
+
+def test_stats_count_what_was_done():
+    engine = serving.engine(serving.model_dir())
+    engine.generate([[1, 2, 3], [4, 5]], SamplingParams(max_tokens=7, temperature=0.0, ignore_eos=True))
+    stats = engine.stats()
+    assert (stats["requests"], stats["prompt_tokens"], stats["generation_tokens"]) == (2, 5, 14)
+    assert (stats["running"], stats["waiting"], stats["kv_usage"], stats["recompiles"]) == (0, 0, 0, 0)
+    assert stats["kv_pages"] == stats["kv_pages_free"] == 64
+
+
+# adapters
+
+
+def test_an_adapter_without_a_name_one_can_use_is_refused(engine):
+    directory = serving.adapter_dir(serving.model_dir())
+    for name in ("", "a/b", "../x", "tiny", "-x", "x" * 65, 3):
+        with pytest.raises(InvalidRequest):
+            engine.load_adapter(name, directory)
+    assert engine.list_adapters() == []
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_methods_that_are_not_served_are_refused_and_not_served_wrongly(engine, tmp_path, use_dora):
+    model = engine.model
+    if use_dora:
+        path = tiny_adapters.write_adapter(tmp_path / "dora", model, use_dora=True)
+    else:
+        config = tiny_adapters.ia3_config()
+        path = tiny_adapters.write_files(tmp_path / "ia3", config, tiny_adapters.random_tensors(config, model))
+    version = engine.load_adapter("it", serving.adapter_dir(serving.model_dir())).version
+    with pytest.raises(AdapterError, match="is not served; served are: lora") as caught:
+        engine.load_adapter("it", path)
+    assert caught.value.field == "peft_type"
+    with pytest.raises(AdapterError, match="is not served"):
+        engine.put_adapter("it", load_peft(path, model))
+    assert [(info.name, info.version) for info in engine.list_adapters()] == [("it", version)]
+    engine.unload_adapter("it")
+
+
+def test_a_rank_beyond_the_engines_is_refused(engine):
+    directory = serving.adapter_dir(serving.model_dir(), rank=65)
+    with pytest.raises(AdapterError, match="rank 65 exceeds max_lora_rank 64"):
+        engine.load_adapter("it", directory)
+    with pytest.raises(AdapterError, match="rank 65 exceeds max_lora_rank 64"):
+        engine.put_adapter("it", load_peft(directory, engine.model))
+    assert engine.list_adapters() == []
+
+
+def test_a_refused_request_leaves_its_adapter_unpinned(engine):
+    engine.load_adapter("it", serving.adapter_dir(serving.model_dir()))
+    with pytest.raises(InvalidRequest):
+        engine.add_request([], ONE, adapter="it")
+    assert engine.adapters.num_pins == 0
+    engine.unload_adapter("it")
+
+
+# start-up
+
+
+def test_options_are_checked_together_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError) as caught:
+        jaxserve.Engine.from_pretrained(tmp_path / "nowhere", max_num_seqs=0, speed=9)
+    assert "max_num_seqs" in str(caught.value)
+    assert "speed" in str(caught.value)
+
+
+def test_a_missing_directory_and_too_many_devices_are_refused(tmp_path):
+    with pytest.raises(ModelError):
+        jaxserve.Engine.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match="tensor_parallel 64 must be between 1 and the 8 devices present"):
+        jaxserve.Engine.from_pretrained(serving.model_dir(), tensor_parallel=64)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 513}, "max_model_len 513 exceeds max_position_embeddings 512"),
+        ({"num_kv_pages": 9}, "max_model_len 160 needs more than the 9 KV pages of 16 tokens"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_model_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        serving.engine(serving.model_dir(), **options)
