@@ -77,7 +77,8 @@ class Trainer:
             bank=self.bank, train=self.train,
         )  # fmt: skip
         slots = Slots(NUM_SLOTS, PAGES_PER_SEQ, TRAIN_SLOTS)
-        self.packer = Packer(slots, {self.bucket: self.layout}, BLOCK, NUM_PAGES, PAGE, self.config.vocab_size)
+        vocab, bank_pages = self.config.vocab_size, self.bank.num_pages
+        self.packer = Packer(slots, {self.bucket: self.layout}, BLOCK, NUM_PAGES, PAGE, vocab, bank_pages)
         self.pages, self.free_pages, self.free_acc = pages, list(range(NUM_PAGES)), list(range(40))
         self.steps = 0
 
