@@ -14,7 +14,9 @@ if TYPE_CHECKING:
         JaxServeError,
         ModelError,
     )
-    from jaxserve.llm import Engine
+    from jaxserve.finetune.config import FinetuneConfig
+    from jaxserve.finetune.errors import DataError
+    from jaxserve.llm import Engine, FinetuneJob
     from jaxserve.outputs import Completion, Event, RequestOutput
     from jaxserve.sampling import SamplingParams
 
@@ -31,7 +33,9 @@ _HOMES = {
         "JaxServeError",
         "ModelError",
     ),
-    "jaxserve.llm": ("Engine",),
+    "jaxserve.finetune.config": ("FinetuneConfig",),
+    "jaxserve.finetune.errors": ("DataError",),
+    "jaxserve.llm": ("Engine", "FinetuneJob"),
     "jaxserve.outputs": ("Completion", "Event", "RequestOutput"),
     "jaxserve.sampling": ("SamplingParams",),
 }
@@ -41,10 +45,13 @@ __all__ = [
     "AdapterNotFound",
     "Completion",
     "ConfigError",
+    "DataError",
     "Engine",
     "EngineConfig",
     "EngineError",
     "Event",
+    "FinetuneConfig",
+    "FinetuneJob",
     "InvalidRequest",
     "JaxServeError",
     "ModelError",

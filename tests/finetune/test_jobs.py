@@ -1,0 +1,143 @@
+"""Jobs inside a serving engine: isolation both ways, versions, cancelling, refusals."""
+
+import numpy as np
+import pytest
+import tiny_models
+
+import jaxserve
+
+SIZES = {
+    "dtype": "float32", "max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 16,
+    "max_loras": 4, "max_lora_rank": 16, "finetune_window": 32, "max_finetune_jobs": 2,
+}  # fmt: skip
+JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama")
+
+
+@pytest.fixture
+def engine(model):
+    return jaxserve.Engine.from_pretrained(model, **SIZES)
+
+
+def examples(seed: int, count: int = 7):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, 80, count)
+    return [(rng.integers(0, tiny_models.VOCAB_SIZE, n).tolist(), None) for n in lengths]
+
+
+def requests(seed: int, count: int = 12):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, tiny_models.VOCAB_SIZE, int(n)).tolist() for n in rng.integers(3, 40, count)]
+
+
+def masters(engine, name: str) -> bytes:
+    """The adapter's float32 factors, as bytes."""
+    pairs = engine.adapters.get(name).weights.pairs
+    return b"".join(pairs[key].a.tobytes() + pairs[key].b.tobytes() for key in sorted(pairs))
+
+
+def settled(engine) -> None:
+    """Nothing is held by anybody."""
+    engine.run()
+    engine.core.pool.check([])
+    engine.core.residency.check()
+    shape = engine.core.trainer.shape
+    engine.core.trainer.queue.check(shape.num_slots, shape.acc_pages)
+    assert engine.core.residency.counts().num_refs == 0
+    assert all(not np.asarray(pool).any() for layer in engine.core.trainer.state.acc for pool in layer)
+
+
+def test_requests_and_jobs_do_not_change_each_others_bits(engine):
+    params = jaxserve.SamplingParams(max_tokens=24, temperature=0.0, logprobs=2)
+    alone = engine.generate(requests(1), params)
+
+    first = engine.finetune(examples(1), adapter="a", seed=1, **JOB).wait()
+    second = engine.finetune(examples(2), adapter="b", seed=2, **JOB).wait()
+    trained = masters(engine, "a"), masters(engine, "b")
+
+    jobs = [
+        engine.finetune(examples(1), adapter="c", seed=1, **JOB),
+        engine.finetune(examples(2), adapter="d", seed=2, **JOB),
+    ]
+    beside = engine.generate(requests(1), params)
+    for job in jobs:
+        job.wait()
+    assert [(o.token_ids, o.logprobs) for o in beside] == [(o.token_ids, o.logprobs) for o in alone]
+    assert (masters(engine, "c"), masters(engine, "d")) == trained
+    assert jobs[0].losses == first.losses
+    assert jobs[1].losses == second.losses
+    settled(engine)
+
+
+def test_a_job_learns_and_its_versions_answer_at_once(engine):
+    data = [{"prompt": "hello", "completion": " and the other thing"}] * 6
+    job = engine.finetune(data, adapter="a", **{**JOB, "max_steps": 12}).wait()
+    assert job.losses[-1] < 0.5 * job.losses[0]
+    prompt = jaxserve.SamplingParams(max_tokens=4, temperature=0.0)
+    tuned, base = engine.generate(["hello"] * 2, prompt, adapter=["a", None])
+    assert tuned.adapter_version == 13  # the start and one per step
+    assert tuned.token_ids != base.token_ids
+    kinds = [event.data["loss"] for event in job.events() if event.kind == "metrics"]
+    assert kinds == job.losses
+    settled(engine)
+
+
+def test_a_saved_adapter_serves_as_the_live_one_does(engine, tmp_path):
+    job = engine.finetune(examples(3), adapter="a", **JOB).wait()
+    engine.load_adapter("b", job.save(tmp_path / "a"))
+    params = jaxserve.SamplingParams(max_tokens=12, temperature=0.0, logprobs=1)
+    live, saved = engine.generate([requests(4)[0]] * 2, params, adapter=["a", "b"])
+    assert (live.token_ids, live.logprobs) == (saved.token_ids, saved.logprobs)
+
+
+def test_a_cancelled_job_leaves_nothing_behind(engine):
+    job = engine.finetune(examples(5), adapter="a", **{**JOB, "max_steps": 1000})
+    for _ in range(7):
+        engine.step()
+    job.cancel()
+    assert job.status == "cancelled"
+    job.cancel()
+    settled(engine)
+    again = engine.finetune(examples(1), adapter="b", seed=1, **JOB).wait()
+    assert again.status == "succeeded"
+
+
+def test_more_jobs_than_lanes_wait_for_their_turn(engine):
+    jobs = [engine.finetune(examples(i), adapter=f"a{i}", **JOB) for i in range(4)]
+    for job in jobs:
+        job.wait()
+    assert [job.status for job in jobs] == ["succeeded"] * 4
+    settled(engine)
+
+
+def test_requests_take_pages_from_sequences_that_have_not_begun_their_backward(model):
+    engine = jaxserve.Engine.from_pretrained(model, **{**SIZES, "num_kv_pages": 12})
+    params = jaxserve.SamplingParams(max_tokens=24, temperature=0.0)
+    alone = [o.token_ids for o in engine.generate(requests(6), params)]
+    job = engine.finetune(examples(7), adapter="a", **JOB)
+    assert [o.token_ids for o in engine.generate(requests(6), params)] == alone
+    assert job.wait().status == "succeeded"
+    settled(engine)
+
+
+def test_what_cannot_be_trained_is_refused_before_anything_happens(engine):
+    with pytest.raises(jaxserve.ConfigError, match=r"dropout is 0\.1"):
+        engine.finetune(examples(1), adapter="a", dropout=0.1)
+    with pytest.raises(jaxserve.InvalidRequest, match="rank is 32; max_lora_rank is 16"):
+        engine.finetune(examples(1), adapter="a", rank=32)
+    with pytest.raises(ValueError, match="examples"):
+        engine.finetune([], adapter="a")
+    assert engine.list_adapters() == []
+
+
+def test_training_compiles_no_step_once_the_engine_is_ready(engine):
+    engine.finetune(examples(1), adapter="a", **JOB).wait()
+    before = engine.stats()["recompiles"]
+    job = engine.finetune(examples(8), adapter="b", **JOB)
+    engine.generate(requests(8), jaxserve.SamplingParams(max_tokens=8, temperature=1.0, top_k=5))
+    job.wait()
+    assert engine.stats()["recompiles"] == before
