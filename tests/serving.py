@@ -20,6 +20,8 @@ import tiny_models
 import jaxserve
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.config import EngineConfig
+from jaxserve.engine.loop import EngineCore
+from jaxserve.engine.sizes import core_config
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import load_config, load_params
@@ -86,6 +88,14 @@ def engine(path: str, *, eos: Sequence[int] | None = None, **options: Any) -> ja
     made = jaxserve.Engine(model_config(path), params, mesh, config, tokenizer, generation, name="tiny")
     pack_audit.watch(made.core)
     return made
+
+
+def core(path: str, **options: Any) -> EngineCore:
+    """The inside of ``engine(path, **options)``, nothing compiled."""
+    config = EngineConfig(**SIZES | options)
+    model, mesh = model_config(path), make_mesh(config.tensor_parallel)
+    params = parameters(path, str(config.dtype), config.tensor_parallel)
+    return EngineCore(model, params, mesh, core_config(config, model, params, mesh), (), b"")
 
 
 def limit(engine: jaxserve.Engine, *, pages: int | None = None, budget: int | None = None) -> jaxserve.Engine:
