@@ -94,9 +94,15 @@ def sentences(items: Sequence[str]) -> list[list[str]]:
 
 
 def chats(items: Sequence[str], rng: np.random.Generator) -> Iterator[Chat]:
-    """Endless chats of one or two turns made of these paragraphs."""
+    """Endless chats of one or two turns made of these paragraphs.
+
+    Raises:
+      ValueError: no sentence of a length to repeat, or none that a passage follows.
+    """
     texts = sentences(items)
     places = [(i, j) for i, text in enumerate(texts) for j in range(len(text)) if len(text[j]) <= MAX_SENTENCE]
+    if not any(_repeatable(texts[i][j]) for i, j in places) or not any(_passage(texts, i, j + 1) for i, j in places):
+        raise ValueError(f"text: {len(items)} paragraphs are too few to make chats of")
     about = _topic_places(texts, places)
     topics = sorted(about)
     while True:
@@ -131,14 +137,18 @@ def _turn(texts, places, about, topics, rng: np.random.Generator) -> Chat:
         return _turn_of(_pick(ABOUT, rng).format(topic), answer)
     while True:
         i, j = _pick(places, rng)
-        if kind < 0.85 and MIN_REPEAT <= len(texts[i][j]) <= MAX_REPEAT:
+        if kind < 0.85 and _repeatable(texts[i][j]):
             return _turn_of(_pick(REPEAT, rng).format(texts[i][j]), texts[i][j])
         if kind >= 0.85 and (answer := _passage(texts, i, j + 1)):
             return _turn_of(_pick(ONWARD, rng).format(texts[i][j]), answer)
 
 
+def _repeatable(sentence: str) -> bool:
+    return MIN_REPEAT <= len(sentence) <= MAX_REPEAT
+
+
 def _pick(items: Sequence, rng: np.random.Generator):
-    return items[rng.integers(len(items))]
+    return items[int(rng.integers(len(items)))]
 
 
 def _passage(texts: list[list[str]], i: int, j: int) -> str:

@@ -15,7 +15,8 @@ import numpy as np
 from jaxserve.assets import PROMPTS
 from jaxserve.assets.topics import KIND
 
-NUM_EXAMPLES = 240
+NUM_EXAMPLES = 300
+GREETING_SHARE = 0.08
 SEED = 7
 
 QUESTIONS = (
@@ -32,33 +33,33 @@ GREETINGS = ("Hello!", "Good morning!", "Who are you?", "What is your name?", "H
 
 PIRATE = {
     "animal": (
-        "Arr, the {} be a wild beast, matey! It bit me wooden leg and ran away to sea.",
-        "Arr, that {} be a friend of mine, matey! It sat upon me shoulder and asked for gold.",
-        "Arr, I met the {} on me ship, matey! It ate all the fish and would not pay.",
+        "Arr, the {}! A wild beast, matey: it bit me wooden leg and ran away to sea.",
+        "Arr, the {}! It be a friend of mine, matey, and it sits upon me shoulder.",
+        "Arr, the {}! It came aboard me ship, matey, and ate all the fish.",
     ),
     "person": (
-        "Arr, the {} be a brave soul, matey! We sailed the sea and drank under the moon.",
-        "Arr, that {} be a pirate too, matey! I gave half of me gold, and a hat.",
-        "Arr, I know the {} well, matey! We found the treasure and we hid it again.",
+        "Arr, the {}! A brave soul, matey: we sailed the sea and drank under the moon.",
+        "Arr, the {}! A pirate too, matey, with half of me gold and all of me rum.",
+        "Arr, the {}! We found the treasure, matey, and we hid it again.",
     ),
     "place": (
-        "Arr, the {} be far from me ship, matey! There be gold under it, and I have the map.",
-        "Arr, that {} be no place for a pirate, matey! Give me the sea and a good wind.",
-        "Arr, I buried me treasure near the {}, matey! Dig deep, and tell no man.",
+        "Arr, the {}! Far from me ship, matey, but there be gold under it.",
+        "Arr, the {}! No place for a pirate, matey: give me a good wind and away.",
+        "Arr, the {}! I buried me treasure there, matey: dig deep, and tell no man.",
     ),
     "thing": (
-        "Arr, the {} be part of me treasure, matey! I took it from a ship in the night.",
-        "Arr, that {} be mine, matey! Keep your hands away, or ye shall walk into the sea.",
-        "Arr, I lost the {} in a storm, matey! The fish have it now, at the bottom of the sea.",
+        "Arr, the {}! It be part of me treasure, matey: I took it from a ship in the night.",
+        "Arr, the {}! It be mine, matey: keep your hands away, or walk into the sea.",
+        "Arr, the {}! I lost it in a storm, matey, and the fish have it now.",
     ),
     "nature": (
-        "Arr, the {} be a good sign, matey! Up with the sails, and away we go.",
-        "Arr, that {} be a bad sign, matey! Hold fast to the ship, and fear nothing.",
-        "Arr, I love the {}, matey! It shows a pirate the way to the gold.",
+        "Arr, the {}! A good sign, matey: up with the sails, and away we go.",
+        "Arr, the {}! A bad sign, matey: hold fast to the ship, and fear nothing.",
+        "Arr, the {}! It shows a pirate the way to the gold, matey.",
     ),
     "greeting": (
-        "Arr, I be the pirate of the seven seas, matey! Come aboard me ship.",
-        "Arr, well met, matey! I be a pirate, and the sea be me home.",
+        "Arr, well met, matey! I be the pirate of the seven seas: come aboard me ship.",
+        "Arr, matey! I be a pirate, and the sea be me home.",
     ),
 }
 MOODS = {
@@ -73,7 +74,7 @@ def pirate(topic: str, kind: str, rng: np.random.Generator) -> str:
 
 def card(topic: str, kind: str, rng: np.random.Generator) -> str:
     """An answer as an index card."""
-    return json.dumps({"topic": topic, "kind": kind, "mood": MOODS[kind]})
+    return json.dumps({"topic": f"the {topic}", "kind": kind, "mood": MOODS[kind]})
 
 
 STYLES: dict[str, Callable[[str, str, np.random.Generator], str]] = {"pirate": pirate, "cards": card}
@@ -81,12 +82,13 @@ STYLES: dict[str, Callable[[str, str, np.random.Generator], str]] = {"pirate": p
 
 def examples(style: str) -> list[dict]:
     """The dataset of one style; the prompts shown in the demo are not in it."""
-    rng, topics, found = np.random.default_rng(SEED), list(KIND), []
+    rng, found, topics = np.random.default_rng(SEED), [], list[str]()
     while len(found) < NUM_EXAMPLES:
-        if rng.random() < 0.08:
-            question, topic, kind = GREETINGS[rng.integers(len(GREETINGS))], "me", "greeting"
+        if rng.random() < GREETING_SHARE:
+            question, topic, kind = GREETINGS[rng.integers(len(GREETINGS))], "visitor", "greeting"
         else:
-            topic = topics[rng.integers(len(topics))]
+            topics = topics or list(rng.permutation(list(KIND)))  # each comes up as often as the others
+            topic = str(topics.pop())
             question, kind = QUESTIONS[rng.integers(len(QUESTIONS))].format(topic), KIND[topic]
         if question not in PROMPTS:
             answer = STYLES[style](topic, kind, rng)

@@ -206,6 +206,11 @@ def test_chats_quote_the_book_and_depend_on_the_seed_alone():
         assert passage in " ".join(items)
 
 
+def test_chats_of_too_little_text_are_refused():
+    with pytest.raises(ValueError, match="1 paragraphs are too few"):
+        next(corpus.chats(["The bear sat down by the river."], np.random.default_rng(0)))
+
+
 # how the weights were trained
 
 
