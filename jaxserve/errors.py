@@ -1,12 +1,13 @@
 """Every exception JaxServe raises on purpose, drawn once.
 
-    JaxServeError
-    |-- InvalidRequest   ValueError: one field of a request (.param)
-    |-- ModelError       ValueError: a model directory that cannot be served
-    |-- AdapterError     ValueError: an adapter directory that cannot be served (.field)
-    |   `-- AdapterNotFound   KeyError as well
-    |-- ConfigError      ValueError: all problems of a configuration at once (.errors)
-    `-- EngineError      RuntimeError: a bug of ours or a failing device
+- JaxServeError
+  - InvalidRequest: ValueError; one field of a request (.param)
+  - ModelError: ValueError; a model directory that cannot be served
+  - AdapterError: ValueError; an adapter directory that cannot be served (.field)
+    - AdapterNotFound: KeyError as well
+  - ConfigError: ValueError; all problems of a configuration at once (.errors)
+  - EngineError: RuntimeError; a bug of ours or a failing device
+  - DataError, CheckpointError (jaxserve.finetune.errors): training data, checkpoints
 """
 
 from collections.abc import Sequence
