@@ -284,6 +284,7 @@ def test_adapters_are_compared_with_the_base_alone_in_one_run(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "adapters: 3 of rank 4 on down_proj, round-robin" in printed
     assert "adapters cost" in printed
+    assert "by processor time instead of the clock" in printed
     both = found["against_base"]
     assert (len(both["ours"]), len(both["base"])) == (2, 2)
     assert both["ratio"] == pytest.approx(best(both["ours"]) / best(both["base"]))
