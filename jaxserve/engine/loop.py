@@ -156,6 +156,7 @@ class EngineCore:
         self.num_steps = self.failures = 0
         self.host_seconds = 0.0
         self._idle = False
+        self.on_accelerator = mesh.devices.flat[0].platform != "cpu"
         self.trainer: Trainer | None = None
         self.times = StepTimes()
         self._last_done = 0.0
@@ -178,7 +179,8 @@ class EngineCore:
 
     def _spec(self, bucket: Bucket) -> StepSpec:
         c = self.config
-        blocks = -(-bucket.rows // LORA_ROWS) + min(max(c.bank_pages - 1, 0), c.max_num_seqs) if self.bank else 0
+        partial_blocks = min(max(c.bank_pages - 1, 0), c.max_num_seqs)  # each adapter may leave one not full
+        blocks = min(-(-bucket.rows // LORA_ROWS) + partial_blocks, bucket.rows) if self.bank else 0
         layout = BatchLayout(
             bucket,
             c.max_num_seqs,
@@ -388,8 +390,9 @@ class EngineCore:
         output = self._run(bucket, packed.ints, packed.floats)
         if self.trainer is not None:
             self.trainer.after_dispatch()
-        for array in (output.token_R, output.logprob_R, output.finite_R, output.finite_B):
-            array.copy_to_host_async()
+        if self.on_accelerator:
+            for array in (output.token_R, output.logprob_R, output.finite_R, output.finite_B):
+                array.copy_to_host_async()
         self.num_steps += 1
         chunk_slots = [segment.seq.slot for segment in plan.chunks if segment.seq.slot is not None]
         return InFlight(plan, output, chunk_slots, bucket, self.clock())

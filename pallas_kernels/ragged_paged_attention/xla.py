@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.numerics import row_sum, wide_dtype
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
-SPAN_KEYS = 256  # keys per loop step; at least one page
+SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
