@@ -2,7 +2,7 @@
 
 from sharding.mesh import AXIS, make_mesh
 from sharding.parallelize import ArraySpec, lora_specs, matmul_state, place_adapter
-from sharding.rules import RULES, named_sharding, partition_spec, tree_shardings, tree_specs
+from sharding.rules import RULES, named_sharding, partition_spec, tree_shardings, tree_specs, zeros
 
 __all__ = [
     "AXIS",
@@ -16,4 +16,5 @@ __all__ = [
     "place_adapter",
     "tree_shardings",
     "tree_specs",
+    "zeros",
 ]

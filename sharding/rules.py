@@ -4,10 +4,13 @@ Every array of the engine names its dimensions by meaning ("heads", "ffn", ...).
 devices is decided here and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sharding.mesh import AXIS
@@ -39,6 +42,16 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     """The sharding of an array with these logical axes on this mesh."""
     return NamedSharding(mesh, partition_spec(axes))
+
+
+def zeros(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None], dtype: Any) -> jax.Array:
+    """An array of zeros made where it lives; the same shape again compiles nothing."""
+    return _zeros_program(shape, np.dtype(dtype), named_sharding(mesh, axes))()
+
+
+@cache
+def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
 
 
 def tree_specs(tree: Any) -> Any:

@@ -27,7 +27,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import SITES, Part, member_dims
 from pallas_kernels.lora_matmul import PAGE_RANK
 from pallas_kernels.numerics import wide_dtype
-from sharding import ArraySpec, lora_specs, named_sharding
+from sharding import ArraySpec, lora_specs, zeros
 
 SITE_NAMES = tuple(SITES)
 
@@ -75,17 +75,11 @@ class BankShape:
 
     def empty(self, mesh: Mesh) -> Bank:
         """A bank of zeros on the mesh."""
-        specs = self.specs()
-
-        def is_leaf(x):
-            return isinstance(x, ArraySpec)
-
-        shardings = jax.tree.map(lambda spec: named_sharding(mesh, spec.axes), specs, is_leaf=is_leaf)
-        make = jax.jit(
-            lambda: jax.tree.map(lambda spec: jnp.zeros(spec.shape, self.dtype), specs, is_leaf=is_leaf),
-            out_shardings=shardings,
+        return jax.tree.map(
+            lambda spec: zeros(mesh, spec.shape, spec.axes, self.dtype),
+            self.specs(),
+            is_leaf=lambda x: isinstance(x, ArraySpec),
         )
-        return make()
 
     def nbytes_per_page(self) -> int:
         """Bytes of one bank page over all layers and sites, before sharding."""

@@ -20,7 +20,7 @@ from jaxserve.kvcache.pool import KV_AXES, LayerKV, empty_pool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import padded_vocab
 from pallas_kernels.token_sampling import PROMPT_BIT
-from sharding import named_sharding, partition_spec
+from sharding import named_sharding, partition_spec, zeros
 
 MAX_EDITS = 384  # logit_bias entries plus tokens held back until min_tokens, per sequence
 
@@ -60,12 +60,11 @@ def empty_state(
         return jax.device_put(x, replicated)
 
     vocab = padded_vocab(config.vocab_size, mesh.size)
-    counts = jax.jit(lambda: jnp.zeros((num_slots, vocab), jnp.int16), out_shardings=named_sharding(mesh, COUNT_AXES))
     return EngineState(
         kv=empty_pool(config, num_pages, page_size, mesh, dtype),
         bank=None if bank is None else bank.empty(mesh),
         last_token_B=put(np.zeros(num_slots, np.int32)),
-        count_BV=counts(),
+        count_BV=zeros(mesh, (num_slots, vocab), COUNT_AXES, jnp.int16),
         edit_token_BZ=put(np.zeros((num_slots, MAX_EDITS), np.int32)),
         edit_value_BZ=put(np.zeros((num_slots, MAX_EDITS), np.float32)),
         edit_until_BZ=put(np.zeros((num_slots, MAX_EDITS), np.int32)),

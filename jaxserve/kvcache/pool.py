@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from jaxserve.models.config import ModelConfig
-from sharding import ArraySpec, named_sharding
+from sharding import ArraySpec, zeros
 
 KV_AXES = (None, "heads", None, None)
 LayerKV = tuple[Float[Array, "P K G C"], Float[Array, "P K G C"]]
@@ -30,9 +30,11 @@ def page_bytes(config: ModelConfig, page_size: int, tensor_parallel: int, dtype:
 def empty_pool(config: ModelConfig, num_pages: int, page_size: int, mesh: Mesh, dtype: str) -> list[LayerKV]:
     """A pool of zeros: a page that was never written must not hold NaN."""
     spec = kv_spec(config, num_pages, page_size, mesh.size)
-    sharding = named_sharding(mesh, spec.axes)
-    zeros = jax.jit(lambda: jnp.zeros(spec.shape, dtype), out_shardings=sharding)
-    return [(zeros(), zeros()) for _ in range(config.num_layers)]
+
+    def pool() -> jax.Array:
+        return zeros(mesh, spec.shape, spec.axes, dtype)
+
+    return [(pool(), pool()) for _ in range(config.num_layers)]
 
 
 def write_kv(

@@ -77,6 +77,7 @@ def test_a_failed_step_is_replayed_bit_by_bit(monkeypatch, caplog, undisturbed, 
     with caplog.at_level(logging.CRITICAL):
         assert run(engine) == undisturbed
     assert len(broken) == len(when)
+    assert engine.stats()["recompiles"] == 0
     serving.check_idle(engine)
 
 

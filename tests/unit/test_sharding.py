@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxserve.engine.compiles import CompileCounter
 from sharding import (
     RULES,
     ArraySpec,
@@ -16,6 +17,7 @@ from sharding import (
     place_adapter,
     tree_shardings,
     tree_specs,
+    zeros,
 )
 
 
@@ -117,3 +119,16 @@ def test_adapters_of_column_parallel_layers_split_b_and_of_row_parallel_layers_a
 
 def test_every_rule_names_a_mesh_axis_or_none():
     assert {axis for axis in RULES.values() if axis is not None} == set(make_mesh(1).axis_names)
+
+
+def test_zeros_are_made_where_they_live_and_compiled_once():
+    counter = CompileCounter()
+    mesh = make_mesh(4)
+    for turn in range(3):
+        array = zeros(mesh, (8, 5), ("heads", None), "bfloat16")
+        assert array.sharding == named_sharding(mesh, ("heads", None))
+        assert (array.shape, array.dtype.name) == ((8, 5), "bfloat16")
+        assert not np.asarray(array, np.float32).any()
+        if turn == 0:
+            counter.mark_ready()
+    assert counter.after_ready == 0
