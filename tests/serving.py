@@ -41,6 +41,7 @@ SIZES: dict[str, Any] = {
     "max_lora_rank": 64,
     "max_logprobs": 5,
 }
+LARGE: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_loras": 16}
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny")
 
 

@@ -111,7 +111,7 @@ def test_fewer_adapter_slots_than_adapters_change_nothing(requests, alone):
 
 def test_buckets_of_other_sizes_change_nothing(requests, alone):
     """Twice the rows: other programs, of 8 and 16 decode rows beside 0, 64 and 128 chunk rows."""
-    engine = with_adapters(serving.engine(serving.model_dir(), max_num_seqs=16, max_num_batched_tokens=128))
+    engine = with_adapters(serving.engine(serving.model_dir(), **serving.LARGE))
     used = set()
     fit = engine.core.buckets.fit
     engine.core.buckets = Spy(engine.core.buckets, used, fit)

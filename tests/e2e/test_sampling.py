@@ -210,6 +210,7 @@ def test_a_prompt_of_one_token_has_no_prompt_log_probability(engine):
     assert one(engine, [7], max_tokens=1, prompt_logprobs=2).prompt_logprobs == [None]
 
 
+@pytest.mark.slow
 def test_an_engine_without_top_log_probabilities_still_gives_the_drawn_tokens():
     engine = serving.engine(serving.model_dir(), max_logprobs=0, enable_lora=False)
     output = one(engine, max_tokens=3, temperature=0.0, logprobs=0, prompt_logprobs=0)

@@ -283,7 +283,7 @@ def test_a_missing_directory_and_too_many_devices_are_refused(tmp_path):
     ("options", "message"),
     [
         ({"max_model_len": 513}, "max_model_len 513 exceeds max_position_embeddings 512"),
-        ({"num_kv_pages": 9}, "max_model_len 160 needs more than the 9 KV pages of 16 tokens"),
+        ({"num_kv_pages": 9}, "max_model_len 160 needs more than 9 KV pages of 16 tokens"),
     ],
 )
 def test_sizes_that_do_not_fit_the_model_are_refused(options, message):
