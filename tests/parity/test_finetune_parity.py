@@ -57,7 +57,9 @@ def torch_losses(path, start, job):
     return losses, model
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.slow)]
+)
 def test_a_job_is_peft_step_for_step(tmp_path, family):
     rng = np.random.default_rng(5)
     path = tiny_models.build(tmp_path / "model", family, tokenizer=False)
