@@ -148,7 +148,8 @@ class Scheduler:
         self._plan_decodes(draft)
         for seq in [seq for seq in self.running if seq.prefilling]:
             self._plan_chunk(draft, seq)
-        self._admit(draft, now)
+        if not draft.preempted:  # whoever lost its pages in this step must not take them back in it
+            self._admit(draft, now)
         if not draft.chunks and not draft.decodes:
             return None
         self._num_planned += 1
