@@ -126,12 +126,7 @@ class Trainer:
             self.waiting.remove(job)
         training = self.training.pop(job.id, None)
         if training is not None:
-            pages = jnp.asarray(training.lane_pages, jnp.int32)
-            rank, layers = job.start.rank, self.model.num_layers
-            lanes, _ = take_gradients(
-                self.state.lanes, pages, training.scales, mesh=self.mesh, rank=rank, num_layers=layers
-            )
-            self.state = replace(self.state, lanes=lanes)
+            self._take_gradients(training)  # what is left of a batch that will not be finished
             self.residency.release(training.version)
             self._lanes.append(training.lane_pages)
 
@@ -154,16 +149,7 @@ class Trainer:
 
     def _optimize(self, training: Training, batch: Batch) -> None:
         job = training.job
-        pages = jnp.asarray(training.lane_pages, jnp.int32)
-        lanes, gradients = take_gradients(
-            self.state.lanes,
-            pages,
-            training.scales,
-            mesh=self.mesh,
-            rank=job.start.rank,
-            num_layers=self.model.num_layers,
-        )
-        self.state = replace(self.state, lanes=lanes)
+        gradients = self._take_gradients(training)
         hyper = hyperparameters(job.config, job.total_steps, batch.number - 1)
         training.masters, training.optimizer, norm = apply_gradients(
             job.config.optimizer, training.masters, training.optimizer, gradients, hyper
@@ -171,6 +157,19 @@ class Trainer:
         training.unread.append((batch, norm))
         job.batch = None
         self._publish(training, batch.number)
+
+    def _take_gradients(self, training: Training) -> Any:
+        """A lane's gradients, in the form of its masters; the lane is zero afterwards."""
+        lanes, gradients = take_gradients(
+            self.state.lanes,
+            jnp.asarray(training.lane_pages, jnp.int32),
+            training.scales,
+            mesh=self.mesh,
+            rank=training.job.start.rank,
+            num_layers=self.model.num_layers,
+        )
+        self.state = replace(self.state, lanes=lanes)
+        return gradients
 
     def _publish(self, training: Training, step: int) -> None:
         """Makes the masters the newest version of the adapter: on the device, in the next step."""
