@@ -1,5 +1,6 @@
 """JAX at its strictest, eight devices, no network: set before anything imports JAX."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -26,6 +27,21 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip("needs ../shared/data beside the project")
     return SHARED_DATA
+
+
+MAPS = Path("/proc/self/maps")
+MOST_MAPS = 30_000  # Linux gives a process 65,530; XLA crashes where a program gets none
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs():
+    """Forgets compiled programs when the process holds very many: each of them is a dozen memory maps."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -405,11 +405,13 @@ def test_threads_that_load_get_pin_and_unload_leave_no_pin_behind():
                 version = store.acquire(
                     store.load(name, str(rng.integers(6))) if rng.random() < 0.3 else store.get(name)
                 )
-                if rng.random() < 0.1:
-                    store.unload(name)
-                if version.weights.digest != version.digest:
-                    failures.append(version)
-                store.release(version)
+                try:
+                    if rng.random() < 0.1:
+                        store.unload(name)  # another thread may have been faster
+                    if version.weights.digest != version.digest:
+                        failures.append(version)
+                finally:
+                    store.release(version)
             except AdapterNotFound:
                 pass
             except AdapterError as error:
