@@ -19,6 +19,8 @@ POINTS = {
     "ckpt.after_rename": "the checkpoint has its name, the name may not be on the disk",
     "ckpt.committed": "the name is on the disk, older checkpoints are still there",
     "ckpt.mid_delete": "an older checkpoint has lost its name, not all its files",
+    "job.before_adapter": "a job's last checkpoint is saved, its adapter is not written",
+    "job.after_adapter": "a job's adapter is written, the job does not say that it has succeeded",
     "fs.mkdir": "a directory is made",
     "fs.write": "a file is written",
     "fs.fsync": "a file or directory is flushed to the disk",

@@ -15,19 +15,19 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.adapters import lora
-from jaxserve.adapters.peft_io import load_peft, save_peft
+from jaxserve.adapters.peft_io import load_peft
 from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compiles import use_compilation_cache
 from jaxserve.engine.loop import EngineCore, News
 from jaxserve.engine.sizes import core_config
-from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, ModelError
+from jaxserve.engine.trainer import Trainer
+from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
 from jaxserve.files import read_json
 from jaxserve.finetune.config import FinetuneConfig
-from jaxserve.finetune.data import Source, load_dataset
-from jaxserve.finetune.job import Job, JobEvent
+from jaxserve.finetune.data import Source
+from jaxserve.finetuning import FinetuneJob, make_job
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_generation_config, load_params
 from jaxserve.outputs import Completion, Event, RequestOutput
@@ -75,7 +75,7 @@ class Engine:
     ):
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.generation_config = generation_config or {}
-        digest = _base_digest(model, config)
+        self.base_digest = digest = _base_digest(model, config)
         sizes = core_config(config, model, params, mesh)
         self.core = EngineCore(model, params, mesh, sizes, self._eos_token_ids(), digest)
         self.adapters = AdapterStore(
@@ -84,6 +84,7 @@ class Engine:
         self._live: dict[str, _Live] = {}
         self._finished: dict[str, RequestOutput] = {}
         self._aborted: deque[Event] = deque()
+        self._jobs: list[FinetuneJob] = []
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
         self._totals = {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
@@ -131,7 +132,7 @@ class Engine:
         start = time.perf_counter()
         seconds = self.core.warm_up()
         if self.config.max_finetune_jobs:
-            self._enable_training(self.config.max_finetune_jobs)
+            self.prepare_finetuning()
         logger.info("ready: %d programs in %.1f s %s", len(seconds), time.perf_counter() - start, seconds)
 
     # adapters
@@ -168,8 +169,6 @@ class Engine:
 
     def _require_servable(self, weights: AdapterWeights) -> None:
         """Raises AdapterError before anything is published: the name keeps the version it has."""
-        if weights.method != "lora":
-            raise AdapterError(f"peft_type: {weights.method} is not served; served are: lora", "peft_type")
         if weights.rank > self.config.max_lora_rank:
             raise AdapterError(f"rank {weights.rank} exceeds max_lora_rank {self.config.max_lora_rank}", "r")
 
@@ -426,73 +425,50 @@ class Engine:
     # finetuning
 
     def finetune(
-        self, data: Source, adapter: str, config: FinetuneConfig | None = None, **fields: Any
-    ) -> "FinetuneJob":
+        self,
+        data: Source,
+        adapter: str,
+        config: FinetuneConfig | None = None,
+        *,
+        tenant: str = "",
+        **fields: Any,
+    ) -> FinetuneJob:
         """Queues a job that trains an adapter while requests are served; ``step`` moves both on.
 
         After each optimizer step the adapter's new version answers requests from the next step on. On the first
-        call the steps with gradient rows are compiled, unless max_finetune_jobs asked for that at start-up.
+        call the steps with gradient rows are compiled, unless max_finetune_jobs asked for that at start-up; a job's
+        own small programs are compiled here, too. With ``output_dir`` the job keeps checkpoints, and goes on from the
+        newest one when it is begun again with the same data and settings.
 
         Args:
           data: a JSONL file (chat messages, prompt and completion, or text), or an iterable of what its lines hold or
             of (token ids, weights) pairs.
           adapter: name under which the adapter is published.
           config: a FinetuneConfig; or give its fields as keywords.
+          tenant: who is charged for it.
 
         Raises:
-          ConfigError, DataError, InvalidRequest, AdapterError: before anything is trained.
+          ConfigError, DataError, InvalidRequest, AdapterError, CheckpointError: before anything is trained.
         """
-        config = config or FinetuneConfig(**fields)
-        self._check_finetune(config)
-        dataset = load_dataset(
-            data,
-            self.tokenizer,
-            max_length=self.core.config.max_model_len,
-            vocab_size=self.model.vocab_size,
-            config=config,
-        )
-        if config.start == "init":
-            rng = np.random.default_rng(config.seed)
-            weights = lora.initial(config.adapter_config(), self.model, rng)
-        else:
-            weights = self._start_weights(config.start)
-        if weights.rank > self.config.max_lora_rank:
-            raise InvalidRequest(f"rank is {weights.rank}; max_lora_rank is {self.config.max_lora_rank}", "rank")
-        self.adapters.check_name(adapter)
+        job = make_job(self, data, adapter, config or FinetuneConfig(**fields), tenant)
+        self._jobs.append(FinetuneJob(self, job))
+        return self._jobs[-1]
+
+    def jobs(self) -> list[FinetuneJob]:
+        """All jobs of this engine's life, in the order they came."""
+        return list(self._jobs)
+
+    def prepare_finetuning(self, scales: bool = False) -> Trainer:
+        """Compiles what jobs need, where that has not been done; ``scales`` for (IA)3 and DoRA."""
+        start, seconds = time.perf_counter(), {}
         if self.core.trainer is None:
-            self._enable_training(max(self.config.max_finetune_jobs, 1))
-        job = Job(adapter, config, dataset, weights)
-        with self.core.lock:
-            assert self.core.trainer is not None
-            self.core.trainer.submit(job)
-        return FinetuneJob(self, job)
-
-    def _check_finetune(self, config: FinetuneConfig) -> None:
-        refused = {
-            "method": config.method not in ("lora", "rslora") and f"{config.method!r}; trained are lora and rslora",
-            "dropout": config.dropout > 0 and f"{config.dropout}; it must be 0",
-            "validation_fraction": config.validation_fraction > 0 and f"{config.validation_fraction}; it must be 0",
-            "validation_data": config.validation_data is not None and "given; jobs measure no validation loss",
-            "output_dir": config.output_dir is not None
-            and "given; jobs write no checkpoints, save() writes the adapter",
-        }
-        wrong = [f"{field} is {reason}" for field, reason in refused.items() if reason]
-        if wrong:
-            raise ConfigError(wrong)
-
-    def _start_weights(self, start: str) -> AdapterWeights:
-        """A loaded adapter by its name, or a PEFT directory."""
-        known = {info.name for info in self.adapters.list()}
-        weights = self.adapters.get(start).weights if start in known else load_peft(start, self.model)
-        weights = getattr(weights, "fetched", weights)
-        if weights.method != "lora":
-            raise AdapterError(f"adapter {start!r} is a {weights.method} adapter; trained are: lora", "peft_type")
-        return weights
-
-    def _enable_training(self, lanes: int) -> None:
-        start = time.perf_counter()
-        seconds = self.core.enable_training(self.adapters, lanes)
-        logger.info("ready to finetune: %d programs in %.1f s", len(seconds), time.perf_counter() - start)
+            seconds = self.core.enable_training(self.adapters, max(self.config.max_finetune_jobs, 1))
+        if scales:
+            seconds |= self.core.enable_scales()
+        if seconds:
+            logger.info("ready to finetune: %d programs in %.1f s", len(seconds), time.perf_counter() - start)
+        assert self.core.trainer is not None
+        return self.core.trainer
 
     def run(self) -> list[Event]:
         """Steps until no request and no job has anything left to do; returns all events."""
@@ -507,69 +483,19 @@ class Engine:
         with self.core.lock:
             self._aborted.extend(events)
 
+    def close(self) -> None:
+        """Stops every job where it is, saves those that have a directory and lets others use it."""
+        for job in self._jobs:
+            if job.status in ("queued", "running"):
+                job.pause()
+        if self.core.trainer is not None:
+            self.core.trainer.close()
+
     # numbers
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges, of the engine's life so far."""
         return {**self.core.stats(), **self._totals, "adapters": len(self.adapters.list())}
-
-
-class FinetuneJob:
-    """A handle on a finetuning job."""
-
-    def __init__(self, engine: Engine, job: Job):
-        self._engine, self._job = engine, job
-
-    @property
-    def id(self) -> str:
-        return self._job.id
-
-    @property
-    def adapter(self) -> str:
-        return self._job.adapter
-
-    @property
-    def status(self) -> str:
-        """queued, running, paused, succeeded, failed or cancelled."""
-        return self._job.status.value
-
-    @property
-    def error(self) -> str | None:
-        return self._job.error
-
-    @property
-    def losses(self) -> list[float]:
-        """Mean loss per trained token of each optimizer step so far."""
-        return list(self._job.losses)
-
-    @property
-    def trained_tokens(self) -> int:
-        return self._job.trained_tokens
-
-    def events(self, after: int = -1) -> list[JobEvent]:
-        """Progress so far: events with a number above ``after``."""
-        return self._job.events(after)
-
-    def wait(self) -> "FinetuneJob":
-        """Steps the engine until the job is over; requests in flight are served along the way."""
-        while not self._job.done:
-            self._engine._drive()
-        return self
-
-    def cancel(self) -> None:
-        """Ends the job; versions it published stay. A job that is over stays as it is."""
-        with self._engine.core.lock:
-            if self._engine.core.trainer is not None:
-                self._engine.core.trainer.cancel(self._job)
-
-    def save(self, directory: str | Path) -> Path:
-        """Writes the adapter as it is now, as a PEFT directory."""
-        weights = self._engine.adapters.get(self.adapter).weights
-        save_peft(getattr(weights, "fetched", weights), Path(directory))
-        return Path(directory)
-
-    def __repr__(self) -> str:
-        return repr(self._job)
 
 
 def _base_digest(model: ModelConfig, config: EngineConfig) -> bytes:

@@ -2,12 +2,13 @@
 
 from sharding.mesh import AXIS, make_mesh
 from sharding.parallelize import ArraySpec, lora_specs, matmul_state, place_adapter
-from sharding.rules import RULES, named_sharding, partition_spec, tree_shardings, tree_specs, zeros
+from sharding.rules import RULES, full, named_sharding, partition_spec, tree_shardings, tree_specs, zeros
 
 __all__ = [
     "AXIS",
     "RULES",
     "ArraySpec",
+    "full",
     "lora_specs",
     "make_mesh",
     "matmul_state",

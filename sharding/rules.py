@@ -19,6 +19,7 @@ RULES: dict[str, str | None] = {
     "vocab": AXIS,  # embedding and head rows
     "heads": AXIS,  # rows of q, k, v; columns of o; heads of the KV pool
     "ffn": AXIS,  # rows of gate and up; columns of down
+    "device": AXIS,  # sums that every device keeps for itself
     "embed": None,  # the residual stream is replicated
 }
 
@@ -46,12 +47,19 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
 
 def zeros(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None], dtype: Any) -> jax.Array:
     """An array of zeros made where it lives; the same shape again compiles nothing."""
-    return _zeros_program(shape, np.dtype(dtype), named_sharding(mesh, axes))()
+    return full(mesh, shape, axes, dtype, 0)
+
+
+def full(mesh: Mesh, shape: tuple[int, ...], axes: Sequence[str | None], dtype: Any, value: float) -> jax.Array:
+    """An array of one value made where it lives; the same shape again compiles nothing."""
+    return _full_program(shape, np.dtype(dtype), named_sharding(mesh, axes), value)()
 
 
 @cache
-def _zeros_program(shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding) -> Callable[[], jax.Array]:
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+def _full_program(
+    shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding, value: float
+) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jnp.full(shape, value, dtype), out_shardings=sharding)
 
 
 def tree_specs(tree: Any) -> Any:

@@ -15,8 +15,8 @@ def watch(core: EngineCore) -> None:
     """Audits every step that this engine packs."""
     pack = core.packer.pack
 
-    def audited(plan, bucket):
-        packed = pack(plan, bucket)
+    def audited(plan, *program):
+        packed = pack(plan, *program)
         audit(core.packer, plan, packed)
         return packed
 
@@ -25,9 +25,9 @@ def watch(core: EngineCore) -> None:
 
 def audit(packer: Packer, plan: StepPlan, packed: Packed) -> None:
     """Raises AssertionError unless each index is the one the plan asks for."""
-    i, slots, chunk_start = packed.fields, packer.slots, packed.bucket.grad_rows
+    i, slots, chunk_start = packed.fields, packer.slots, packed.layout.bucket.grad_rows
     rows = _rows(packer, plan, packed)
-    for row in range(packed.bucket.rows):
+    for row in range(packed.layout.bucket.rows):
         if row not in rows:
             if plan.finetune is None:  # else it may be a row of a finetune window
                 assert (i["position_T"][row], i["slot_T"][row]) == (-1, slots.all_slots), f"padding row {row}"
@@ -36,7 +36,7 @@ def audit(packer: Packer, plan: StepPlan, packed: Packed) -> None:
         seq = segment.seq
         known = seq.tokens[position] if position < len(seq.tokens) else FROM_DEVICE
         assert (i["token_T"][row], i["position_T"][row], i["slot_T"][row]) == (known, position, seq.slot), f"row {row}"
-        if row < packed.bucket.block_rows and i["target_T"][row - chunk_start] != -1:
+        if row < packed.layout.bucket.block_rows and i["target_T"][row - chunk_start] != -1:
             assert i["target_T"][row - chunk_start] == seq.request.prompt_ids[position + 1], f"target of row {row}"
     for segment in (*plan.chunks, *plan.decodes):
         held = i["page_table_BM"][segment.seq.slot, : len(segment.seq.pages)].tolist()
@@ -44,15 +44,18 @@ def audit(packer: Packer, plan: StepPlan, packed: Packed) -> None:
     _audit_samples(plan, packed, rows, slots.num_slots)
     if "row_NQ" in i and plan.finetune is None:
         _audit_adapters(packer, packed, rows)
+    for row, (segment, _) in rows.items() if packed.layout.scaled else ():
+        lead = slots.lead_page_B[segment.seq.slot]
+        assert i["lead_page_T"][row] == lead, f"scales of row {row}"
 
 
 def _rows(packer: Packer, plan: StepPlan, packed: Packed) -> dict[int, tuple[Segment, int]]:
     """(segment, position) by row."""
-    rows, first = {}, packed.bucket.grad_rows
+    rows, first = {}, packed.layout.bucket.grad_rows
     for segment in plan.chunks:
         rows |= {first + k: (segment, segment.start + k) for k in range(segment.length)}
         first += -(-segment.length // packer.row_block) * packer.row_block
-    return rows | {packed.bucket.block_rows + k: (s, s.start) for k, s in enumerate(plan.decodes)}
+    return rows | {packed.layout.bucket.block_rows + k: (s, s.start) for k, s in enumerate(plan.decodes)}
 
 
 def _audit_samples(plan: StepPlan, packed: Packed, rows: dict[int, tuple[Segment, int]], num_slots: int) -> None:
@@ -71,7 +74,7 @@ def _audit_samples(plan: StepPlan, packed: Packed, rows: dict[int, tuple[Segment
 def _audit_adapters(packer: Packer, packed: Packed, rows: dict[int, tuple[Segment, int]]) -> None:
     """Every row sits in exactly one block, of its own adapter; every block meets its adapter's pages once per site."""
     i, slots = packed.fields, packer.slots
-    num_blocks, num_rows = i["row_NQ"].shape[0], packed.bucket.rows
+    num_blocks, num_rows = i["row_NQ"].shape[0], packed.layout.bucket.rows
     lead_of_block: dict[int, int] = {}
     for row in range(num_rows):
         lead = int(slots.lead_page_B[i["slot_T"][row]])

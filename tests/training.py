@@ -56,7 +56,15 @@ class Trainer:
     """One engine's worth of device state, driven by hand."""
 
     def __init__(
-        self, family: str, dtype: str, remat: str = "full", tp: int = 1, lanes: int = 2, pages: int = 2, **overrides
+        self,
+        family: str,
+        dtype: str,
+        remat: str = "full",
+        tp: int = 1,
+        lanes: int = 2,
+        pages: int = 2,
+        scaled: bool = False,
+        **overrides,
     ):
         self.config = ModelConfig.from_dict(tiny_models.config_dict(family, **overrides))
         self.params, self.mesh, self.dtype = random_params(self.config, dtype, tp=tp), make_mesh(tp), dtype
@@ -66,7 +74,7 @@ class Trainer:
         blocks = -(-self.bucket.rows // LORA_ROWS) + lanes
         self.layout = BatchLayout(
             self.bucket, NUM_SLOTS, PAGES_PER_SEQ, blocks, blocks * pages,
-            train_slots=TRAIN_SLOTS, grad_items=W // BLOCK * pages,
+            train_slots=TRAIN_SLOTS, grad_items=W // BLOCK * pages, row_block=BLOCK, scaled=scaled,
         )  # fmt: skip
         self.spec = StepSpec(
             config=self.config, mesh=self.mesh, layout=self.layout, row_block=BLOCK, page_size=PAGE, max_logprobs=2,
@@ -78,7 +86,9 @@ class Trainer:
         )  # fmt: skip
         slots = Slots(NUM_SLOTS, PAGES_PER_SEQ, TRAIN_SLOTS)
         vocab, bank_pages = self.config.vocab_size, self.bank.num_pages
-        self.packer = Packer(slots, {self.bucket: self.layout}, BLOCK, NUM_PAGES, PAGE, vocab, bank_pages)
+        self.packer = Packer(
+            slots, {(self.bucket, scaled): self.layout}, BLOCK, NUM_PAGES, PAGE, vocab, bank_pages, self.train
+        )
         self.pages, self.free_pages, self.free_acc = pages, list(range(NUM_PAGES)), list(range(40))
         self.steps = 0
 

@@ -60,11 +60,11 @@ class BankShape:
         for site, members in SITES.items():
             a_axes, b_axes = lora_specs(site)
             a = ArraySpec((rows, PAGE_RANK * len(members), dims[members[0]][0]), a_axes)
-            outs = [len(self._rows(member)) for member in members]
+            outs = [len(self.rows(member)) for member in members]
             bank[site] = site_bank(a, tuple(ArraySpec((rows, out, PAGE_RANK), b_axes) for out in outs))
         return bank
 
-    def _rows(self, member: str) -> np.ndarray:
+    def rows(self, member: str) -> np.ndarray:
         """The rows of a member's B in the order the shards hold them; kv heads repeat when shards outnumber them."""
         rows = member_dims(self.config)[member][1]
         if member not in ("k_proj", "v_proj"):
@@ -106,7 +106,7 @@ class BankShape:
             a_LRD = np.zeros((L, PAGE_RANK * len(members), dims[members[0]][0]), jnp.dtype(self.dtype))
             outs = []
             for index, member in enumerate(members):
-                rows = self._rows(member)
+                rows = self.rows(member)
                 b_LER = np.zeros((L, len(rows), PAGE_RANK), jnp.dtype(self.dtype))
                 for layer in range(L):
                     a, b, scaling = pairs.get((layer, member), (None, None, 0.0))

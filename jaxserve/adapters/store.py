@@ -13,7 +13,7 @@ from pathlib import Path
 
 from jaxserve.adapters.fields import MAX_RANK, show
 from jaxserve.adapters.peft_io import load_peft
-from jaxserve.adapters.weights import AdapterWeights, ModelShape
+from jaxserve.adapters.weights import ModelShape, Weights
 from jaxserve.errors import AdapterError, AdapterNotFound, EngineError, InvalidRequest
 
 NAME_PATTERN = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
@@ -26,7 +26,7 @@ class AdapterVersion:
     name: str
     version: int  # 1, 2, ... per name, never used twice
     digest: bytes
-    weights: AdapterWeights = field(compare=False, repr=False)
+    weights: Weights = field(compare=False, repr=False)
     path: Path | None = field(compare=False, default=None)  # None: only in memory
 
     @property
@@ -72,7 +72,7 @@ class AdapterStore:
         max_rank: int = MAX_RANK,
         base_names: Collection[str] = (),
         base_digest: bytes | None = None,
-        read: Callable[..., AdapterWeights] = load_peft,
+        read: Callable[..., Weights] = load_peft,
     ):
         if max_host_adapters < 1 or max_adapters < max_host_adapters:
             raise ValueError(f"max_host_adapters {max_host_adapters} must be from 1 to max_adapters {max_adapters}")
@@ -95,7 +95,7 @@ class AdapterStore:
         path = Path(path)
         return self._publish(name, self._read_weights(name, path), path)
 
-    def put(self, name: str, weights: AdapterWeights, path: str | Path | None = None) -> AdapterVersion:
+    def put(self, name: str, weights: Weights, path: str | Path | None = None) -> AdapterVersion:
         """Publishes weights made here. Without a ``path`` they stay in memory until replaced. Raises as ``load``."""
         self.check_name(name)
         if weights.rank > self._max_rank:
@@ -180,7 +180,7 @@ class AdapterStore:
         if name in self._base_names:
             raise InvalidRequest(f"adapter name {name!r} is the base model's", "name")
 
-    def _read_weights(self, name: str, path: Path) -> AdapterWeights:
+    def _read_weights(self, name: str, path: Path) -> Weights:
         try:
             weights = self._read(path, self._model, max_rank=self._max_rank, base_digest=self._base_digest)
         except AdapterError as error:
@@ -198,7 +198,7 @@ class AdapterStore:
             )
         return AdapterVersion(info.name, info.version, info.digest, weights, info.path)
 
-    def _publish(self, name: str, weights: AdapterWeights, path: Path | None) -> AdapterVersion:
+    def _publish(self, name: str, weights: Weights, path: Path | None) -> AdapterVersion:
         digest = weights.digest
         with self._lock:
             entry = self._entries.get(name)

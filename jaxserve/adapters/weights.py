@@ -42,6 +42,29 @@ class ModelShape(Protocol):
     def head_dim(self) -> int: ...
 
 
+class Weights:
+    """What the store and the loop know of an adapter's content, be it on the host (AdapterWeights) or not."""
+
+    digest: bytes
+    method: str
+    config: "Mapping[str, Any]"
+    scaling: "Mapping[Key, float]"
+    pairs: "Mapping[Key, LoraPair]"
+    vectors: "Mapping[Key, ScaleVector]"
+    rank: int
+    nbytes: int
+
+    @property
+    def like(self) -> "AdapterWeights":
+        """Weights on the host with the same modules, ranks, scaling and kinds of vectors."""
+        raise NotImplementedError
+
+    @property
+    def fetched(self) -> "AdapterWeights":
+        """The content itself, on the host."""
+        raise NotImplementedError
+
+
 def member_dims(model: ModelShape) -> dict[str, tuple[int, int]]:
     """Member name to (in, out) of its base matrix."""
     hidden, ffn = model.hidden_size, model.intermediate_size
@@ -106,7 +129,7 @@ class ScaleVector:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class AdapterWeights:
+class AdapterWeights(Weights):
     """One adapter's content. Immutable; ``dataclasses.replace`` makes the next version.
 
     ``config`` is its adapter_config.json, ``stored`` the dtype its file holds or will hold ("float32", "bfloat16",
@@ -129,6 +152,14 @@ class AdapterWeights:
     def digest(self) -> bytes:
         """sha256 of everything that changes the maths, and of nothing else (not the stored dtype, not the base)."""
         return _digest(self)
+
+    @property
+    def like(self) -> "AdapterWeights":
+        return self
+
+    @property
+    def fetched(self) -> "AdapterWeights":
+        return self
 
     def factors(self) -> dict[Key, tuple[np.ndarray, np.ndarray, float]]:
         """(A [R, in], B [out, R], scaling) of every LoRA pair."""

@@ -14,17 +14,18 @@ import jax
 import numpy as np
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from jaxserve.engine.buckets import Bucket
 from pallas_kernels.cross_entropy import LossRows
 from pallas_kernels.token_sampling import SampleRows
 
+NOWHERE = np.iinfo(np.int32).max  # an index out of every range: nothing is written
 FROM_DEVICE = -1  # a token the host has not read yet: the device's own last token of that slot
 LORA_ROWS = 8  # rows per block of the multi-adapter matmul
 LOSS_FLOATS = ("weight_W", "sampled_logprob_W", "advantage_W", "clip_low_W", "clip_high_W")
-NUM_FLAGS = 6
-RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS = range(NUM_FLAGS)
+NUM_FLAGS = 8
+RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS, FUSED_INPUTS, DROPOUT = range(NUM_FLAGS)
 
 
 @struct.dataclass
@@ -48,6 +49,9 @@ class GradBatch:
     page_SJ: Int[Array, "S J"]
     lane_SJ: Int[Array, "S J"]  # the lane page an item's gradient is added to
     items_S: Int[Array, "S"]
+    lane_N: Int[Array, "N"] | None  # lane whose scales a row block trains; out of range: none
+    drop_key_T: Int[Array, "Tb"]  # of the example a block row belongs to
+    drop_rate_T: Float[Array, "Tb"]
 
 
 @struct.dataclass
@@ -64,7 +68,8 @@ class TokenBatch:
     edited_R: Int[Array, "R"]  # 1: the slot's logit edits apply
     counted_R: Int[Array, "R"]  # 1: the slot's token counts are kept
     rows: SampleRows
-    flags: Int[Array, "6"]  # what at least one row of the batch needs: RANDOM ... PROMPT_LOGPROBS
+    flags: Int[Array, "8"]  # what at least one row of the batch needs: RANDOM ... DROPOUT
+    lead_page_T: Int[Array, "T"] | None  # first bank page of the row's adapter: where its scales are
     lora: LoraBatch | None
     grad: GradBatch | None
 
@@ -81,6 +86,8 @@ class BatchLayout:
     num_sites: int = 4
     train_slots: int = 0  # behind the others
     grad_items: int = 0
+    row_block: int = 1
+    scaled: bool = False  # rows have scales: (IA)3, DoRA
 
     @property
     def all_slots(self) -> int:
@@ -113,6 +120,8 @@ class BatchLayout:
                 "page_SJ": (self.num_sites, self.lora_items),
                 "items_S": (self.num_sites,),
             }
+        if self.scaled:
+            fields["lead_page_T"] = (T,)
         if W := self.bucket.grad_rows:
             fields |= {
                 "loss_target_W": (W,),
@@ -122,14 +131,19 @@ class BatchLayout:
                 "grad_page_SJ": (self.num_sites, self.grad_items),
                 "grad_lane_SJ": (self.num_sites, self.grad_items),
                 "grad_items_S": (self.num_sites,),
+                "drop_key_T": (self.bucket.block_rows,),
             }
+            if self.scaled:
+                fields["grad_lane_N"] = (W // self.row_block,)
         return fields
 
     @cached_property
     def float_fields(self) -> dict[str, tuple[int, ...]]:
         names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
-        fields = dict.fromkeys(names, (self.num_samples,))
-        return fields | {name: (self.bucket.grad_rows,) for name in LOSS_FLOATS if self.bucket.grad_rows}
+        fields: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.num_samples,))
+        if W := self.bucket.grad_rows:
+            fields |= dict.fromkeys(LOSS_FLOATS, (W,)) | {"drop_rate_T": (self.bucket.block_rows,)}
+        return fields
 
     @property
     def num_samples(self) -> int:
@@ -151,7 +165,9 @@ class BatchLayout:
             int_views["row_NQ"][:] = self.bucket.rows
             int_views["place_T"][:] = self.lora_blocks * LORA_ROWS
         if self.bucket.grad_rows:
-            int_views["acc_table_BM"][:] = np.iinfo(np.int32).max
+            int_views["acc_table_BM"][:] = NOWHERE
+            if self.scaled:
+                int_views["grad_lane_N"][:] = NOWHERE
         return ints, int_views, floats, float_views
 
     def unpack(self, ints: jax.Array, floats: jax.Array) -> TokenBatch:
@@ -177,11 +193,21 @@ class BatchLayout:
         grad = None
         if self.bucket.grad_rows:
             loss = LossRows(target_W=i["loss_target_W"], kind_W=i["loss_kind_W"], **{k: f[k] for k in LOSS_FLOATS})
-            items = (i["grad_" + k] for k in ("block_SJ", "page_SJ", "lane_SJ", "items_S"))
-            grad = GradBatch(loss, i["acc_table_BM"], *items)
+            grad = GradBatch(
+                loss=loss,
+                acc_table_BM=i["acc_table_BM"],
+                **{k: i["grad_" + k] for k in ("block_SJ", "page_SJ", "lane_SJ", "items_S")},
+                lane_N=i.get("grad_lane_N"),
+                drop_key_T=i["drop_key_T"],
+                drop_rate_T=f["drop_rate_T"],
+            )
         plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R")
         return TokenBatch(
-            **{name: i[name] for name in (*plain, "edited_R", "counted_R", "flags")}, rows=rows, lora=lora, grad=grad
+            **{name: i[name] for name in (*plain, "edited_R", "counted_R", "flags")},
+            rows=rows,
+            lead_page_T=i.get("lead_page_T"),
+            lora=lora,
+            grad=grad,
         )
 
 

@@ -1,6 +1,9 @@
 """Counts compilations: after start-up there must be none, or one request's odd shape stalls everybody."""
 
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,8 +13,11 @@ _counters: "weakref.WeakSet[CompileCounter]" = weakref.WeakSet()
 _listening = False
 
 
+_thread = threading.local()
+
+
 class CompileCounter:
-    """Backend compilations in this process since ``mark_ready``."""
+    """Backend compilations in this process since ``mark_ready``, but for those that a thread has said it expects."""
 
     def __init__(self):
         global _listening
@@ -26,11 +32,21 @@ class CompileCounter:
     def mark_ready(self) -> None:
         self.ready = True
 
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """What this thread compiles in here is no surprise: it makes something ready that was asked for just now."""
+        outer, _thread.preparing = getattr(_thread, "preparing", False), True
+        try:
+            yield
+        finally:
+            _thread.preparing = outer
+
 
 def _count(event: str, duration: float, **details: str | int) -> None:
     if event == _EVENT:
+        expected = getattr(_thread, "preparing", False)
         for counter in list(_counters):
-            if counter.ready:
+            if counter.ready and not expected:
                 counter.after_ready += 1
             else:
                 counter.before_ready += 1

@@ -18,20 +18,21 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxserve.adapters.bank import SITE_NAMES, BankShape, SiteBank
+from jaxserve.adapters.scales import ScalesShape, SiteScales
 from jaxserve.engine.batch import TokenBatch
+from jaxserve.engine.linear import Lanes, Linear, Linears, contract
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
 from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig
-from jaxserve.models.layers import matmul, rms_norm
-from jaxserve.models.params import BIASES
+from jaxserve.models.layers import rms_norm
 from pallas_kernels.cross_entropy import loss_and_gradient
-from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
 from pallas_kernels.numerics import wide_dtype
 from pallas_kernels.ragged_paged_attention import (
     AttentionLayout,
@@ -39,7 +40,7 @@ from pallas_kernels.ragged_paged_attention import (
     ragged_paged_attention_backward,
     take_rows,
 )
-from sharding import AXIS, named_sharding, partition_spec
+from sharding import ArraySpec, named_sharding, partition_spec, zeros
 
 REMAT = ("none", "attention", "full")
 
@@ -55,6 +56,7 @@ class TrainState:
 
     acc: list[tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]]  # dK, dV; pages that nobody owns are zero
     lanes: dict[str, SiteBank]  # a [devices, L * Y, R, D], members [devices, L * Y, E, 16]
+    scale_lanes: dict[str, SiteScales] | None = None  # [devices, L * lanes, ...]; only beside scaled programs
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class TrainShape:
     acc_pages: int
     lane_pages: int
     remat: str = "full"
+    num_lanes: int = 1
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -75,25 +78,39 @@ def empty_train_state(
     shape: TrainShape, bank: BankShape, config: ModelConfig, mesh: Mesh, page_size: int, dtype: str
 ) -> TrainState:
     """All zeros, on the mesh."""
-    wide, tp = wide_dtype(jnp.dtype(dtype)), mesh.size
-    pool = kv_spec(config, shape.acc_pages, page_size, tp)
-    zeros = jax.jit(lambda: jnp.zeros(pool.shape, wide), out_shardings=named_sharding(mesh, pool.axes))
-    lane_sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(AXIS))
+    wide = wide_dtype(jnp.dtype(dtype))
+    pool = kv_spec(config, shape.acc_pages, page_size, mesh.size)
 
-    def lane(spec):
+    def accumulators() -> jax.Array:
+        return zeros(mesh, pool.shape, pool.axes, wide)
+
+    return TrainState(
+        acc=[(accumulators(), accumulators()) for _ in range(config.num_layers)],
+        lanes=_lanes(bank.specs(), shape.lane_pages, bank, mesh, wide),
+    )
+
+
+def empty_scale_lanes(shape: TrainShape, bank: BankShape, mesh: Mesh) -> dict[str, SiteScales]:
+    """Zeros for the gradients of scales, on the mesh."""
+    scales = ScalesShape(bank)
+    return _lanes(scales.specs(), shape.num_lanes, bank, mesh, scales.dtype)
+
+
+def _lanes(specs: Any, pages: int, bank: BankShape, mesh: Mesh, dtype: np.dtype) -> Any:
+    """A lane array [devices, L * pages, ...] for each array of the bank, every device with sums of its own."""
+
+    def lane(spec: ArraySpec) -> jax.Array:
         local = named_sharding(mesh, spec.axes).shard_shape(spec.shape)
-        full = (tp, local[0] // bank.num_pages * shape.lane_pages, *local[1:])
-        return jax.jit(lambda: jnp.zeros(full, wide), out_shardings=lane_sharding)()
+        return zeros(mesh, (mesh.size, local[0] // bank.num_pages * pages, *local[1:]), ("device",), dtype)
 
-    lanes = jax.tree.map(lane, bank.specs(), is_leaf=lambda x: hasattr(x, "axes"))
-    return TrainState(acc=[(zeros(), zeros()) for _ in range(config.num_layers)], lanes=lanes)
+    return jax.tree.map(lane, specs, is_leaf=lambda x: isinstance(x, ArraySpec))
 
 
 def train_specs(train: TrainState) -> Any:
     """The PartitionSpec of every array."""
-    pool = partition_spec(KV_AXES)
-    lanes = jax.tree.map(lambda _: PartitionSpec(AXIS), train.lanes)
-    return cast(Any, TrainState)(acc=[(pool, pool) for _ in train.acc], lanes=lanes)
+    pool, lane = partition_spec(KV_AXES), partition_spec(("device",))
+    lanes, scale_lanes = jax.tree.map(lambda _: lane, (train.lanes, train.scale_lanes))
+    return cast(Any, TrainState)(acc=[(pool, pool) for _ in train.acc], lanes=lanes, scale_lanes=scale_lanes)
 
 
 @dataclass
@@ -114,23 +131,13 @@ class GradientRows:
     Made while tracing, inside ``shard_map``.
     """
 
-    def __init__(
-        self, params: Any, batch: TokenBatch, train: TrainState | None, bank: dict[str, SiteBank] | None, spec: Any
-    ):
+    def __init__(self, params: Any, batch: TokenBatch, train: TrainState | None, linears: Linears, spec: Any):
         assert batch.grad is not None, "a step without gradient rows"
         assert train is not None, "a state without room for training"
-        assert bank is not None, "an engine without adapters"
-        self.params, self.batch, self.grad, self.train, self.bank, self.spec = (
-            params,
-            batch,
-            batch.grad,
-            train,
-            bank,
-            spec,
-        )
+        self.params, self.grad, self.train, self.linears, self.spec = params, batch.grad, train, linears, spec
         self.W = spec.layout.bucket.grad_rows
         self.tape = Tape(self.W, spec.train.remat)
-        self.all_rows: tuple[Callable, Callable, Callable] | None = None  # the engine's linear, attend, rope
+        self.all_rows: tuple[Callable, Callable] | None = None  # the engine's attend and rope
         slots, W = spec.layout.all_slots, self.W
         self.slot_W = jnp.minimum(batch.slot_T[:W], slots - 1)
         self.position_W = batch.position_T[:W]
@@ -170,7 +177,7 @@ class GradientRows:
     def _recorded_with_autodiff(self, p, x_TD, kv, index: int):
         """Policy none: the layer over all rows under autodiff. ``self.all_rows`` gives the engine's own slots."""
         assert self.all_rows is not None
-        linear, attend, rope = self.all_rows
+        attend, rope = self.all_rows
         layer_config = self.spec.config.layers[index]
 
         def run(x_TD, lanes, acc):
@@ -179,14 +186,14 @@ class GradientRows:
                 return self._attention(q, k, v, acc, kv, layer, (out, lse)), kv
 
             def linear_rows(site, p, x):
-                return self._linear(site, p, x, lanes[site], lambda x: linear(site, p, x))
+                return self._linear(self.linears.of_all_rows(site, p["index"]), p, x, lanes[site])
 
             return decoder.layer(
                 p, x_TD, config=self.spec.config, layer=layer_config, rope=rope(layer_config),
                 linear=linear_rows, attend=attend_rows, kv=kv,
             )  # fmt: skip
 
-        y_TD, pull, kv = jax.vjp(run, x_TD, self._lane_zeros(), self.train.acc[index], has_aux=True)
+        y_TD, pull, kv = jax.vjp(run, x_TD, self._lanes_of(index), self.train.acc[index], has_aux=True)
         self.tape.pulls.append(pull)
         return y_TD, kv
 
@@ -199,11 +206,11 @@ class GradientRows:
         hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), tape.last)
         loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, self._head, spec.shard)
         (d_x_WD,) = pull_norm(d_hidden_WD)
-        acc, lanes = list(self.train.acc), self.train.lanes
+        train, acc = self.train, list(self.train.acc)
         for index in reversed(range(spec.config.num_layers)):
-            d_x_WD, d_lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
-            lanes = jax.tree.map(lambda lane, new, i=index: _add_layer(lane, new, i), lanes, d_lanes)
-        train = replace(self.train, acc=acc, lanes=lanes)
+            d_x_WD, lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
+            train = _with_lanes(train, lanes, index)
+        train = replace(train, acc=acc)
         return train, {"loss_W": loss_W, "train_logprob_W": logprob_W}
 
     def _head(self, hidden_QD):
@@ -216,7 +223,7 @@ class GradientRows:
         def pull(d_QV):
             if config.logits_softcap is not None:
                 d_QV = d_QV * (1 - (logits_QV / config.logits_softcap) ** 2)
-            return _contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))
+            return contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))
 
         return jnp.where((token_V < config.vocab_size)[None], logits_QV, -jnp.inf), pull
 
@@ -237,68 +244,47 @@ class GradientRows:
                 return self._attention(q, k, v, acc, kv, layer, known), kv
 
             def linear(site, p, x):
-                return self._linear(site, p, x, lanes[site], lambda x: self._rows_linear(site, p, x))
+                return self._linear(self.linears.of_gradient_rows(site, p["index"]), p, x, lanes[site])
 
             y_WD, _ = decoder.layer(
                 p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv
             )
             return y_WD
 
-        _, pull = jax.vjp(run, x_WD, self._lane_zeros(), self.train.acc[index])
+        _, pull = jax.vjp(run, x_WD, self._lanes_of(index), self.train.acc[index])
         return pull(d_x_WD)
 
     # the differentiable slots
 
-    def _plan(self, site: str, layer_index) -> LoraPlan:
-        """Adapter work of the gradient rows; their blocks are the step's row blocks, so nothing is gathered."""
-        at, Q = SITE_NAMES.index(site), self.spec.row_block
-        row_W = jnp.arange(self.W, dtype=jnp.int32)
-        return LoraPlan(
-            row_NQ=row_W.reshape(-1, Q),
-            place_T=row_W,
-            block_J=self.grad.block_SJ[at],
-            page_J=self.grad.page_SJ[at] + layer_index * self.spec.bank.num_pages,
-            num_items=self.grad.items_S[at],
-        )
+    def _lanes_of(self, index: int) -> dict[str, Lanes]:
+        """One layer's gradient sums, by site."""
+        L, train = self.spec.config.num_layers, self.train
 
-    def _rows_linear(self, site: str, p: dict, x_WI):
-        """What the engine's own linear layer computes, for the gradient rows alone."""
-        bank = self.bank[site]
-        plan = self._plan(site, p["index"])
-        y_WO = matmul(x_WI, p[site]) + lora_matmul(x_WI, bank.a_PRD, bank.members, plan, implementation=self.spec.lora)
-        if site in decoder.ROW and self.spec.mesh.size > 1:
-            y_WO = lax.psum(y_WO, AXIS)
-        bias = p.get(BIASES[site])
-        return y_WO if bias is None else y_WO + bias[None]
+        def of_layer(lane: jax.Array) -> jax.Array:
+            rows = lane.shape[1] // L
+            return lane[0, index * rows : (index + 1) * rows]
 
-    def _lane_zeros(self) -> dict[str, SiteBank]:
-        """Stand-ins whose cotangents are the adapters' gradients in one layer."""
-        Y = self.spec.train.lane_pages
-        return jax.tree.map(lambda lane: jnp.zeros((Y, *lane.shape[2:]), lane.dtype), self.train.lanes)
+        scales = dict.fromkeys(SITE_NAMES) if train.scale_lanes is None else train.scale_lanes
+        return {site: jax.tree.map(of_layer, Lanes(train.lanes[site], scales[site])) for site in SITE_NAMES}
 
-    def _linear(self, site: str, p: dict, x, lane: SiteBank, forward: Callable):
-        """``forward(x)``, differentiable in x's first W rows and in the adapters of those rows."""
-        w_OI, bank, W = p[site], self.bank[site], self.W
-        plan, lane_J = self._plan(site, p["index"]), self.grad.lane_SJ[SITE_NAMES.index(site)]
+    def _linear(self, linear: Linear, p: dict, x, lanes: Lanes):
+        """``linear``, differentiable in x's first W rows. The cotangent of ``lanes`` is not a gradient but the sums as
+        these rows leave them."""
+        W, rows = self.W, self.linears.of_gradient_rows(linear.site, p["index"])
 
-        def run(x, lane):
-            return forward(x)
+        def run(x, lanes):
+            return linear(p, x)
 
-        def run_forward(x, lane):
-            return forward(x), x[:W]
+        def run_forward(x, lanes):
+            z = linear.before_scaling(p, x)
+            return linear.finish(p, z), (x[:W], z[:W] if linear.scales is not None else None, lanes)
 
-        def run_backward(x_WI, d_y):
-            d_y_WO = d_y[:W]
-            d_x_WI, d_a, d_bs = lora_matmul_backward(
-                x_WI, d_y_WO, bank.a_PRD, bank.members, plan, lane_J, self.spec.train.lane_pages
-            )
-            d_x_WI = _contract(d_y_WO, w_OI, wide_dtype(x_WI.dtype)).astype(x_WI.dtype) + d_x_WI
-            if site in decoder.COLUMN and self.spec.mesh.size > 1:
-                d_x_WI = lax.psum(d_x_WI, AXIS)
-            d_x = jnp.pad(d_x_WI, ((0, d_y.shape[0] - W), (0, 0)))
-            return d_x, SiteBank(d_a.astype(lane.a_PRD.dtype), d_bs)
+        def run_backward(kept, d_y):
+            x_WI, z_WO, lanes = kept
+            d_x_WI, lanes = rows.backward(p, x_WI, z_WO, d_y[:W], lanes)
+            return jnp.pad(d_x_WI, ((0, d_y.shape[0] - W), (0, 0))), lanes
 
-        return _with_vjp(run, run_forward, run_backward)(x, lane)
+        return _with_vjp(run, run_forward, run_backward)(x, lanes)
 
     def _attention(self, q, k, v, acc, kv, layer: LayerConfig, known):
         """Attention over pools that hold this step's keys already, differentiable in q, k and v of the first W rows.
@@ -343,12 +329,14 @@ def _with_vjp(function: Callable, forward: Callable, backward: Callable) -> Call
     return ruled
 
 
-def _contract(d_y_WO: jax.Array, w_OI: jax.Array, wide) -> jax.Array:
-    """[W, O] x [O, I] -> [W, I]."""
-    return lax.dot_general(d_y_WO, w_OI, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+def _with_lanes(train: TrainState, lanes: dict[str, Lanes], index: int) -> TrainState:
+    """The lanes with one layer's sums replaced, in place."""
 
+    def put(whole: jax.Array, new: jax.Array) -> jax.Array:
+        return whole.at[0, index * new.shape[0] : (index + 1) * new.shape[0]].set(new)
 
-def _add_layer(lane: jax.Array, new: jax.Array, index: int) -> jax.Array:
-    """Adds one layer's gradient [Y, ...] to the lane pages [1, L * Y, ...], in place."""
-    rows = slice(index * new.shape[0], (index + 1) * new.shape[0])
-    return lane.at[0, rows].add(new.astype(lane.dtype))
+    factors = {site: jax.tree.map(put, train.lanes[site], lane.factors) for site, lane in lanes.items()}
+    scales = train.scale_lanes
+    if scales is not None:
+        scales = {site: jax.tree.map(put, scales[site], lane.scales) for site, lane in lanes.items()}
+    return replace(train, lanes=factors, scale_lanes=scales)

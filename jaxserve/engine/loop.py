@@ -8,24 +8,27 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.adapters.bank import BankShape, sites_touched, write_page
+from jaxserve.adapters.bank import BankShape, sites_touched
 from jaxserve.adapters.residency import Residency
+from jaxserve.adapters.scales import fused_inputs, is_scaled
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
-from jaxserve.adapters.weights import AdapterWeights
+from jaxserve.adapters.weights import AdapterWeights, Key
+from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.batch import LORA_ROWS, BatchLayout
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.gradient import TrainShape, empty_train_state
-from jaxserve.engine.lanes import publish, scales_of
+from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state
+from jaxserve.engine.job_programs import DeviceShapes, shapes_of
+from jaxserve.engine.lanes import base_lengths
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
 from jaxserve.engine.step import StepOutput, StepSpec, step
@@ -44,6 +47,7 @@ from pallas_kernels.lora_matmul import PAGE_RANK
 logger = logging.getLogger(__name__)
 
 COPIES = 16  # page copies per device call
+DISK_SECONDS = 0.05  # waited for at a time when jobs wait for nothing but the disk
 TRAIN_SLOTS = 8  # finetune sequences under way at once
 MAX_REPLAYS = 2  # failed steps in a row before the requests in flight are given up
 
@@ -121,6 +125,7 @@ class EngineCore:
     ):
         self.model, self.params, self.mesh, self.config, self.clock = model, params, mesh, config, clock
         self.bank = BankShape(model, config.bank_pages, mesh.size, config.dtype) if config.max_loras else None
+        self.writer = BankWriter(self.bank, mesh, config.adapter_pages) if self.bank is not None else None
         self.state = self._empty_state()
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
         # Planning only notes what is to be uploaded: a failure there is then one of the step, and replayed like one.
@@ -139,12 +144,11 @@ class EngineCore:
         )
         self.scheduler = Scheduler(limits, self.pool, self.residency)
         self.buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
-        self.specs = {bucket: self._spec(bucket) for bucket in self.buckets}
+        self.specs: dict[tuple[Bucket, bool], StepSpec] = {}  # by bucket, and whether rows have scales
         self.slots = Slots(config.max_num_seqs, config.pages_per_seq, TRAIN_SLOTS)
-        layouts = {bucket: spec.layout for bucket, spec in self.specs.items()}
         self.packer = Packer(
             self.slots,
-            layouts,
+            {},
             config.row_block,
             config.num_pages,
             config.page_size,
@@ -160,8 +164,8 @@ class EngineCore:
         self.trainer: Trainer | None = None
         self.times = StepTimes()
         self._last_done = 0.0
-        self._paged: WeakKeyDictionary[AdapterWeights, list[dict]] = WeakKeyDictionary()  # goes with the weights
         self.lock = threading.RLock()
+        self._add_specs(self.buckets, scaled=False)
 
     # start-up
 
@@ -177,7 +181,14 @@ class EngineCore:
             bank=self.bank,
         )
 
-    def _spec(self, bucket: Bucket) -> StepSpec:
+    def _add_specs(self, buckets: Iterable[Bucket], scaled: bool) -> list[tuple[Bucket, bool]]:
+        """Declares programs; returns those that are new."""
+        keys = [key for bucket in buckets if (key := (bucket, scaled)) not in self.specs]
+        self.specs |= {key: self._spec(*key) for key in keys}
+        self.packer.layouts |= {key: self.specs[key].layout for key in keys}
+        return keys
+
+    def _spec(self, bucket: Bucket, scaled: bool) -> StepSpec:
         c = self.config
         partial_blocks = min(max(c.bank_pages - 1, 0), c.max_num_seqs)  # each adapter may leave one not full
         blocks = min(-(-bucket.rows // LORA_ROWS) + partial_blocks, bucket.rows) if self.bank else 0
@@ -189,6 +200,8 @@ class EngineCore:
             blocks * c.adapter_pages,
             train_slots=TRAIN_SLOTS,
             grad_items=bucket.grad_rows // c.row_block * c.adapter_pages,
+            row_block=c.row_block,
+            scaled=scaled,
         )
         return StepSpec(
             train=self.trainer.shape if bucket.grad_rows and self.trainer else None,
@@ -201,43 +214,47 @@ class EngineCore:
             bank=self.bank,
             attention=c.attention,
             lora=c.lora,
+            scaled=scaled,
         )
 
     def warm_up(self) -> dict[str, float]:
         """Compiles every program the engine will ever run, by running it on nothing. Returns seconds by program."""
-        seconds = {}
-        for bucket in self.specs:
-            seconds[str(bucket)] = self._try(bucket)
+        seconds = self._try_all(self.specs)
         start = self.clock()
         drop = np.full(COPIES, self.config.num_pages, np.int32)
         self.state = copy_pages(self.state, np.zeros(COPIES, np.int32), drop)
         self.state = self._write_slot(0, [], 0, slot_edits(None))
-        if self.bank is not None:
-            self._write_pages([0], self.bank.paged({}, 1))
+        if self.writer is not None:
+            self._warm_up_writer()
         jax.block_until_ready(self.state)
         seconds["slot and page writers"] = self.clock() - start
         self.compiles.mark_ready()
         return seconds
 
-    def _try(self, bucket: Bucket) -> float:
-        """Runs a bucket on nothing, twice: seconds of the first, compilation and all; the second is its time."""
-        start = self.clock()
-        ints, _, floats, _ = self.specs[bucket].layout.empty()
-        jax.block_until_ready(self._run(bucket, ints, floats))
-        compiled = self.clock()
-        jax.block_until_ready(self._run(bucket, ints, floats))
-        self.times.observe(bucket, self.clock() - compiled)
-        return compiled - start
+    def _try_all(self, keys: Iterable[tuple[Bucket, bool]]) -> dict[str, float]:
+        """Runs programs on nothing, each twice: seconds of the first time, compilation and all; the second is its
+        time."""
+        seconds = {}
+        for bucket, scaled in list(keys):
+            start = self.clock()
+            ints, _, floats, _ = self.specs[bucket, scaled].layout.empty()
+            jax.block_until_ready(self._run(bucket, scaled, ints, floats))
+            compiled = self.clock()
+            jax.block_until_ready(self._run(bucket, scaled, ints, floats))
+            self.times.observe(bucket, self.clock() - compiled)
+            seconds[f"{bucket} scaled" if scaled else str(bucket)] = compiled - start
+        return seconds
 
-    def _run(self, bucket: Bucket, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
+    def _run(self, bucket: Bucket, scaled: bool, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
         """One step on the device; only steps with gradient rows carry the finetuning state."""
-        state = self.state
-        if bucket.grad_rows:
-            assert self.trainer is not None
-            state = replace(state, train=self.trainer.state)
-        state, output = step(self.params, state, ints, floats, spec=self.specs[bucket])
-        if bucket.grad_rows and self.trainer is not None:
-            self.trainer.state = state.train
+        state, kept, trainer = self.state, None, self.trainer if bucket.grad_rows else None
+        if trainer is not None:
+            kept = None if scaled else trainer.state.scale_lanes
+            state = replace(state, train=trainer.state if scaled else replace(trainer.state, scale_lanes=None))
+        scales = self.writer.scales if scaled and self.writer is not None else None
+        state, output = step(self.params, state, ints, floats, scales, spec=self.specs[bucket, scaled])
+        if trainer is not None:
+            trainer.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
         self.state = replace(state, train=None)
         return output
 
@@ -251,31 +268,69 @@ class EngineCore:
                 f"finetuning needs tensor_parallel at most num_key_value_heads {self.model.num_kv_heads}; "
                 f"it is {self.mesh.size}"
             )
-        with self.lock:
+        with self.lock, self.compiles.preparing():
             rows = c.max_grad_rows // c.row_block * c.row_block
-            shape = TrainShape(TRAIN_SLOTS, 2 * c.pages_per_seq, lanes * c.adapter_pages, c.remat)
-            state = empty_train_state(shape, self.bank, self.model, self.mesh, c.page_size, c.dtype)
+            shape = TrainShape(TRAIN_SLOTS, 2 * c.pages_per_seq, lanes * c.adapter_pages, c.remat, lanes)
             self.trainer = Trainer(
                 self.model,
                 self.mesh,
+                self.bank,
                 shape,
-                state,
+                partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype),
                 self.pool,
                 self.residency,
                 store,
-                lanes=lanes,
                 row_block=c.row_block,
                 max_window=rows,
+                device_shapes=self._device_shapes,
+                clock=self.clock,
             )
+            self.packer.train = shape
             self.scheduler.reclaim = self.trainer.queue.give_way
             self.buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
-            fresh = [bucket for bucket in self.buckets if bucket.grad_rows]
-            self.specs |= {bucket: self._spec(bucket) for bucket in fresh}
-            self.packer.layouts |= {bucket: self.specs[bucket].layout for bucket in fresh}
-            self.compiles.ready = False
-            seconds = {str(bucket): self._try(bucket) for bucket in fresh}
-            self.compiles.mark_ready()
-            return seconds
+            seconds = self._try_all(self._add_specs(self.buckets, scaled=False))
+            return seconds | (self._prepare_scales() if self.has_scales else {})
+
+    def _device_shapes(self) -> DeviceShapes:
+        assert self.trainer is not None
+        assert self.writer is not None
+        train = TrainState(acc=[], lanes=self.trainer.state.lanes, scale_lanes=self.trainer.state.scale_lanes)
+        return DeviceShapes(
+            self.mesh,
+            self.writer.shape,
+            *map(shapes_of, (train, self.state.bank, self.writer.scales, self.params)),
+        )
+
+    @property
+    def has_scales(self) -> bool:
+        return self.writer is not None and self.writer.scales is not None
+
+    def enable_scales(self) -> dict[str, float]:
+        """Makes room for the vectors of (IA)3 and DoRA adapters and compiles steps that use them; once. Returns seconds
+        by program."""
+        with self.lock, self.compiles.preparing():
+            if self.writer is None or self.has_scales:
+                return {}
+            self.writer.enable_scales()
+            self._warm_up_writer()
+            return self._prepare_scales()
+
+    def _warm_up_writer(self) -> None:
+        assert self.writer is not None
+        assert self.state.bank is not None
+        self.state = replace(self.state, bank=self.writer.warm_up(self.state.bank, self.params))
+
+    def base_lengths(self) -> dict[Key, np.ndarray]:
+        """The length of every row of every linear layer [out], by module."""
+        assert self.bank is not None
+        with self.lock, self.compiles.preparing():
+            lengths = jax.device_get(base_lengths(self.state.bank, self.params, mesh=self.mesh, shape=self.bank))
+        return {(layer, member): row for member, rows in lengths.items() for layer, row in enumerate(rows)}
+
+    def _prepare_scales(self) -> dict[str, float]:
+        if self.trainer is not None:
+            self.trainer.enable_scales()
+        return self._try_all(self._add_specs(self.buckets, scaled=True))
 
     # requests
 
@@ -335,17 +390,25 @@ class EngineCore:
                 try:
                     self.in_flight.append(self._dispatch(plan))
                 except Exception as error:
-                    return self._recover(error)
+                    return self._recover(error, plan)
             self.host_seconds += time.perf_counter() - start
-            if not self.in_flight or (plan is not None and len(self.in_flight) < 2):
+            if plan is not None and len(self.in_flight) < 2:
                 return []
-            oldest = self.in_flight[0]
+            oldest = self.in_flight[0] if self.in_flight else None
+        if oldest is None:
+            if self.trainer is not None and self.trainer.has_work():
+                self.trainer.wait_for_disk(DISK_SECONDS)
+            return []
         try:
             jax.block_until_ready(oldest.output)
         except Exception as error:
             with self.lock:
-                return self._recover(error)
+                return self._recover(error, oldest.plan)
         with self.lock:
+            try:
+                self._commit_finetune(oldest)
+            except Exception as error:
+                return self._recover(error, oldest.plan)
             self.in_flight.popleft()
             self.failures = 0
             return self._commit(oldest)
@@ -354,6 +417,8 @@ class EngineCore:
         """Requests first; finetune windows take what the latency objective leaves."""
         plan = self.scheduler.plan(self.clock())
         if self.trainer is None:
+            return plan
+        if self.trainer.held and plan is not None:
             return plan
         nothing = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
         base = plan or nothing
@@ -385,9 +450,12 @@ class EngineCore:
         grads, forwards = plan.finetune or ((), ())
         block = self.config.row_block
         chunk_rows = plan.chunk_rows + total_rows(forwards, block)
-        bucket = self.buckets.fit(chunk_rows, len(plan.decodes), total_rows(grads, block))
-        packed = self.packer.pack(plan, bucket)
-        output = self._run(bucket, packed.ints, packed.floats)
+        # only programs with gradient rows know dropout
+        grad_rows = total_rows(grads, block) or any(window.seq.dropout for window in forwards)
+        bucket = self.buckets.fit(chunk_rows, len(plan.decodes), int(grad_rows))
+        scaled = self.has_scales and _is_scaled(plan)
+        packed = self.packer.pack(plan, bucket, scaled)
+        output = self._run(bucket, scaled, packed.ints, packed.floats)
         if self.trainer is not None:
             self.trainer.after_dispatch()
         if self.on_accelerator:
@@ -408,8 +476,9 @@ class EngineCore:
     def _adapter_rows(self, version: AdapterVersion | None) -> AdapterRows | None:
         if version is None:
             return None
-        members = {member for _, member in version.weights.scaling}
-        return AdapterRows(self.residency.pages_of(version), sites_touched(sorted(members)))
+        weights = version.weights
+        sites = sites_touched(sorted({member for _, member in weights.scaling}))
+        return AdapterRows(self.residency.pages_of(version), sites, is_scaled(weights), fused_inputs(weights))
 
     def _write_slot(
         self, slot: int | None, tokens: list[int], prompt_len: int, edits: tuple[np.ndarray, ...]
@@ -426,14 +495,19 @@ class EngineCore:
         source[: len(pairs)], target[: len(pairs)] = zip(*pairs, strict=True)
         self.state = copy_pages(self.state, source, target)
 
+    def _commit_finetune(self, done: InFlight) -> None:
+        if done.plan.finetune is not None and self.trainer is not None:
+            finite = np.asarray(done.output.finite_B)[self.config.max_num_seqs :]
+            self.trainer.commit(done.plan.finetune, done.output, finite, done.plan.chunk_rows)
+        elif self.trainer is not None:
+            self.trainer.held = False
+
     def _commit(self, done: InFlight) -> list[News]:
         start = time.perf_counter()
         plan, output = done.plan, done.output
         now = self.clock()
         self.times.observe(done.bucket, now - max(done.started, self._last_done))
         self._last_done = now
-        if plan.finetune is not None and self.trainer is not None:
-            self.trainer.commit(plan.finetune, output, np.asarray(output.finite_B)[self.config.max_num_seqs :])
         if plan.index == NO_REQUESTS:
             return []
         chunk_finite = np.asarray(output.finite_B)[done.chunk_slots].tolist()
@@ -484,16 +558,22 @@ class EngineCore:
 
     # faults
 
-    def _recover(self, error: Exception) -> list[News]:
-        """After a failed step: the donated pool is gone. Rebuild it and replay from the tokens the host has read."""
-        self.failures += 1
-        logger.exception("step failed (%d in a row)", self.failures)
+    def _recover(self, error: Exception, plan: StepPlan) -> list[News]:
+        """After a failed step: the donated pool is gone. Rebuild it and replay from the tokens the host has read.
+
+        A step with finetune windows is blamed on them first: the requests go alone in the next one.
+        """
+        windows = plan.finetune is not None
+        self.failures += not windows
+        logger.exception("step failed (%d in a row%s)", self.failures, ", with finetune windows" if windows else "")
         if isinstance(error, EngineError):
             raise error
         self.in_flight.clear()
         running = list(self.scheduler.running)
         self.state = self._empty_state()
         self.scheduler.reset()
+        if self.trainer is not None:
+            self.trainer.recover(plan.finetune)
         self._uploads.clear()
         for version in self.residency.resident():
             self._upload(version, list(self.residency.pages_of(version)))
@@ -509,32 +589,34 @@ class EngineCore:
     # adapters
 
     def prepare(self, weights: AdapterWeights) -> None:
-        """Cuts an adapter into bank pages on the caller's thread, so that the loop only uploads."""
-        if self.bank is not None and weights not in self._paged:
-            self._paged[weights] = self._cut(weights)
-
-    def _cut(self, weights: AdapterWeights) -> list[dict]:
-        assert self.bank is not None
-        pairs = {key: (pair.a, pair.b, weights.scaling[key]) for key, pair in weights.pairs.items()}
-        return self.bank.paged(pairs, weights.rank)
+        """Does on the caller's thread what the loop need not: cuts an adapter into bank pages, and compiles the steps
+        with scales when the first adapter that has some comes."""
+        if self.writer is not None:
+            if is_scaled(weights):
+                self.enable_scales()
+            self.writer.prepare(weights)
 
     def _upload(self, version: AdapterVersion, pages: list[int]) -> None:
+        assert self.writer is not None
+        assert self.state.bank is not None
         if isinstance(version.weights, LiveWeights):
-            live = version.weights
-            scales = scales_of(live.like, self.model)
-            index = np.array(pages, np.int32)
-            bank = publish(
-                self.state.bank, live.masters, index, scales, mesh=self.mesh, num_pages=self.config.bank_pages
+            assert self.trainer is not None
+            bank, self.writer.scales = self.trainer.upload(
+                version, pages, self.state.bank, self.writer.scales, self.params
             )
-            self.state = replace(self.state, bank=bank)
-            return
-        self._write_pages(pages, self._paged.get(version.weights) or self._cut(version.weights))
-
-    def _write_pages(self, pages: list[int], contents: list[dict]) -> None:
-        bank = self.state.bank
-        for page, content in zip(pages, contents, strict=True):
-            bank = write_page(bank, np.int32(page), content, self.config.bank_pages)
+        else:
+            assert isinstance(version.weights, AdapterWeights), version
+            bank = self.writer.write(self.state.bank, version.weights, pages, self.params)
         self.state = replace(self.state, bank=bank)
+
+
+def _is_scaled(plan: StepPlan) -> bool:
+    """Some row's adapter has scales."""
+    grads, forwards = plan.finetune or ((), ())
+    if any(window.seq.lane.scaled for window in (*grads, *forwards)):
+        return True
+    adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
+    return any(version is not None and is_scaled(version.weights) for version in adapters)
 
 
 def _why(outcome: Outcome) -> str | None:

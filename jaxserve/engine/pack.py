@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxserve.engine import batch as flags
-from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS, BatchLayout
+from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS, NOWHERE, BatchLayout
 from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.gradient import TrainShape
 from jaxserve.engine.state import MAX_EDITS
 from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.finetune.windows import Lane, WindowRows
@@ -22,6 +23,7 @@ from jaxserve.scheduler.request import Sequence
 from pallas_kernels.token_sampling import GREEDY_BELOW
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
+MAY_BE_NOWHERE = ("acc_table_BM", "grad_lane_N")
 INTS = ("top_k", "choice", "edited", "counted", "logprobs")
 
 
@@ -29,7 +31,7 @@ INTS = ("top_k", "choice", "edited", "counted", "logprobs")
 class Packed:
     """One step ready to go up."""
 
-    bucket: Bucket
+    layout: BatchLayout
     ints: np.ndarray
     floats: np.ndarray
     fields: dict[str, np.ndarray]  # views of ``ints``
@@ -41,6 +43,8 @@ class AdapterRows:
 
     pages: tuple[int, ...]
     sites: tuple[int, ...]
+    scaled: bool = False
+    fused_inputs: bool = False
 
 
 @dataclass
@@ -102,12 +106,13 @@ class Packer:
     def __init__(
         self,
         slots: Slots,
-        layouts: dict[Bucket, BatchLayout],
+        layouts: dict[tuple[Bucket, bool], BatchLayout],
         row_block: int,
         num_pages: int,
         page_size: int,
         vocab_size: int,
         bank_pages: int = 0,
+        train: TrainShape | None = None,
     ):
         self.slots = slots
         self.layouts = layouts
@@ -116,22 +121,24 @@ class Packer:
         self.page_size = page_size
         self.vocab_size = vocab_size
         self.bank_pages = bank_pages
+        self.train = train
 
-    def pack(self, plan: StepPlan, bucket: Bucket) -> Packed:
-        """Fills the buffers of ``bucket`` with the plan's rows."""
-        layout = self.layouts[bucket]
+    def pack(self, plan: StepPlan, bucket: Bucket, scaled: bool = False) -> Packed:
+        """Fills the buffers of ``bucket`` with the plan's rows; ``scaled`` chooses the program that knows scales."""
+        layout = self.layouts[bucket, scaled]
         ints, i, floats, f = layout.empty()
         chunk_ends, row = self._chunks(plan, i, bucket)
         if plan.finetune is not None:
-            self._windows(plan.finetune.forwards, i, row)
+            self._windows(plan.finetune.forwards, i, f, row)
+            self._validation_targets(plan.finetune.forwards, i, row - bucket.grad_rows)
             self._gradients(plan.finetune.grads, i, f, layout)
         self._decodes(plan, i, bucket)
         i["page_table_BM"][:] = self.slots.page_table_BM
         self._samples(plan, i, f, bucket, chunk_ends)
         if layout.lora_blocks:
             self._adapters(i, layout)
-        self._check(i, bucket)
-        return Packed(bucket, ints, floats, i)
+        self._check(i, layout)
+        return Packed(layout, ints, floats, i)
 
     def _chunks(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> tuple[list[int], int]:
         """Lays chunk segments into aligned blocks; returns each segment's last row, and the next free row."""
@@ -152,7 +159,7 @@ class Packer:
             row += -(-length // self.row_block) * self.row_block
         return ends, row
 
-    def _windows(self, windows: Iterable[WindowRows], i: dict[str, np.ndarray], row: int) -> None:
+    def _windows(self, windows: Iterable[WindowRows], i, f, row: int) -> None:
         """Lays windows of finetune sequences into aligned blocks."""
         for window in windows:
             seq, slot = window.seq, self.slots.num_slots + window.seq.slot
@@ -163,12 +170,25 @@ class Packer:
             self.slots.page_table_BM[slot, : len(seq.pages)] = seq.pages
             lane = seq.lane
             self.slots.lead_page_B[slot] = lane.adapter_pages[0]
-            self.slots.adapters[lane.adapter_pages[0]] = AdapterRows(lane.adapter_pages, lane.sites)
+            self.slots.adapters[lane.adapter_pages[0]] = AdapterRows(
+                lane.adapter_pages, lane.sites, lane.scaled, lane.fused_inputs
+            )
+            if seq.dropout:
+                i["drop_key_T"][rows], f["drop_rate_T"][rows] = seq.drop_key, seq.dropout
+                i["flags"][flags.DROPOUT] = 1
+            row += -(-window.length // self.row_block) * self.row_block
+
+    def _validation_targets(self, windows: Iterable[WindowRows], i: dict[str, np.ndarray], row: int) -> None:
+        """What forward rows predict, where that is all that is wanted of them; ``row`` counts chunk rows."""
+        for window in windows:
+            if window.seq.forward_only:
+                i["target_T"][row : row + window.length] = window.seq.token_ids[window.start + 1 : window.end + 1]
+                i["flags"][flags.PROMPT_LOGPROBS] = 1
             row += -(-window.length // self.row_block) * self.row_block
 
     def _gradients(self, windows: Iterable[WindowRows], i, f, layout: BatchLayout) -> None:
         """The gradient rows: their tokens, what they learn, and the adapter work of their backward."""
-        self._windows(windows, i, 0)
+        self._windows(windows, i, f, 0)
         row = 0
         for window in windows:
             seq, targets, rows = window.seq, window.seq.targets, slice(row, row + window.length)
@@ -184,6 +204,9 @@ class Packer:
             i["acc_table_BM"][self.slots.num_slots + seq.slot, : len(seq.acc_pages)] = seq.acc_pages
             blocks = -(-window.length // self.row_block)
             self._gradient_items(i, seq.lane, row // self.row_block, blocks)
+            if layout.scaled and seq.lane.scaled:
+                first = row // self.row_block
+                i["grad_lane_N"][first : first + blocks] = seq.lane.index
             row += blocks * self.row_block
 
     def _gradient_items(self, i: dict[str, np.ndarray], lane: Lane, block: int, blocks: int) -> None:
@@ -233,6 +256,8 @@ class Packer:
         lead_T = self.slots.lead_page_B[i["slot_T"]]
         if not lead_T.any():
             return
+        if layout.scaled:
+            i["lead_page_T"][:] = lead_T
         order = np.argsort(lead_T, kind="stable")
         leads, starts, counts = np.unique(lead_T[order], return_index=True, return_counts=True)
         block, row_NQ, place_T = 0, i["row_NQ"].reshape(-1), i["place_T"]
@@ -244,6 +269,7 @@ class Packer:
             row_NQ[place : place + count] = rows
             place_T[rows] = np.arange(place, place + count)
             blocks, adapter = -(-count // LORA_ROWS), self.slots.adapters[lead]
+            i["flags"][flags.FUSED_INPUTS] |= adapter.fused_inputs
             self._items(i, adapter, block, blocks)
             block += blocks
 
@@ -255,8 +281,9 @@ class Packer:
             i["page_SJ"][site, start : start + items] = np.tile(adapter.pages, blocks)
             i["items_S"][site] = start + items
 
-    def _check(self, i: dict[str, np.ndarray], bucket: Bucket) -> None:
+    def _check(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
         """Refuses an index the device would silently bend into range."""
+        bucket = layout.bucket
         bounds = {
             "token_T": (FROM_DEVICE, self.vocab_size),
             "position_T": (-1, self.slots.pages_per_seq * self.page_size),
@@ -273,8 +300,23 @@ class Packer:
                 "block_SJ": (0, len(i["row_NQ"])),
                 "page_SJ": (0, self.bank_pages),
             }
+        if layout.scaled:
+            bounds["lead_page_T"] = (0, self.bank_pages)
+        if bucket.grad_rows:
+            assert self.train is not None, "gradient rows without room for training"
+            bounds |= {
+                "loss_target_W": (0, self.vocab_size),
+                "acc_table_BM": (0, self.train.acc_pages),
+                "grad_block_SJ": (0, bucket.grad_rows // self.row_block),
+                "grad_page_SJ": (0, self.bank_pages),
+                "grad_lane_SJ": (0, self.train.lane_pages),
+            }
+            if layout.scaled:
+                bounds["grad_lane_N"] = (0, self.train.num_lanes)
         for name, (low, high) in bounds.items():
             values = i[name]
+            if name in MAY_BE_NOWHERE:
+                values = values[values != NOWHERE]
             if values.size and (values.min() < low or values.max() >= high):
                 raise EngineError(f"{name} spans {values.min()}..{values.max()}, outside [{low}, {high})")
 

@@ -17,17 +17,17 @@ from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxserve.adapters.bank import SITE_NAMES, BankShape
+from jaxserve.adapters.bank import BankShape
+from jaxserve.adapters.scales import Scales, ScalesShape
 from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import FROM_DEVICE, BatchLayout, TokenBatch
 from jaxserve.engine.gradient import GradientRows, TrainShape
+from jaxserve.engine.linear import Linears
 from jaxserve.engine.state import EngineState, state_specs
 from jaxserve.kvcache.pool import write_kv
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import matmul
-from jaxserve.models.params import BIASES, param_specs
-from pallas_kernels.lora_matmul import LoraPlan, lora_matmul
+from jaxserve.models.params import param_specs
 from pallas_kernels.ragged_paged_attention import AttentionLayout, ragged_paged_attention
 from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, pick, sample, top_tokens
 from sharding import AXIS, tree_specs
@@ -49,6 +49,7 @@ class StepSpec:
     attention: str | None = None  # force an implementation
     lora: str | None = None
     train: TrainShape | None = None
+    scaled: bool = False  # some rows have scales: (IA)3, DoRA
 
     @property
     def shard(self) -> VocabShard:
@@ -73,26 +74,40 @@ class StepOutput:
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames="state")
-def step(params, state: EngineState, ints: Int[Array, "I"], floats: Float[Array, "J"], *, spec: StepSpec):
-    """Runs one step on the mesh. Returns (state, StepOutput); ``state`` is donated."""
+def step(
+    params,
+    state: EngineState,
+    ints: Int[Array, "I"],
+    floats: Float[Array, "J"],
+    scales: Scales | None = None,
+    *,
+    spec: StepSpec,
+):
+    """Runs one step on the mesh. Returns (state, StepOutput); ``state`` is donated.
+
+    ``scales`` is given to programs whose spec is scaled, and to no others.
+    """
+    assert (scales is not None) == spec.scaled, "scales go with a scaled spec"
     states = state_specs(state, spec.bank)
     params_specs = tree_specs(param_specs(spec.config, spec.mesh.size))
+    scales_specs = tree_specs(ScalesShape(spec.bank).specs()) if spec.scaled and spec.bank is not None else None
     whole = PartitionSpec()
     local = jax.shard_map(
         partial(_local_step, spec=spec),
         mesh=spec.mesh,
-        in_specs=(params_specs, states, whole, whole),
+        in_specs=(params_specs, states, whole, whole, scales_specs),
         out_specs=(states, whole),
         check_vma=False,
     )
-    return local(params, state, ints, floats)
+    return local(params, state, ints, floats, scales)
 
 
-def _local_step(params, state: EngineState, ints, floats, *, spec: StepSpec) -> tuple[EngineState, StepOutput]:
+def _local_step(params, state: EngineState, ints, floats, scales, *, spec: StepSpec) -> tuple[EngineState, StepOutput]:
     batch = spec.layout.unpack(ints, floats)
     bucket = spec.layout.bucket
-    gradient = GradientRows(params, batch, state.train, state.bank, spec) if bucket.grad_rows else None
-    hidden_TD, kv = forward_rows(params, state, batch, spec, gradient)
+    linears = Linears(state.bank, scales, batch, spec)
+    gradient = GradientRows(params, batch, state.train, linears, spec) if bucket.grad_rows else None
+    hidden_TD, kv = forward_rows(params, state, batch, spec, linears, gradient)
     finite_B = _finite_slots(hidden_TD, batch, spec)
     state = replace(state, kv=kv)
     state, drawn = _draw(params, state, hidden_TD, batch, spec)
@@ -104,14 +119,20 @@ def _local_step(params, state: EngineState, ints, floats, *, spec: StepSpec) -> 
     return state, StepOutput(finite_B=finite_B, **drawn, **prompt, **losses)
 
 
-def forward_rows(params, state: EngineState, batch: TokenBatch, spec: StepSpec, gradient: GradientRows | None = None):
+def forward_rows(
+    params,
+    state: EngineState,
+    batch: TokenBatch,
+    spec: StepSpec,
+    linears: Linears,
+    gradient: GradientRows | None = None,
+):
     """All layers over all rows. Returns final hidden states [T, D] and the written K/V pools."""
     last_T = state.last_token_B.at[batch.slot_T].get(mode="clip")
     token_T = jnp.where(batch.token_T == FROM_DEVICE, last_T, batch.token_T)
     slot_T = jnp.minimum(batch.slot_T, spec.layout.all_slots - 1)
     position_T = jnp.maximum(batch.position_T, 0)
     layers = [{**p, "index": jnp.int32(i)} for i, p in enumerate(params["layers"])]
-    linear = partial(_linear, state=state, batch=batch, spec=spec)
     attend = _make_attend(state, batch, slot_T, spec)
 
     def attend_rows(q, k, v, kv, layer):
@@ -123,7 +144,7 @@ def forward_rows(params, state: EngineState, batch: TokenBatch, spec: StepSpec, 
     wrap = {}
     if gradient is not None:
         rope = partial(decoder.rotary, spec.config, position_T=position_T, dtype=params["embed"].dtype)
-        gradient.all_rows = (linear, attend, rope)
+        gradient.all_rows = (attend, rope)
         wrap = {"wrap": gradient.record}
     return decoder.forward(
         {**params, "layers": layers},
@@ -131,7 +152,7 @@ def forward_rows(params, state: EngineState, batch: TokenBatch, spec: StepSpec, 
         position_T,
         config=spec.config,
         lookup=partial(_lookup, shard=spec.shard),
-        linear=linear,
+        linear=linears.all_rows,
         attend=attend_rows,
         kv=state.kv,
         **wrap,
@@ -145,25 +166,6 @@ def _lookup(table_VD: Float[Array, "V D"], token_T: Int[Array, "T"], *, shard: V
     mine_T = (local_T >= 0) & (local_T < V)
     rows_TD = table_VD.at[jnp.clip(local_T, 0, V - 1)].get(mode="clip")
     return shard.sum(jnp.where(mine_T[:, None], rows_TD, 0))
-
-
-def _linear(site: str, p: dict, x_TI: Float[Array, "T I"], *, state: EngineState, batch: TokenBatch, spec: StepSpec):
-    """Base matmul plus each row's adapter; the partial sums of row-parallel layers meet in one all-reduce."""
-    y_TO = matmul(x_TI, p[site])
-    if batch.lora is not None and state.bank is not None and spec.bank is not None:
-        bank, index = state.bank[site], SITE_NAMES.index(site)
-        plan = LoraPlan(
-            row_NQ=batch.lora.row_NQ,
-            place_T=batch.lora.place_T,
-            block_J=batch.lora.block_SJ[index],
-            page_J=batch.lora.page_SJ[index] + p["index"] * spec.bank.num_pages,
-            num_items=batch.lora.items_S[index],
-        )
-        y_TO = y_TO + lora_matmul(x_TI, bank.a_PRD, bank.members, plan, implementation=spec.lora)
-    if site in decoder.ROW and spec.mesh.size > 1:
-        y_TO = lax.psum(y_TO, AXIS)
-    bias = p.get(BIASES[site])
-    return y_TO if bias is None else y_TO + bias[None]
 
 
 def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"], spec: StepSpec):

@@ -75,12 +75,16 @@ class CheckpointWriter:
         return self.start_save(step, state, meta).result()
 
     def start_save(self, step: int, state: Any, meta: Mapping[str, Any]) -> Future[Path]:
-        """Copies ``state`` to the host, so that it may be donated at once, and saves it in the background, in turn."""
-        arrays = {name: np.array(leaf) for name, leaf in _named_leaves(state).items()}
-        leaves = {name: [str(array.dtype), list(array.shape)] for name, array in arrays.items()}
+        """Saves in the background, in turn. Arrays on a device come to the host there: they must not be donated."""
+        named = {n: x if isinstance(x, jax.Array) else np.array(x) for n, x in _named_leaves(state).items()}
+        leaves = {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in named.items()}
         job = {"identity": self._identity, "meta": dict(meta), "leaves": leaves}
         content = json.dumps(job, allow_nan=False).encode()
-        return self._saver.submit(self._store.save, step, lambda path: _fill(path, content, arrays))
+
+        def fill(path: Path) -> None:
+            _fill(path, content, {name: np.asarray(leaf) for name, leaf in named.items()})
+
+        return self._saver.submit(self._store.save, step, fill)
 
     def close(self) -> None:
         """Waits for saves in the background and lets others write."""

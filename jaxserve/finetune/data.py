@@ -23,7 +23,7 @@ Source = str | os.PathLike[str] | Iterable[Any]
 Tokens = tuple[Any, Any]  # (token ids, weights or None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Cursor:
     """How far a job has read: ``position`` examples of ``epoch``."""
 

@@ -173,6 +173,17 @@ def write_file(path: Path, content: bytes) -> None:
         _fsync_descriptor(file.fileno())
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file whose readers see the old content or the new one, also after a crash. Raises OSError."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        faults.hit("fs.write")
+        file.write(content)
+        file.flush()
+        _fsync_descriptor(file.fileno())
+    _rename(partial, path)
+
+
 def _locked(root: Path) -> int:
     """A descriptor that holds the directory's lock."""
     try:

@@ -3,13 +3,14 @@
 queued -> running <-> paused -> succeeded | failed | cancelled
 """
 
-import itertools
+import secrets
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from functools import cached_property
+from typing import Any, Protocol
 
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.errors import EngineError
@@ -32,7 +33,7 @@ TERMINAL = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED
 LEGAL = {
     JobStatus.QUEUED: {JobStatus.RUNNING, JobStatus.PAUSED, JobStatus.CANCELLED, JobStatus.FAILED},
     JobStatus.RUNNING: {JobStatus.PAUSED, JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED},
-    JobStatus.PAUSED: {JobStatus.RUNNING, JobStatus.QUEUED, JobStatus.CANCELLED, JobStatus.FAILED},
+    JobStatus.PAUSED: {JobStatus.QUEUED, JobStatus.CANCELLED, JobStatus.FAILED},
 }
 
 
@@ -42,32 +43,42 @@ class JobEvent:
 
     number: int
     created_at: float  # seconds since the epoch
-    kind: str  # status | metrics
+    kind: str  # status | metrics | validation | checkpoint | warning
     message: str
     data: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 @dataclass(eq=False)
 class Batch:
-    """The examples of one optimizer step. Weights are divided by their sum: the loss is a mean over tokens."""
+    """The examples of one optimizer step, or those of a validation. The loss is a mean over tokens: weights are
+    divided by their sum."""
 
-    number: int  # of the optimizer step, from 1
-    examples: list[Example]
+    number: int  # of the optimizer step, from 1; of the last one before a validation
+    examples: tuple[Example, ...]
+    epoch: int
     cursor_after: Cursor
+    validation: bool = False  # forward alone: nothing is learnt
+    retried: bool = False
     waiting: list[Example] = field(init=False)
     sequences: list[TrainSequence] = field(default_factory=list)
-    retried: bool = False
-    num_read: int = 0  # backward windows whose results the host has
+    num_read: int = 0  # windows whose losses the host has
     finite: bool = True
 
     def __post_init__(self):
         self.waiting = list(self.examples)
 
-    @property
+    def again(self, retried: bool) -> "Batch":
+        """The same batch, not begun."""
+        return Batch(self.number, self.examples, self.epoch, self.cursor_after, self.validation, retried)
+
+    @cached_property
     def total_weight(self) -> float:
         return float(sum(float(e.weights.sum()) for e in self.examples))
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return sum(e.num_trained for e in self.examples)
 
@@ -79,35 +90,91 @@ class Batch:
     @property
     def read(self) -> bool:
         """The host has every loss."""
-        return self.planned and self.num_read == sum(len(seq.windows) for seq in self.sequences)
+        return not self.waiting and self.settled
+
+    @property
+    def settled(self) -> bool:
+        """The host has every loss of the sequences that were begun; they are through."""
+        return all(seq.done for seq in self.sequences) and self.num_read == sum(s.num_losses for s in self.sequences)
 
     @property
     def loss(self) -> float:
         return float(sum(float(seq.losses.sum(dtype="float64")) for seq in self.sequences))
 
 
+class Notebook(Protocol):
+    """Keeps a job's events and progress somewhere."""
+
+    def note(self, job: "Job", event: JobEvent | None = None) -> None: ...
+
+    def wait_closed(self) -> None: ...
+
+
 class Job:
     """One adapter being trained. The engine's loop moves it on; other threads look, pause and cancel."""
 
-    _ids = itertools.count()
-
-    def __init__(self, adapter: str, config: FinetuneConfig, dataset: Dataset, start: AdapterWeights):
-        self.id = f"ftjob-{next(self._ids)}"
+    def __init__(
+        self,
+        adapter: str,
+        config: FinetuneConfig,
+        dataset: Dataset,
+        start: AdapterWeights,
+        *,
+        validation: Dataset | None = None,
+        tenant: str = "",
+    ):
+        self.id = f"ftjob-{secrets.token_hex(12)}"
         self.adapter, self.config, self.dataset, self.start = adapter, config, dataset, start
+        self.validation, self.tenant = validation, tenant
+        self.folder: Notebook | None = None  # writes down what happens
         self.total_steps = config.total_steps(len(dataset))
         self.status = JobStatus.QUEUED
         self.error: str | None = None
+        self.created_at = time.time()
         self.step = 0  # optimizer steps done and read
         self.num_batches = 0  # begun
         self.cursor = Cursor()
         self.losses: list[float] = []
+        self.validation_losses: list[tuple[int, float]] = []  # (step, loss)
         self.trained_tokens = 0
         self.batch: Batch | None = None
-        self.again: list[Batch] = []  # to be repeated: their update was not finite
+        self.again: list[Batch] = []  # to be repeated: their update was not finite, or the device failed
         self.version: int | None = None  # newest published version of the adapter
+        self._validated = -1  # the step after which a validation was last begun
         self._events: list[JobEvent] = []
         self._changed = threading.Condition()
-        self.note("status", f"created: {len(dataset)} examples, {self.total_steps} steps")
+
+    # what is kept on disk
+
+    def meta(self, cursor: Cursor) -> dict[str, Any]:
+        """Everything a checkpoint must know beside arrays, as JSON: the state after ``step`` steps, which have read
+        the data up to ``cursor``."""
+        return {
+            "id": self.id,
+            "created_at": self.created_at,
+            "step": self.step,
+            "cursor": cursor.to_json(),
+            "losses": self.losses,
+            "validation_losses": self.validation_losses,
+            "trained_tokens": self.trained_tokens,
+            "num_events": len(self._events),
+            "adapter_config": dict(self.start.config),
+        }
+
+    def restore(self, meta: Mapping[str, Any], events: list[JobEvent]) -> None:
+        """Goes back to a checkpoint: to its ``meta`` and to the events up to it."""
+        self.id, self.created_at, self.step = meta["id"], meta["created_at"], meta["step"]
+        self.num_batches, self.cursor = meta["step"], Cursor.from_json(meta["cursor"])
+        self.losses, self.trained_tokens = list(meta["losses"]), meta["trained_tokens"]
+        self.validation_losses = [(step, loss) for step, loss in meta["validation_losses"]]
+        self._events = events[: meta["num_events"]]
+
+    def announce(self) -> None:
+        """The first event, also of a job that goes on from a checkpoint."""
+        if self.step:
+            self.note("status", f"resumed from the checkpoint of step {self.step}/{self.total_steps}", step=self.step)
+        else:
+            self.note("status", f"created: {len(self.dataset)} examples, {self.total_steps} steps")
 
     # looking
 
@@ -132,6 +199,8 @@ class Job:
             number = len(self._events)
             event = JobEvent(number=number, created_at=time.time(), kind=kind, message=message, data=data)
             self._events.append(event)
+            if self.folder is not None:
+                self.folder.note(self, event)
             self._changed.notify_all()
 
     def move(self, status: JobStatus, message: str = "", error: str | None = None) -> None:
@@ -148,14 +217,35 @@ class Job:
         self.note("status", message or status.value)
 
     def next_batch(self) -> Batch | None:
-        """Begins the batch of the next optimizer step; None when there is none left."""
+        """Begins the next optimizer step's batch, or a validation where one is due; None when nothing is left."""
         if self.again:
             return self.again.pop(0)
+        if self._validated < self.num_batches and self._validation_is_due():
+            self._validated = self.num_batches
+            assert self.validation is not None
+            examples = self.validation.examples
+            return Batch(self.num_batches, examples, self.cursor.epoch, self.cursor, validation=True)
         if self.num_batches == self.total_steps:
             return None
+        epoch = self.cursor.epoch
         examples, self.cursor = self.dataset.batch(self.cursor, self.config.batch_size)
         self.num_batches += 1
-        return Batch(self.num_batches, examples, self.cursor)
+        return Batch(self.num_batches, tuple(examples), epoch, self.cursor)
+
+    @property
+    def exhausted(self) -> bool:
+        """No batch is under way and ``next_batch`` has none."""
+        validated = self.validation is None or self._validated == self.num_batches
+        return self.batch is None and not self.again and self.num_batches == self.total_steps and validated
+
+    def _validation_is_due(self) -> bool:
+        """Before the first step, after the last, and every eval_steps or after each epoch in between."""
+        if self.validation is None:
+            return False
+        if self.num_batches in (0, self.total_steps):
+            return True
+        every = self.config.eval_steps
+        return self.cursor.position == 0 if every is None else self.num_batches % every == 0
 
     def __iter__(self) -> Iterator[JobEvent]:
         return iter(self.events())

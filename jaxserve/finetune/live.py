@@ -2,55 +2,70 @@
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
-from jaxserve.adapters.weights import AdapterWeights, Key, LoraPair
+from jaxserve.adapters.weights import AdapterWeights, Key, LoraPair, ScaleVector, Weights
+
+Fetch = Callable[[Any, AdapterWeights], AdapterWeights]
 
 
-@dataclass(frozen=True, eq=False)
-class LiveWeights:
-    """Looks like AdapterWeights; the factors come to the host only when somebody asks for them.
+class LiveWeights(Weights):
+    """Looks like AdapterWeights; the parameters come to the host only when somebody asks for them.
 
-    Its digest names the job and the step that made it: nothing else ever has that content.
+    Its digest names the run and the step that made it: nothing else ever has that content.
+
+    Args:
+      like: an adapter with the same modules, ranks and scaling.
+      masters: float32 parameters on the device, never donated.
+      fetch: (masters, like) to weights on the host.
+      run: different for every time a job is begun or resumed.
     """
 
-    like: AdapterWeights  # same modules, ranks and scaling
-    masters: Any  # float32 factors on the device, never donated
-    fetch: Callable[[Any, AdapterWeights], dict[Key, LoraPair]] = field(repr=False)
-    job: str = ""
-    step: int = 0
+    def __init__(self, like: AdapterWeights, masters: Any, fetch: Fetch, run: str, step: int):
+        self._like, self.masters, self._fetch = like, masters, fetch
+        self._fetched: AdapterWeights | None = None
+        self.source: Any = None  # for whoever publishes it
+        self.digest = hashlib.sha256(f"live 1 {run} {step}\n".encode() + like.digest).digest()
 
-    @cached_property
-    def digest(self) -> bytes:
-        return hashlib.sha256(f"live 1 {self.job} {self.step}".encode() + self.like.digest).digest()
+    def rebind(self, masters: Any) -> None:
+        """Takes other parameters, after those it had were lost with the device's state before anybody saw them."""
+        self.masters = masters
+        self._fetched = None
 
     @property
     def method(self) -> str:
-        return self.like.method
+        return self._like.method
 
     @property
     def config(self) -> Mapping[str, Any]:
-        return self.like.config
+        return self._like.config
 
     @property
     def scaling(self) -> Mapping[Key, float]:
-        return self.like.scaling
+        return self._like.scaling
 
     @property
     def rank(self) -> int:
-        return self.like.rank
+        return self._like.rank
 
     @property
     def nbytes(self) -> int:
-        return self.like.nbytes
+        return self._like.nbytes
 
     @property
     def pairs(self) -> Mapping[Key, LoraPair]:
         return self.fetched.pairs
 
-    @cached_property
+    @property
+    def vectors(self) -> Mapping[Key, ScaleVector]:
+        return self.fetched.vectors
+
+    @property
+    def like(self) -> AdapterWeights:
+        return self._like
+
+    @property
     def fetched(self) -> AdapterWeights:
-        """The weights on the host, for files."""
-        return replace(self.like, pairs=self.fetch(self.masters, self.like))
+        if self._fetched is None:
+            self._fetched = self._fetch(self.masters, self._like)
+        return self._fetched

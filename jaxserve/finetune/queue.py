@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
-from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, WindowRows, cut
+from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, WindowRows, cut, example_key
 from jaxserve.kvcache.pages import PagePool
 
 
@@ -20,6 +20,7 @@ class Running:
     def __init__(self, job: Job, lane: Lane):
         self.job = job
         self.lane = lane
+        self.held = False  # begins no sequence: it is to be paused, or its newest version has no place yet
 
 
 class FinetuneQueue:
@@ -72,6 +73,8 @@ class FinetuneQueue:
     def _admit(self, running: Running) -> None:
         """Begins sequences of the job's batch while there are slots and pages."""
         job = running.job
+        if running.held:
+            return
         if job.batch is None:
             job.batch = job.next_batch()
         batch = job.batch
@@ -93,7 +96,16 @@ class FinetuneQueue:
             return None
         weights = (example.weights / np.float32(batch.total_weight)).astype(np.float32)
         window = min(running.job.config.window or self.max_window, self.max_window)
-        seq = TrainSequence(example.token_ids, Targets(weights=weights), running.lane, cut(example.num_tokens, window))
+        config = running.job.config
+        seq = TrainSequence(
+            example.token_ids,
+            Targets(weights=weights),
+            running.lane,
+            cut(example.num_tokens, window),
+            forward_only=batch.validation,
+            dropout=0.0 if batch.validation else config.dropout,
+            drop_key=example_key(config.seed, batch.epoch, example.index),
+        )
         seq.slot, seq.pages = self._slots.pop(0), pages
         seq.acc_pages = [self._acc.pop() for _ in range(needed)]
         return seq
@@ -123,6 +135,10 @@ class FinetuneQueue:
             self._clear(seq.acc_pages)
             self._free(seq)
         self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
+        self.forget(job)
+
+    def forget(self, job: Job) -> None:
+        """Takes a job that has no sequence under way off the list."""
         self.running = [running for running in self.running if running.job is not job]
 
     def give_way(self) -> bool:
@@ -132,13 +148,37 @@ class FinetuneQueue:
         """
         for seq in reversed(self.active):
             if seq.num_backward == 0:
-                _, batch = self.owner.pop(id(seq))
-                batch.sequences.remove(seq)
-                place = next(e for e in batch.examples if e.token_ids is seq.token_ids)
-                batch.waiting.insert(0, place)
-                self._free(seq)
+                self._take_back(seq)
                 return True
         return False
+
+    def hold(self, job: Job) -> None:
+        """Takes back what the job has begun, but for sequences whose backward has; nothing new begins."""
+        for running in self.running:
+            running.held |= running.job is job
+        for seq in [seq for seq in reversed(self.active) if seq.num_backward == 0 and self.owner[id(seq)][0] is job]:
+            self._take_back(seq)
+
+    def take_back_all(self, job: Job) -> None:
+        """Takes back everything, after the device has lost it."""
+        for seq in [seq for seq in self.active if self.owner[id(seq)][0] is job]:
+            self._free(seq)
+        self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
+
+    def go_on(self, job: Job) -> None:
+        """The opposite of ``hold``."""
+        for running in self.running:
+            running.held &= running.job is not job
+
+    def is_idle(self, job: Job) -> bool:
+        """No sequence of the job is under way."""
+        return not any(self.owner[id(seq)][0] is job for seq in self.active)
+
+    def _take_back(self, seq: TrainSequence) -> None:
+        _, batch = self.owner.pop(id(seq))
+        batch.sequences.remove(seq)
+        batch.waiting.insert(0, next(e for e in batch.examples if e.token_ids is seq.token_ids))
+        self._free(seq)
 
     def check(self, num_slots: int, acc_pages: int) -> None:
         """Slots and accumulator pages are free or owned, once."""

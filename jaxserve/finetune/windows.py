@@ -35,6 +35,8 @@ class Lane:
     adapter_pages: tuple[int, ...]  # of the bank
     sites: tuple[int, ...]
     lane_pages: tuple[int, ...]  # of the gradients, one per bank page
+    scaled: bool = False  # the adapter has scales: (IA)3, DoRA
+    fused_inputs: bool = False  # and they differ between linear layers of one input
 
 
 class WindowRows(NamedTuple):
@@ -64,6 +66,9 @@ class TrainSequence:
     targets: Targets
     lane: Lane
     windows: tuple[tuple[int, int], ...]  # [start, end), left to right
+    forward_only: bool = False  # for its loss alone
+    dropout: float = 0.0
+    drop_key: int = 0  # int32
     slot: int = -1  # 0 .. train_slots - 1
     pages: list[int] = field(default_factory=list)
     acc_pages: list[int] = field(default_factory=list)
@@ -78,8 +83,8 @@ class TrainSequence:
 
     @property
     def next_forward(self) -> WindowRows | None:
-        """The next phase F window; None when the last one is all that is left."""
-        if self.num_forward >= len(self.windows) - 1 or self.num_backward:
+        """The next phase F window; None when only the last one is left, which runs forward in phase B."""
+        if self.num_forward >= len(self.windows) - (not self.forward_only) or self.num_backward:
             return None
         start, end = self.windows[self.num_forward]
         return WindowRows(self, start, end - start)
@@ -87,14 +92,20 @@ class TrainSequence:
     @property
     def next_backward(self) -> WindowRows | None:
         """The next phase B window; None while phase F is not through, and at the end."""
-        if self.num_forward < len(self.windows) - 1 or self.num_backward == len(self.windows):
+        if self.forward_only or self.num_forward < len(self.windows) - 1 or self.done:
             return None
         start, end = self.windows[len(self.windows) - 1 - self.num_backward]
         return WindowRows(self, start, end - start)
 
     @property
     def done(self) -> bool:
-        return self.num_backward == len(self.windows)
+        """Every window is planned."""
+        return (self.num_forward if self.forward_only else self.num_backward) == len(self.windows)
+
+    @property
+    def num_losses(self) -> int:
+        """Windows whose losses the host reads."""
+        return len(self.windows)
 
 
 def cut(length: int, window: int) -> tuple[tuple[int, int], ...]:
@@ -104,6 +115,11 @@ def cut(length: int, window: int) -> tuple[tuple[int, int], ...]:
     """
     rows = length - 1
     return tuple((start, min(start + window, rows)) for start in range(0, rows, window))
+
+
+def example_key(seed: int, epoch: int, example: int) -> int:
+    """The int32 that stands for an example in one epoch of a job with this seed."""
+    return int(np.random.SeedSequence((seed, epoch, example)).generate_state(1, np.uint32).view(np.int32)[0])
 
 
 def total_rows(windows: Values[WindowRows], row_block: int) -> int:

@@ -1,4 +1,4 @@
-"""Backward of the multi-adapter matmul for gradient rows: dx, and dA, dB summed per lane page.
+"""Backward of the multi-adapter matmul for gradient rows: dx, and dA, dB added to lane pages.
 
 Shapes: W rows, D in, E out, P bank pages, Y lane pages, R ranks per page (all members together in A), N blocks,
 Q rows per block, J items.
@@ -20,13 +20,18 @@ def lora_matmul_backward(
     members: tuple[Float[Array, "P E R"], ...],
     plan: LoraPlan,
     lane_J: Int[Array, "J"],
-    num_lane_pages: int,
-) -> tuple[Float[Array, "W D"], Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]:
-    """Returns dx, dA and each member's dB (of the factor in the bank, scaling included), in float32 or wider.
+    lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
+) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
+    """Returns dx, and the lanes with dA and each member's dB (of the bank's factor, scaling included) added.
+
+    Items are added one after another to what the lanes hold, so a lane's bits depend on the order of its items and
+    not on how they were dealt to steps.
 
     Args:
-      lane_J: the lane page each work item's gradient belongs to; num_lane_pages or more is dropped.
+      lane_J: the lane page each work item's gradient belongs to; Y or more is dropped.
+      lanes: sums so far, in float32 or wider.
     """
+    num_lane_pages = lanes[0].shape[0]
     W, N, Q = x_WD.shape[0], *plan.row_NQ.shape
     rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_WD.dtype)
     span = min(SPAN_ITEMS, plan.block_J.shape[0])
@@ -56,11 +61,7 @@ def lora_matmul_backward(
         d_x_NQD = d_x_NQD.at[target].add(d_x_JQD, mode="drop")
         return d_x_NQD, d_a_YRD.at[lane].add(d_a_JRD, mode="drop"), tuple(new_bs)
 
-    start = (
-        jnp.zeros(x_NQD.shape, wide),
-        jnp.zeros((num_lane_pages, *a_PRD.shape[1:]), wide),
-        tuple(jnp.zeros((num_lane_pages, *b.shape[1:]), wide) for b in members),
-    )
+    start = (jnp.zeros(x_NQD.shape, wide), *lanes)
     d_x_NQD, d_a_YRD, d_bs = lax.fori_loop(0, (plan.num_items + span - 1) // span, add_span, start)
     d_x_WD = d_x_NQD.reshape(N * Q, -1).at[plan.place_T].get(mode="fill", fill_value=0).reshape(W, -1)
-    return d_x_WD.astype(x_WD.dtype), d_a_YRD, d_bs
+    return d_x_WD.astype(x_WD.dtype), (d_a_YRD, d_bs)

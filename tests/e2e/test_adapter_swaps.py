@@ -142,7 +142,7 @@ def test_versions_that_are_gone_leave_nothing_in_the_engines_memory(engine):
     for seed in range(1, 10):
         engine.load_adapter("it", directory(seed, rank=60))
         engine.generate([PROMPT], serving.greedy(1), adapter="it")
-    assert len(engine.core._paged) == 4  # as many as the device holds
+    assert len(engine.core.writer._cut) == 4  # as many as the device holds
 
 
 def test_adapters_on_disk_only_come_back_when_asked_for(alone):
@@ -151,10 +151,10 @@ def test_adapters_on_disk_only_come_back_when_asked_for(alone):
     for i in range(6):
         engine.load_adapter(f"a{i}", directory(10 + i))
     assert [info.loaded for info in engine.list_adapters()].count(True) == 4
-    assert len(engine.core._paged) == 4
+    assert len(engine.core.writer._cut) == 4
     (output,) = engine.generate([PROMPT], PARAMS, adapter="it")
     assert serving.bits(output) == alone[1]
-    assert len(engine.core._paged) == 4
+    assert len(engine.core.writer._cut) == 4
 
 
 def test_an_engine_without_adapters_refuses_them_and_serves_the_base():

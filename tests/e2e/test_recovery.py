@@ -5,7 +5,7 @@ import logging
 import pytest
 import serving
 
-from jaxserve.engine import loop
+from jaxserve.engine import bank_writer, loop
 from jaxserve.sampling import SamplingParams
 
 REQUESTS = [
@@ -34,15 +34,15 @@ def break_step(monkeypatch, when, how):
     """Breaks the calls of the step whose numbers are in ``when``; returns the list of broken ones."""
     real, calls, broken = loop.step, [], []
 
-    def step(params, state, ints, floats, *, spec):
+    def step(*args, spec):
         calls.append(spec.layout.bucket)
         number = len(calls) - 1
         if number not in when:
-            return real(params, state, ints, floats, spec=spec)
+            return real(*args, spec=spec)
         broken.append(number)
         if how == "before it runs":
             raise Broken(how)
-        state, output = real(params, state, ints, floats, spec=spec)  # the old state is donated and gone
+        state, output = real(*args, spec=spec)  # the old state is donated and gone
         if how == "while it runs":
             raise Broken(how)
         return state, output.replace(token_R=Bomb())
@@ -119,7 +119,7 @@ def test_requests_outside_the_step_that_fails_outlive_it(monkeypatch):
 
 def test_a_failed_upload_of_an_adapter_is_replayed_as_well(monkeypatch, undisturbed):
     engine = fresh()
-    real, calls = loop.write_page, []
+    real, calls = bank_writer.write_page, []
 
     def write_page(*args):
         calls.append(args)
@@ -127,6 +127,6 @@ def test_a_failed_upload_of_an_adapter_is_replayed_as_well(monkeypatch, undistur
             raise Broken("upload")
         return real(*args)
 
-    monkeypatch.setattr(loop, "write_page", write_page)
+    monkeypatch.setattr(bank_writer, "write_page", write_page)
     assert run(engine) == undisturbed
     serving.check_idle(engine)

@@ -125,8 +125,10 @@ def test_requests_take_pages_from_sequences_that_have_not_begun_their_backward(m
 
 
 def test_what_cannot_be_trained_is_refused_before_anything_happens(engine):
-    with pytest.raises(jaxserve.ConfigError, match=r"dropout is 0\.1"):
-        engine.finetune(examples(1), adapter="a", dropout=0.1)
+    with pytest.raises(jaxserve.ConfigError, match=r"dropout 0\.1 with method ia3"):
+        engine.finetune(examples(1), adapter="a", method="ia3", dropout=0.1)
+    with pytest.raises(jaxserve.AdapterError, match="no adapter of that name"):
+        engine.finetune(examples(1), adapter="a", start="nowhere")
     with pytest.raises(jaxserve.InvalidRequest, match="rank is 32; max_lora_rank is 16"):
         engine.finetune(examples(1), adapter="a", rank=32)
     with pytest.raises(ValueError, match="examples"):

@@ -58,7 +58,7 @@ class Driver:
         self.scheduler = Scheduler(config, PagePool(NUM_PAGES, PAGE), Resident())
         self.buckets = Buckets.make(config.max_chunk_rows, NUM_SLOTS, ROW_BLOCK)
         slots = Slots(NUM_SLOTS, MAX_LEN // PAGE)
-        layouts = {b: BatchLayout(b, NUM_SLOTS, MAX_LEN // PAGE, 8 + b.rows // 8, 40) for b in self.buckets}
+        layouts = {(b, False): BatchLayout(b, NUM_SLOTS, MAX_LEN // PAGE, 8 + b.rows // 8, 40) for b in self.buckets}
         self.packer = Packer(slots, layouts, ROW_BLOCK, NUM_PAGES, PAGE, VOCAB, BANK_PAGES)
 
     def add(self, i):
@@ -152,7 +152,7 @@ def in_use(name, plan, packed, packer):
     if name.endswith("_R"):
         return np.arange(len(plan.samples))[:, None]
     if name == "row_NQ":
-        return np.argwhere(values < packed.bucket.rows)
+        return np.argwhere(values < packed.layout.bucket.rows)
     if name == "place_T":
         return np.argwhere(values < i["row_NQ"].size)
     return np.array([(site, k) for site in range(4) for k in range(i["items_S"][site])])
@@ -176,7 +176,7 @@ def test_one_more_in_any_index_is_noticed(name):
 
 
 def check_and_audit(packer, plan, packed):
-    packer._check(packed.fields, packed.bucket)
+    packer._check(packed.fields, packed.layout)
     pack_audit.audit(packer, plan, packed)
 
 
@@ -198,7 +198,7 @@ def test_an_index_out_of_bounds_never_reaches_the_device(name):
         broken = {key: array.copy() for key, array in packed.fields.items()}
         broken[name].reshape(-1)[0] = value
         with pytest.raises(EngineError, match=name):
-            driver.packer._check(broken, packed.bucket)
+            driver.packer._check(broken, packed.layout)
 
 
 @pytest.mark.parametrize("name", ["sample_row_R", "row_NQ", "place_T", "block_SJ", "page_SJ"])
@@ -210,7 +210,7 @@ def test_an_index_past_its_arrays_end_never_reaches_the_device(name):
     for value in (-1, 10**6):
         broken[name][place] = value
         with pytest.raises(EngineError, match=name):
-            driver.packer._check(broken, packed.bucket)
+            driver.packer._check(broken, packed.layout)
 
 
 # what a slot keeps of its sequence

@@ -1,0 +1,268 @@
+"""One linear layer of the step: the base matrix, each row's adapter, the sum over shards, the bias.
+
+    z = W (input * x) + B A dropout(x)      summed over shards where the base is row-parallel
+    y = output * z + bias
+
+``input``, ``output`` are the row's scales (``adapters.scales``), ones for most methods and not even looked at by a
+program without them. ``dropout`` is the identity but for rows that are trained with it.
+
+Shapes: T rows, I in, O out (this shard's), M members of the site.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from jaxserve.adapters.bank import SITE_NAMES, Bank, SiteBank
+from jaxserve.adapters.scales import Scales, SiteScales
+from jaxserve.engine import batch as flags
+from jaxserve.engine.batch import TokenBatch
+from jaxserve.engine.dropout import drop, keep_mask
+from jaxserve.models import decoder
+from jaxserve.models.layers import accumulator, matmul
+from jaxserve.models.params import BIASES
+from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
+from pallas_kernels.numerics import wide_dtype
+from sharding import AXIS
+
+
+@dataclass(frozen=True)
+class RowScales:
+    """The scales of each row at one linear layer."""
+
+    input_TMI: Float[Array, "T M I"]
+    output_TO: Float[Array, "T O"]
+    bias_T: Float[Array, "T"]
+    fused_inputs: Int[Array, ""]  # 0: members that share an input have one scale for it, or none
+
+
+def row_scales(site: SiteScales, page_T: Int[Array, "T"], fused_inputs: Int[Array, ""]) -> RowScales:
+    """Gathers the rows' scales; ``page_T`` counts over all layers."""
+    output_TO = jnp.concatenate([pool.at[page_T].get(mode="clip") for pool in site.outputs], axis=1)
+    return RowScales(
+        site.input_PMD.at[page_T].get(mode="clip"), output_TO, site.bias_P.at[page_T].get(mode="clip"), fused_inputs
+    )
+
+
+@dataclass(frozen=True)
+class Linear:
+    """What a linear layer of one site needs beside its weights and its input."""
+
+    site: str
+    bank: SiteBank | None
+    plan: LoraPlan | None
+    scales: RowScales | None
+    parallel: bool  # there is more than one shard
+    implementation: str | None = None
+    drop: Callable[[jax.Array], jax.Array] | None = None  # of the adapters' input
+    lane_page_J: Int[Array, "J"] | None = None  # of gradient rows: the lane page of each adapter work item
+    lane_N: Int[Array, "N"] | None = None  # the lane whose scales each row block trains
+
+    def before_scaling(self, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        """z: the base and the adapter, summed over shards."""
+        z_TO = self.base(p[self.site], x_TI)
+        if self.bank is not None and self.plan is not None:
+            dropped_TI = x_TI if self.drop is None else self.drop(x_TI)
+            z_TO = z_TO + lora_matmul(
+                dropped_TI, self.bank.a_PRD, self.bank.members, self.plan, implementation=self.implementation
+            )
+        if self.site in decoder.ROW and self.parallel:
+            z_TO = lax.psum(z_TO, AXIS)
+        return z_TO
+
+    def base(self, w_OI: Float[Array, "O I"], x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        """W (input * x)."""
+        if self.scales is None:
+            return matmul(x_TI, w_OI)
+        if self.scales.input_TMI.shape[1] == 1:
+            return matmul(scaled(x_TI, self.scales.input_TMI[:, 0]), w_OI)
+        return lax.cond(self.scales.fused_inputs > 0, self._base_by_member, lambda w, x: matmul(x, w), w_OI, x_TI)
+
+    def _base_by_member(self, w_OI, x_TI):
+        assert self.scales is not None
+        parts = zip(self.member_rows(), jnp.unstack(self.scales.input_TMI, axis=1), strict=True)
+        return jnp.concatenate([matmul(scaled(x_TI, input_TI), w_OI[rows]) for rows, input_TI in parts], axis=1)
+
+    def member_rows(self) -> list[slice]:
+        """Where each member's outputs lie in this shard."""
+        assert self.bank is not None
+        ends = accumulate((b.shape[1] for b in self.bank.members), initial=0)
+        return [slice(*bounds) for bounds in pairwise(ends)]
+
+    def finish(self, p: dict, z_TO: Float[Array, "T O"]) -> Float[Array, "T O"]:
+        """y, from z."""
+        bias_O = p.get(BIASES[self.site])
+        if self.scales is None:
+            return z_TO if bias_O is None else z_TO + bias_O[None]
+        y_TO = scaled(z_TO, self.scales.output_TO)
+        if bias_O is None:
+            return y_TO
+        bias_T1 = self.scales.bias_T[:, None]
+        return y_TO + scaled(bias_O[None], 1 + bias_T1 * (self.scales.output_TO - 1))
+
+    def __call__(self, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        return self.finish(p, self.before_scaling(p, x_TI))
+
+    def backward(
+        self, p: dict, x_WI: Float[Array, "W I"], z_WO: Float[Array, "W O"], d_y_WO: Float[Array, "W O"], lanes: "Lanes"
+    ) -> tuple[Float[Array, "W I"], "Lanes"]:
+        """dx of gradient rows, and the lanes with these rows' adapter gradients added."""
+        assert self.bank is not None, "gradient rows train an adapter"
+        assert self.plan is not None, "gradient rows train an adapter"
+        assert self.lane_page_J is not None, "gradient rows have lanes"
+        d_z_WO = d_y_WO
+        if self.scales is not None:
+            bias_O = p.get(BIASES[self.site])
+            scaled_WO = z_WO if bias_O is None else z_WO + self.scales.bias_T[:, None].astype(z_WO.dtype) * bias_O[None]
+            lanes = lanes.add_outputs(_wide_product(d_y_WO, scaled_WO), self.member_rows(), self.lane_N)
+            d_z_WO = scaled(d_y_WO, self.scales.output_TO)
+        dropped_WI = x_WI if self.drop is None else self.drop(x_WI)
+        d_adapter_WI, factors = lora_matmul_backward(
+            dropped_WI, d_z_WO, self.bank.a_PRD, self.bank.members, self.plan, self.lane_page_J,
+            (lanes.factors.a_PRD, lanes.factors.members),
+        )  # fmt: skip
+        if self.drop is not None:
+            d_adapter_WI = self.drop(d_adapter_WI)  # a diagonal map is its own transpose
+        lanes = replace(lanes, factors=SiteBank(*factors))
+        d_base_WI, lanes = self._base_backward(p[self.site], x_WI, d_z_WO, lanes)
+        d_x_WI = d_base_WI.astype(x_WI.dtype) + d_adapter_WI
+        if self.site in decoder.COLUMN and self.parallel:
+            d_x_WI = lax.psum(d_x_WI, AXIS)
+        return d_x_WI, lanes
+
+    def _base_backward(self, w_OI, x_WI, d_z_WO, lanes: "Lanes") -> tuple[jax.Array, "Lanes"]:
+        """W^T dz, in float32 or wider, through the input scales."""
+        wide = wide_dtype(x_WI.dtype)
+        if self.scales is None:
+            return contract(d_z_WO, w_OI, wide), lanes
+        if self.scales.input_TMI.shape[1] == 1:
+            inner_WMI = contract(d_z_WO, w_OI, wide)[:, None]
+        else:
+            inner_WMI = jnp.stack([contract(d_z_WO[:, r], w_OI[r], wide) for r in self.member_rows()], axis=1)
+        lanes = lanes.add_inputs(inner_WMI * x_WI[:, None].astype(wide), self.lane_N)
+        return jnp.sum(inner_WMI * self.scales.input_TMI, axis=1), lanes
+
+
+@struct.dataclass
+class Lanes:
+    """One layer's gradient sums at one site. Row blocks are added one after another, so the bits of a sum depend on the
+    order of its blocks and not on how they were dealt to steps."""
+
+    factors: SiteBank
+    scales: SiteScales | None
+
+    def add_outputs(self, value_WO: jax.Array, member_rows: list[slice], lane_N: jax.Array | None) -> "Lanes":
+        assert self.scales is not None
+        pairs = zip(self.scales.outputs, member_rows, strict=True)
+        outputs = tuple(_add_blocks(sums, value_WO[:, rows], lane_N) for sums, rows in pairs)
+        return replace(self, scales=replace(self.scales, outputs=outputs))
+
+    def add_inputs(self, value_WMI: jax.Array, lane_N: jax.Array | None) -> "Lanes":
+        assert self.scales is not None
+        inputs = _add_blocks(self.scales.input_PMD, value_WMI, lane_N)
+        return replace(self, scales=replace(self.scales, input_PMD=inputs))
+
+
+def _add_blocks(sums: jax.Array, value_W: jax.Array, lane_N: jax.Array | None) -> jax.Array:
+    """Adds each row block's sum to the block's lane; other lanes keep their bits, whatever the block holds."""
+    assert lane_N is not None, "scales are trained in lanes"
+    N, width = lane_N.shape[0], value_W[0].size
+    ones = jnp.ones((N, 2, value_W.shape[0] // N), value_W.dtype)
+    block_NX = lax.dot_general(
+        ones, value_W.reshape(N, -1, width), (((2,), (1,)), ((0,), (0,))), preferred_element_type=sums.dtype
+    )[:, 0]
+    lane_Y = jnp.arange(sums.shape[0], dtype=jnp.int32).reshape(-1, *(1,) * (sums.ndim - 1))
+    for n in range(N):
+        sums = jnp.where(lane_Y == lane_N[n], sums + block_NX[n].reshape(1, *sums.shape[1:]), sums)
+    return sums
+
+
+class Linears:
+    """The linear layers of one step, over all of its rows or over its gradient rows alone."""
+
+    def __init__(self, bank: Bank | None, scales: Scales | None, batch: TokenBatch, spec: Any):
+        self.bank, self.scales, self.batch, self.spec = bank, scales, batch, spec
+
+    def all_rows(self, site: str, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
+        return self.of_all_rows(site, p["index"])(p, x_TI)
+
+    def of_all_rows(self, site: str, layer) -> Linear:
+        lora = self.batch.lora
+        plan = None
+        if lora is not None and self.bank is not None:
+            at = SITE_NAMES.index(site)
+            plan = LoraPlan(
+                row_NQ=lora.row_NQ,
+                place_T=lora.place_T,
+                block_J=lora.block_SJ[at],
+                page_J=lora.page_SJ[at] + layer * self.spec.bank.num_pages,
+                num_items=lora.items_S[at],
+            )
+        return self._linear(site, layer, plan, self.spec.layout.bucket.block_rows)
+
+    def of_gradient_rows(self, site: str, layer) -> Linear:
+        """Their blocks are the step's row blocks, so nothing is gathered."""
+        grad, at, W = self.batch.grad, SITE_NAMES.index(site), self.spec.layout.bucket.grad_rows
+        assert grad is not None, "a step without gradient rows"
+        row_W = jnp.arange(W, dtype=jnp.int32)
+        plan = LoraPlan(
+            row_NQ=row_W.reshape(-1, self.spec.row_block),
+            place_T=row_W,
+            block_J=grad.block_SJ[at],
+            page_J=grad.page_SJ[at] + layer * self.spec.bank.num_pages,
+            num_items=grad.items_S[at],
+        )
+        linear = self._linear(site, layer, plan, W, slice(W))
+        return replace(linear, lane_page_J=grad.lane_SJ[at], lane_N=grad.lane_N)
+
+    def _linear(self, site: str, layer, plan: LoraPlan | None, drop_rows: int, rows: slice = slice(None)) -> Linear:
+        scales = None
+        if self.scales is not None:
+            assert self.batch.lead_page_T is not None
+            page_T = self.batch.lead_page_T[rows] + layer * self.spec.bank.num_pages
+            scales = row_scales(self.scales[site], page_T, self.batch.flags[flags.FUSED_INPUTS])
+        return Linear(
+            site=site,
+            bank=None if self.bank is None else self.bank[site],
+            plan=plan,
+            scales=scales,
+            parallel=self.spec.mesh.size > 1,
+            implementation=self.spec.lora,
+            drop=partial(self._drop, site, layer, drop_rows) if self.batch.grad is not None else None,
+        )
+
+    def _drop(self, site: str, layer, rows: int, x_TI: jax.Array) -> jax.Array:
+        """Dropout of the first rows; nothing is computed where no row asks for any."""
+        grad, columns = self.batch.grad, x_TI.shape[1]
+        assert grad is not None
+        first = lax.axis_index(AXIS) * columns if site in decoder.ROW else 0
+        salt = layer * len(SITE_NAMES) + SITE_NAMES.index(site)
+
+        def dropped(x_TI):
+            key, rate = grad.drop_key_T[:rows], grad.drop_rate_T[:rows].astype(accumulator(x_TI))
+            keep_TI = keep_mask(key, self.batch.position_T[:rows], rate, salt, first, columns)
+            return jnp.concatenate([drop(x_TI[:rows], keep_TI, rate), x_TI[rows:]])
+
+        return lax.cond(self.batch.flags[flags.DROPOUT] > 0, dropped, lambda x: x, x_TI)
+
+
+def contract(d_y_WO: jax.Array, w_OI: jax.Array, wide) -> jax.Array:
+    """[W, O] x [O, I] -> [W, I]."""
+    return lax.dot_general(d_y_WO, w_OI, (((1,), (0,)), ((), ())), preferred_element_type=wide)
+
+
+def _wide_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    return x.astype(accumulator(x)) * y.astype(accumulator(y))
+
+
+def scaled(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """x * factor, multiplied in the wider dtype of the two and rounded to that of x."""
+    return (x.astype(accumulator(x)) * factor.astype(accumulator(x))).astype(x.dtype)

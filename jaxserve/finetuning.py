@@ -1,0 +1,247 @@
+"""Finetuning jobs as users see them: made from data and settings, watched, paused, saved."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxserve.adapters import dora, ia3, lora
+from jaxserve.adapters.fields import CONFIG_FILE
+from jaxserve.adapters.method import method_of
+from jaxserve.adapters.peft_io import load_peft, save_peft
+from jaxserve.adapters.weights import AdapterWeights
+from jaxserve.engine.lanes import weights_of
+from jaxserve.engine.trainer import Trainer
+from jaxserve.errors import AdapterError, AdapterNotFound, InvalidRequest
+from jaxserve.finetune.checkpoint import load_latest
+from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.finetune.data import Dataset, Source, load_dataset
+from jaxserve.finetune.folder import ADAPTER, CHECKPOINTS, JobFolder
+from jaxserve.finetune.job import Job, JobEvent
+from jaxserve.models.config import ModelConfig
+
+if TYPE_CHECKING:
+    from jaxserve.llm import Engine
+
+
+def make_job(engine: "Engine", data: Source, adapter: str, config: FinetuneConfig, tenant: str) -> Job:
+    """Reads the data, makes or loads the adapter's start and queues the job.
+
+    Raises:
+      ConfigError, DataError, InvalidRequest, AdapterError, CheckpointError: before anything is trained.
+    """
+    engine.adapters.check_name(adapter)
+    if adapter in {job.adapter for job in engine.jobs() if job.status not in ("succeeded", "failed", "cancelled")}:
+        raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
+    dataset, validation = _datasets(engine, data, config)
+    start = _start(engine, config)
+    limit = engine.config.max_lora_rank
+    if start.rank > limit:
+        raise InvalidRequest(f"rank is {start.rank}; max_lora_rank is {limit}", "rank")
+    trainer = engine.prepare_finetuning(scales=bool(start.vectors))
+    folder = _folder(engine, adapter, config, dataset)
+    job = Job(adapter, config, dataset, start, validation=validation, tenant=tenant)
+    try:
+        with engine.core.compiles.preparing():
+            training = trainer.prepare(job, folder)
+        if folder is not None:
+            folder.rewind(job)
+            job.folder = folder
+        job.announce()
+        with engine.core.lock:
+            trainer.submit(training)
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+    return job
+
+
+def _datasets(engine: "Engine", data: Source, config: FinetuneConfig) -> tuple[Dataset, Dataset | None]:
+    def load(source: Source) -> Dataset:
+        return load_dataset(
+            source,
+            engine.tokenizer,
+            max_length=engine.core.config.max_model_len,
+            vocab_size=engine.model.vocab_size,
+            config=config,
+        )
+
+    dataset = load(data)
+    if config.validation_data is not None:
+        return dataset, load(config.validation_data)
+    if config.validation_fraction > 0:
+        return dataset.split(config.validation_fraction, config.seed)
+    return dataset, None
+
+
+def _folder(engine: "Engine", adapter: str, config: FinetuneConfig, dataset: Dataset) -> JobFolder | None:
+    if config.output_dir is None:
+        return None
+    identity = {
+        "adapter": adapter,
+        "base_model": engine.base_digest.hex(),
+        "data": dataset.digest,
+        "config": config.digest(),
+    }
+    return JobFolder(config.output_dir, identity, config.save_total_limit)
+
+
+def _start(engine: "Engine", config: FinetuneConfig) -> AdapterWeights:
+    """What the adapter is before the first step."""
+    if config.start != "init":
+        weights = _known(engine, config.start)
+    elif config.method == "ia3":
+        weights = ia3.initial(config.adapter_config(), engine.model)
+    else:
+        rng = np.random.default_rng(config.seed)
+        if config.method == "dora":
+            weights = dora.initial(config.adapter_config(), engine.model, rng, engine.core.base_lengths())
+        else:
+            weights = lora.initial(config.adapter_config(), engine.model, rng)
+    return replace(weights, base_digest=engine.base_digest)
+
+
+def _known(engine: "Engine", start: str) -> AdapterWeights:
+    """A loaded adapter by its name, else a PEFT directory, a job's directory, or one of checkpoints."""
+    try:
+        return engine.adapters.get(start).weights.fetched
+    except AdapterNotFound:
+        return _from_directory(engine, Path(start))
+
+
+def _from_directory(engine: "Engine", path: Path) -> AdapterWeights:
+    for place in (path, path / ADAPTER):
+        if (place / CONFIG_FILE).exists():
+            return load_peft(place, engine.model, base_digest=engine.base_digest)
+    expect = {"base_model": engine.base_digest.hex()}
+    checkpoint = load_latest(path / CHECKPOINTS, expect=expect) or load_latest(path, expect=expect)
+    if checkpoint is None:
+        raise AdapterError(f"start {str(path)!r}: no adapter of that name, and no adapter or checkpoint there", "start")
+    masters: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in checkpoint.state.items():
+        if name.startswith("masters/"):
+            _, member, leaf = name.split("/")
+            masters.setdefault(member, {})[leaf] = array
+    return weights_of(masters, _like(checkpoint.meta["adapter_config"], engine.model))
+
+
+def _like(config: Mapping[str, Any], model: ModelConfig) -> AdapterWeights:
+    """Some adapter of this configuration."""
+    method = method_of(config)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in method.shapes(config, model).items()}
+    return method.read(config, zeros, model)
+
+
+class FinetuneJob:
+    """A handle on a finetuning job."""
+
+    def __init__(self, engine: "Engine", job: Job):
+        self._engine, self._job = engine, job
+
+    @property
+    def id(self) -> str:
+        return self._job.id
+
+    @property
+    def adapter(self) -> str:
+        return self._job.adapter
+
+    @property
+    def status(self) -> str:
+        """queued, running, paused, succeeded, failed or cancelled."""
+        return self._job.status.value
+
+    @property
+    def error(self) -> str | None:
+        return self._job.error
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self._job.step
+
+    @property
+    def total_steps(self) -> int:
+        return self._job.total_steps
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss per trained token of each optimizer step so far."""
+        return list(self._job.losses)
+
+    @property
+    def validation_losses(self) -> list[tuple[int, float]]:
+        """(step, mean loss per token of the validation data after that step); step 0 is before the first."""
+        return list(self._job.validation_losses)
+
+    @property
+    def trained_tokens(self) -> int:
+        return self._job.trained_tokens
+
+    def events(self, after: int = -1) -> list[JobEvent]:
+        """Progress so far: events with a number above ``after``."""
+        return self._job.events(after)
+
+    def wait(self) -> "FinetuneJob":
+        """Steps the engine until the job is over, or paused by anybody; requests in flight are served along the way."""
+        while not self._job.done and self.status != "paused":
+            self._engine._drive()
+        self._settle()
+        return self
+
+    def pause(self) -> None:
+        """Stops the job within a step or two; ``resume`` goes on as if nothing had been.
+
+        Raises:
+          EngineError: it is over, or paused.
+        """
+        with self._engine.core.lock:
+            self._trainer.pause(self._job)
+
+    def resume(self) -> None:
+        """Lets a paused job go on.
+
+        Raises:
+          EngineError: it is not paused.
+        """
+        with self._engine.core.lock:
+            self._trainer.resume(self._job)
+
+    def cancel(self) -> None:
+        """Ends the job; versions it published stay. A job that is over stays as it is."""
+        with self._engine.core.lock:
+            self._trainer.cancel(self._job)
+        self._settle()
+
+    def checkpoint(self) -> None:
+        """Saves the job as it is after the last step that was read, and waits until it is on the disk.
+
+        Raises:
+          CheckpointError: the disk refused.
+        """
+        with self._engine.core.lock:
+            saving = self._trainer.checkpoint(self._job)
+        if saving is not None:
+            saving.result()
+
+    def save(self, directory: str | Path) -> Path:
+        """Writes the adapter as it is now, as a PEFT directory."""
+        save_peft(self._engine.adapters.get(self.adapter).weights.fetched, Path(directory))
+        return Path(directory)
+
+    @property
+    def _trainer(self) -> Trainer:
+        assert self._engine.core.trainer is not None
+        return self._engine.core.trainer
+
+    def _settle(self) -> None:
+        """Another process, or job, may use the directory from here on."""
+        folder = self._job.folder
+        if folder is not None and self._job.done:
+            folder.wait_closed()
+
+    def __repr__(self) -> str:
+        return repr(self._job)
