@@ -10,17 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import tiny_models
 
-from jaxserve.adapters.bank import SITE_NAMES, BankShape, write_page
+from jaxserve.adapters.bank import SITE_NAMES, BankShape
+from jaxserve.adapters.scales import fused_inputs
+from jaxserve.adapters.weights import AdapterWeights, LoraPair, ScaleVector
+from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.batch import LORA_ROWS, BatchLayout
 from jaxserve.engine.buckets import Bucket
-from jaxserve.engine.gradient import TrainShape
+from jaxserve.engine.gradient import TrainShape, empty_scale_lanes
+from jaxserve.engine.lanes import adapter_lengths, factors_of, take_gradients
 from jaxserve.engine.pack import Packer, Slots
 from jaxserve.engine.state import empty_state
 from jaxserve.engine.step import StepSpec, step
 from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, cut, total_rows
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.layers import matmul
 from jaxserve.models.params import BIASES, SITES, member_dims, param_specs
 from jaxserve.scheduler.plan import StepPlan
 from sharding import make_mesh, named_sharding
@@ -41,15 +44,24 @@ def random_params(config: ModelConfig, dtype: str, seed: int = 0, tp: int = 1):
     return jax.tree.map(make, param_specs(config, tp), is_leaf=lambda x: hasattr(x, "axes"))
 
 
-def random_adapter(config: ModelConfig, rank: int, scaling: float, rng, members=None) -> dict:
-    """(layer, member) -> (A [r, in], B [out, r], scaling)."""
-    chosen = members or list(member_dims(config))
-    return {
-        (layer, m): (rng.normal(size=(rank, i)) * 0.3, rng.normal(size=(o, rank)) * 0.3, scaling)
-        for layer in range(config.num_layers)
-        for m, (i, o) in member_dims(config).items()
-        if m in chosen
-    }
+def random_adapter(
+    config: ModelConfig, rng, method: str = "lora", rank: int = 5, scaling: float = 1.5, members=None, inputs=()
+) -> AdapterWeights:
+    """An adapter of every layer; ``scaling`` and all entries are float32 numbers. ``inputs``: (IA)3's on inputs."""
+    dims, pairs, vectors = member_dims(config), {}, {}
+    for layer in range(config.num_layers):
+        for member in members or list(dims):
+            (size_in, size_out), key = dims[member], (layer, member)
+            if method != "ia3":
+                pairs[key] = LoraPair(rng.normal(size=(rank, size_in)) * 0.3, rng.normal(size=(size_out, rank)) * 0.3)
+            if method == "dora":
+                vectors[key] = ScaleVector("magnitude", 1 + rng.random(size_out))
+            if method == "ia3":
+                kind = "input_scale" if member in inputs else "output_scale"
+                vectors[key] = ScaleVector(kind, 1 + 0.5 * rng.normal(size=size_in if member in inputs else size_out))
+    return AdapterWeights(
+        method=method, config={}, scaling=dict.fromkeys(pairs, float(np.float32(scaling))), pairs=pairs, vectors=vectors
+    )
 
 
 class Trainer:
@@ -69,7 +81,7 @@ class Trainer:
         self.config = ModelConfig.from_dict(tiny_models.config_dict(family, **overrides))
         self.params, self.mesh, self.dtype = random_params(self.config, dtype, tp=tp), make_mesh(tp), dtype
         self.bank = BankShape(self.config, 1 + lanes * pages, tp, dtype)
-        self.train = TrainShape(TRAIN_SLOTS, acc_pages=40, lane_pages=lanes * pages, remat=remat)
+        self.train = TrainShape(TRAIN_SLOTS, acc_pages=40, lane_pages=lanes * pages, remat=remat, num_lanes=lanes)
         self.bucket = Bucket(CHUNK, DECODE, W)
         blocks = -(-self.bucket.rows // LORA_ROWS) + lanes
         self.layout = BatchLayout(
@@ -78,12 +90,17 @@ class Trainer:
         )  # fmt: skip
         self.spec = StepSpec(
             config=self.config, mesh=self.mesh, layout=self.layout, row_block=BLOCK, page_size=PAGE, max_logprobs=2,
-            bank=self.bank, train=self.train,
+            bank=self.bank, train=self.train, scaled=scaled,
         )  # fmt: skip
         self.state = empty_state(
             self.config, self.mesh, num_pages=NUM_PAGES, page_size=PAGE, num_slots=NUM_SLOTS, dtype=dtype,
             bank=self.bank, train=self.train,
         )  # fmt: skip
+        self.writer = BankWriter(self.bank, self.mesh, pages)
+        if scaled:
+            self.writer.enable_scales()
+            scale_lanes = empty_scale_lanes(self.train, self.bank, self.mesh)
+            self.state = self.state.replace(train=self.state.train.replace(scale_lanes=scale_lanes))
         slots = Slots(NUM_SLOTS, PAGES_PER_SEQ, TRAIN_SLOTS)
         vocab, bank_pages = self.config.vocab_size, self.bank.num_pages
         self.packer = Packer(
@@ -92,20 +109,19 @@ class Trainer:
         self.pages, self.free_pages, self.free_acc = pages, list(range(NUM_PAGES)), list(range(40))
         self.steps = 0
 
-    def lane(self, index: int, pairs: dict, rank: int) -> Lane:
+    def lane(self, index: int, adapter: AdapterWeights) -> Lane:
         """Uploads an adapter and gives it a lane."""
-        contents = self.bank.paged(pairs, rank)
-        bank_pages = tuple(1 + index * self.pages + i for i in range(len(contents)))
-        for page, content in zip(bank_pages, contents, strict=True):
-            cast = jax.tree.map(lambda x: x.astype(self.dtype), content)
-            self.state = self.state.replace(bank=write_page(self.state.bank, np.int32(page), cast, self.bank.num_pages))
-        sites = tuple(i for i, s in enumerate(SITE_NAMES) if {m for _, m in pairs} & set(SITES[s]))
-        return Lane(index, bank_pages, sites, tuple(index * self.pages + i for i in range(len(contents))))
+        first, count = index * self.pages, max(1, -(-adapter.rank // 16))
+        bank_pages, lane_pages = tuple(1 + first + i for i in range(count)), tuple(first + i for i in range(count))
+        bank = self.writer.write(self.state.bank, adapter, list(bank_pages), self.params)
+        self.state = self.state.replace(bank=bank)
+        sites = tuple(i for i, s in enumerate(SITE_NAMES) if {m for _, m in adapter.pairs} & set(SITES[s]))
+        return Lane(index, bank_pages, sites, lane_pages, bool(adapter.vectors), fused_inputs(adapter))
 
-    def sequence(self, lane: Lane, token_ids, weights, window: int, slot: int) -> TrainSequence:
+    def sequence(self, lane: Lane, token_ids, weights, window: int, slot: int, **options) -> TrainSequence:
         windows = cut(len(token_ids), window)
         seq = TrainSequence(
-            np.asarray(token_ids, np.int32), Targets(weights=np.asarray(weights, np.float32)), lane, windows
+            np.asarray(token_ids, np.int32), Targets(weights=np.asarray(weights, np.float32)), lane, windows, **options
         )
         seq.slot = slot
         needed = -(-len(token_ids) // PAGE)
@@ -118,8 +134,9 @@ class Trainer:
         plan = StepPlan(
             index=self.steps, chunks=(), decodes=(), samples=(), chunk_rows=0, finetune=FinetunePlan(grads, forwards)
         )
-        packed = self.packer.pack(plan, self.bucket)
-        self.state, output = step(self.params, self.state, packed.ints, packed.floats, spec=self.spec)
+        packed = self.packer.pack(plan, self.bucket, self.spec.scaled)
+        scales = self.writer.scales
+        self.state, output = step(self.params, self.state, packed.ints, packed.floats, scales, spec=self.spec)
         self.steps += 1
         row = 0
         for w in grads:
@@ -142,41 +159,61 @@ class Trainer:
                     seq.num_forward += 1
             self.run(tuple(grads), tuple(forwards))
 
-    def gradients(self, lane: Lane, pairs: dict, rank: int) -> dict:
-        """What the lane accumulated, as (layer, member) -> (dA, dB) of PEFT's factors (scaling taken out)."""
-        L, tp = self.config.num_layers, self.mesh.size
-        assert tp == 1
-        found = {}
-        for site, members in SITES.items():
-            lanes = self.state.train.lanes[site]
-            a = np.asarray(lanes.a_PRD)[0].reshape(L, -1, len(members), 16, lanes.a_PRD.shape[-1])
-            for i, member in enumerate(members):
-                b = np.asarray(lanes.members[i])[0].reshape(L, -1, *lanes.members[i].shape[2:])
-                for layer in range(L):
-                    if (layer, member) in pairs:
-                        d_a = np.concatenate([a[layer, p, i] for p in lane.lane_pages])[:rank]
-                        d_b = np.concatenate([b[layer, p] for p in lane.lane_pages], axis=1)[:, :rank]
-                        found[layer, member] = (d_a, d_b * pairs[layer, member][2])
-        return found
+    def gradients(self, lane: Lane, adapter: AdapterWeights) -> dict:
+        """What the lane accumulated, as the engine takes it; the lane is empty afterwards."""
+        factors, norms = factors_of(adapter, self.config), {}
+        if adapter.method == "dora":
+            norms = adapter_lengths(
+                self.state.bank, self.params, jnp.asarray(lane.adapter_pages, jnp.int32),
+                mesh=self.mesh, shape=self.bank, members=tuple(factors),
+            )  # fmt: skip
+        train, found = take_gradients(
+            self.state.train, jnp.asarray(lane.lane_pages, jnp.int32), jnp.int32(lane.index), factors, norms,
+            mesh=self.mesh, rank=adapter.rank, num_layers=self.config.num_layers,
+        )  # fmt: skip
+        self.state = self.state.replace(train=train)
+        return {
+            (layer, m): {leaf: np.asarray(value)[layer] for leaf, value in leaves.items()}
+            for m, leaves in found.items()
+            for layer in range(self.config.num_layers)
+        }
 
 
-def oracle(config: ModelConfig, params, pairs: dict, token_ids, weights):
-    """Loss and gradients of one sequence by jax.grad over the whole of it."""
-    scaling = {key: value[2] for key, value in pairs.items()}
-    factors = {key: (jnp.asarray(a), jnp.asarray(b)) for key, (a, b, _) in pairs.items()}
+def oracle(config: ModelConfig, params, adapter: AdapterWeights, token_ids, weights, drop=None):
+    """Loss and gradients of one sequence by jax.grad over the whole of it.
 
-    def loss(factors):
+    Args:
+      drop: (layer, site, x) to what the adapter's A sees of x.
+    """
+    wide = params["embed"].dtype
+    leaves: dict = {}
+    for key, pair in adapter.pairs.items():
+        leaves[key] = {"a": jnp.asarray(pair.a, wide), "b": jnp.asarray(pair.b, wide)}
+    for key, vector in adapter.vectors.items():
+        leaves.setdefault(key, {})[vector.kind] = jnp.asarray(vector.value, wide)
+    drop = drop or (lambda layer, site, x: x)
+
+    def loss(leaves):
         def linear(site, p, x):
-            outs = []
+            outs, row = [], 0
             for member in SITES[site]:
-                out = member_dims(config)[member][1]
-                if (p["index"], member) in factors:
-                    a, b = factors[p["index"], member]
-                    outs.append(scaling[p["index"], member] * jnp.einsum("tr,or->to", jnp.einsum("ti,ri->tr", x, a), b))
-                else:
-                    outs.append(jnp.zeros((x.shape[0], out), x.dtype))
-            y = matmul(x, p[site]) + jnp.concatenate(outs, 1).astype(x.dtype)
-            return y if p.get(BIASES[site]) is None else y + p[BIASES[site]][None]
+                rows = slice(row, row := row + member_dims(config)[member][1])
+                w, bias, key = p[site][rows], p.get(BIASES[site]), (p["index"], member)
+                outs.append(module(w, None if bias is None else bias[rows], x, key, leaves.get(key, {}), site))
+            return jnp.concatenate(outs, 1).astype(x.dtype)
+
+        def module(w, bias, x, key, leaf, site):
+            """One linear layer as PEFT writes it."""
+            y = jnp.einsum("ti,oi->to", x * leaf["input_scale"][None] if "input_scale" in leaf else x, w)
+            if "a" in leaf:
+                update = adapter.scaling[key] * jnp.einsum("or,ri->oi", leaf["b"], leaf["a"])
+                dropped = drop(key[0], site, x)
+                y = y + jnp.einsum("ti,oi->to", dropped, update)
+            if "magnitude" in leaf:
+                length = jax.lax.stop_gradient(jnp.linalg.norm(w + update, axis=1))
+                y = y * (leaf["magnitude"] / length)[None]
+            y = y if bias is None else y + bias[None]
+            return y * leaf["output_scale"][None] if "output_scale" in leaf else y
 
         layers = [{**p, "index": i} for i, p in enumerate(params["layers"])]
         ids = jnp.asarray(token_ids, jnp.int32)
@@ -189,16 +226,17 @@ def oracle(config: ModelConfig, params, pairs: dict, token_ids, weights):
         logprob = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(len(token_ids) - 1), ids[1:]]
         return -jnp.sum(logprob * jnp.asarray(weights, logprob.dtype)[1:]), logprob
 
-    (value, logprob), gradients = jax.jit(partial(jax.value_and_grad, has_aux=True)(loss))(factors)
+    (value, logprob), gradients = jax.jit(partial(jax.value_and_grad, has_aux=True)(loss))(leaves)
     return float(value), np.asarray(logprob), jax.tree.map(np.asarray, gradients)
 
 
 def relative(found, expected) -> float:
     """Greatest relative error over the arrays, in norm."""
     worst = 0.0
-    for key, arrays in expected.items():
-        for x, y in zip(found[key], arrays, strict=True):
-            worst = max(worst, float(np.linalg.norm(x - y) / (np.linalg.norm(y) + 1e-30)))
+    for key, leaves in expected.items():
+        assert found[key].keys() == leaves.keys()
+        for leaf, y in leaves.items():
+            worst = max(worst, float(np.linalg.norm(found[key][leaf] - y) / (np.linalg.norm(y) + 1e-30)))
     return worst
 
 

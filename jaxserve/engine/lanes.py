@@ -325,29 +325,30 @@ def _gains_local(scales, bank, params, magnitudes, pages_X, factors, *, num_page
         index, outputs = SITES[site].index(member), list(new[site].outputs)
         pool, L = outputs[index], magnitude_LE.shape[0]
         adapted_L1 = factors[member][MAGNITUDE][:, None] > 0
-        gain_LE = jnp.where(adapted_L1, magnitude_LE / norms[member].astype(magnitude_LE.dtype), 1)
+        gain_LE = jnp.where(adapted_L1, magnitude_LE.astype(pool.dtype) / norms[member], 1)
         rows = jnp.arange(L, dtype=jnp.int32) * num_pages + pages_X[0]
-        outputs[index] = pool.at[rows].set(gain_LE.astype(pool.dtype))
+        outputs[index] = pool.at[rows].set(gain_LE)
         new[site] = replace(new[site], outputs=tuple(outputs))
     return new, norms
 
 
-@partial(jax.jit, static_argnames=("mesh", "shape"))
-def base_lengths(bank: Bank, params: Any, *, mesh: Mesh, shape: BankShape) -> dict[str, Float[Array, "L E"]]:
-    """|W| of every row of every linear layer, by member: DoRA's magnitudes before training."""
+@partial(jax.jit, static_argnames=("mesh", "shape", "members"))
+def adapter_lengths(
+    bank: Bank, params: Any, pages_X: Int[Array, "X"], *, mesh: Mesh, shape: BankShape, members: tuple[str, ...]
+) -> dict[str, Float[Array, "L E"]]:
+    """|W + B A| of every row, by member, for the adapter in these pages; page 0 alone gives |W|."""
     bank_specs, _, params_specs = _specs(shape, None, params, mesh)
     local = jax.shard_map(
-        partial(_lengths_local, members=tuple(SITE_OF), num_pages=shape.num_pages, parallel=mesh.size > 1),
+        partial(_lengths_local, members=members, num_pages=shape.num_pages, parallel=mesh.size > 1),
         mesh=mesh,
         in_specs=(bank_specs, params_specs, WHOLE),
-        out_specs={m: partition_spec(leaf_axes(m, MAGNITUDE)) for m in SITE_OF},
+        out_specs={m: partition_spec(leaf_axes(m, MAGNITUDE)) for m in members},
         check_vma=False,
     )
-    return local(bank, params, jnp.zeros(1, jnp.int32))  # page 0 adds nothing
+    return local(bank, params, pages_X)
 
 
 def _lengths_local(bank, params, pages_X, *, members: tuple[str, ...], num_pages: int, parallel: bool):
-    """|W + B A| of every row, for the adapter in these pages: {member: [L, E]}."""
     lengths = {}
     for member in members:
         site = SITE_OF[member]

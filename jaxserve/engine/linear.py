@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.adapters.bank import SITE_NAMES, Bank, SiteBank
 from jaxserve.adapters.scales import Scales, SiteScales
@@ -41,7 +41,11 @@ class RowScales:
     input_TMI: Float[Array, "T M I"]
     output_TO: Float[Array, "T O"]
     bias_T: Float[Array, "T"]
-    fused_inputs: Int[Array, ""]  # 0: members that share an input have one scale for it, or none
+    fused_inputs: Int[Array, ""]  # 0: no row scales an input that several members share
+
+    @property
+    def has_inputs_T(self) -> Bool[Array, "T"]:
+        return jnp.any(self.input_TMI != 1, axis=(1, 2))
 
 
 def row_scales(site: SiteScales, page_T: Int[Array, "T"], fused_inputs: Int[Array, ""]) -> RowScales:
@@ -84,12 +88,15 @@ class Linear:
             return matmul(x_TI, w_OI)
         if self.scales.input_TMI.shape[1] == 1:
             return matmul(scaled(x_TI, self.scales.input_TMI[:, 0]), w_OI)
-        return lax.cond(self.scales.fused_inputs > 0, self._base_by_member, lambda w, x: matmul(x, w), w_OI, x_TI)
+        y_TO = matmul(x_TI, w_OI)
+        return lax.cond(self.scales.fused_inputs > 0, self._base_by_member, lambda w, x, y: y, w_OI, x_TI, y_TO)
 
-    def _base_by_member(self, w_OI, x_TI):
+    def _base_by_member(self, w_OI, x_TI, y_TO):
+        """Rows whose input scales differ by member get a product for each; others keep the bits they have."""
         assert self.scales is not None
         parts = zip(self.member_rows(), jnp.unstack(self.scales.input_TMI, axis=1), strict=True)
-        return jnp.concatenate([matmul(scaled(x_TI, input_TI), w_OI[rows]) for rows, input_TI in parts], axis=1)
+        by_member_TO = jnp.concatenate([matmul(scaled(x_TI, s_TI), w_OI[rows]) for rows, s_TI in parts], axis=1)
+        return jnp.where(self.scales.has_inputs_T[:, None], by_member_TO, y_TO)
 
     def member_rows(self) -> list[slice]:
         """Where each member's outputs lie in this shard."""
@@ -140,15 +147,24 @@ class Linear:
 
     def _base_backward(self, w_OI, x_WI, d_z_WO, lanes: "Lanes") -> tuple[jax.Array, "Lanes"]:
         """W^T dz, in float32 or wider, through the input scales."""
-        wide = wide_dtype(x_WI.dtype)
-        if self.scales is None:
-            return contract(d_z_WO, w_OI, wide), lanes
-        if self.scales.input_TMI.shape[1] == 1:
-            inner_WMI = contract(d_z_WO, w_OI, wide)[:, None]
-        else:
+        wide, scales = wide_dtype(x_WI.dtype), self.scales
+        d_x_WI = contract(d_z_WO, w_OI, wide)
+        if scales is None:
+            return d_x_WI, lanes
+        if scales.input_TMI.shape[1] == 1:
+            lanes = lanes.add_inputs((d_x_WI * x_WI.astype(wide))[:, None], self.lane_N)
+            return d_x_WI * scales.input_TMI[:, 0], lanes
+
+        def by_member(w_OI, d_z_WO, d_x_WI, lanes):
             inner_WMI = jnp.stack([contract(d_z_WO[:, r], w_OI[r], wide) for r in self.member_rows()], axis=1)
-        lanes = lanes.add_inputs(inner_WMI * x_WI[:, None].astype(wide), self.lane_N)
-        return jnp.sum(inner_WMI * self.scales.input_TMI, axis=1), lanes
+            lanes = lanes.add_inputs(inner_WMI * x_WI[:, None].astype(wide), self.lane_N)
+            d_scaled_WI = jnp.sum(inner_WMI * scales.input_TMI, axis=1)
+            return jnp.where(scales.has_inputs_T[:, None], d_scaled_WI, d_x_WI), lanes
+
+        def together(w_OI, d_z_WO, d_x_WI, lanes):
+            return d_x_WI, lanes
+
+        return lax.cond(scales.fused_inputs > 0, by_member, together, w_OI, d_z_WO, d_x_WI, lanes)
 
 
 @struct.dataclass

@@ -28,7 +28,7 @@ from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
 from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
-from jaxserve.engine.lanes import base_lengths
+from jaxserve.engine.lanes import SITE_OF, adapter_lengths
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
 from jaxserve.engine.step import StepOutput, StepSpec, step
@@ -324,7 +324,11 @@ class EngineCore:
         """The length of every row of every linear layer [out], by module."""
         assert self.bank is not None
         with self.lock, self.compiles.preparing():
-            lengths = jax.device_get(base_lengths(self.state.bank, self.params, mesh=self.mesh, shape=self.bank))
+            nothing = np.zeros(1, np.int32)  # page 0
+            lengths = adapter_lengths(
+                self.state.bank, self.params, nothing, mesh=self.mesh, shape=self.bank, members=tuple(SITE_OF)
+            )
+            lengths = jax.device_get(lengths)
         return {(layer, member): row for member, rows in lengths.items() for layer, row in enumerate(rows)}
 
     def _prepare_scales(self) -> dict[str, float]:

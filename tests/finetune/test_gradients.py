@@ -1,11 +1,25 @@
-"""Windowed gradients are the whole sequence's, for any windows, packing, lanes and remat policy."""
+"""Windowed gradients are the whole sequence's, for any windows, packing, lanes, PEFT methods and remat policy."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from training import Trainer, oracle, random_adapter, relative
+from training import SITE_NAMES, Trainer, oracle, random_adapter, relative
+
+from jaxserve.engine.dropout import drop, keep_mask
+from jaxserve.finetune.windows import example_key
 
 LENGTHS = [(70, 0, 16), (20, 1, 32), (9, 0, 32), (100, 1, 24), (33, 0, 32)]  # (tokens, lane, window)
+LORAS = ({"rank": 5}, {"rank": 20, "scaling": 0.75, "members": ["q_proj", "v_proj", "down_proj"]})
+DORA_IA3 = (
+    {"method": "dora", "rank": 20, "scaling": 0.75},
+    {"method": "ia3", "members": ["k_proj", "v_proj", "down_proj"], "inputs": ["down_proj"]},
+)
+FUSED_LORA = (
+    {"method": "ia3", "members": ["q_proj", "k_proj", "o_proj", "up_proj"], "inputs": ["k_proj", "o_proj", "up_proj"]},
+    {"rank": 5},
+)
+DROPOUT = 0.25
 
 
 @pytest.fixture
@@ -14,22 +28,23 @@ def double():
         yield "float64"
 
 
-def train(family: str, dtype: str, remat: str, seed: int = 1):
+def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dropout: float = 0.0):
     """Five sequences on two adapters in random legal order; returns what it takes to judge the gradients."""
     rng = np.random.default_rng(seed)
-    trainer = Trainer(family, dtype, remat)
+    scaled = any("method" in options for options in adapters)
+    trainer = Trainer(family, dtype, remat, scaled=scaled)
     config = trainer.config
-    adapters = [
-        (random_adapter(config, 5, 1.5, rng), 5),
-        (random_adapter(config, 20, 0.7, rng, ["q_proj", "v_proj", "down_proj"]), 20),
-    ]
-    lanes = [trainer.lane(i, *adapter) for i, adapter in enumerate(adapters)]
+    adapters = [random_adapter(config, rng, **options) for options in adapters]
+    lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
     sequences, expected = [], [None, None]
     for slot, (length, lane, window) in enumerate(LENGTHS):
         ids = rng.integers(0, config.vocab_size, length)
         weights = (rng.random(length) * (rng.random(length) < 0.7)).astype(np.float32)
-        sequences.append(trainer.sequence(lanes[lane], ids, weights, window, slot))
-        loss, logprob, gradient = oracle(config, trainer.params, adapters[lane][0], ids, weights)
+        key = example_key(seed, 0, slot)
+        sequences.append(trainer.sequence(lanes[lane], ids, weights, window, slot, dropout=dropout, drop_key=key))
+        loss, logprob, gradient = oracle(
+            config, trainer.params, adapters[lane], ids, weights, masked(key, dropout) if dropout else None
+        )
         sequences[-1].expected = loss, logprob
         known = expected[lane]
         expected[lane] = gradient if known is None else jax.tree.map(np.add, known, gradient)
@@ -37,21 +52,38 @@ def train(family: str, dtype: str, remat: str, seed: int = 1):
     return trainer, lanes, adapters, sequences, expected
 
 
+def masked(key, rate):
+    """The dropout of one example over all of its positions."""
+
+    def apply(layer, site, x):
+        rows = x.shape[0]
+        salt = layer * len(SITE_NAMES) + SITE_NAMES.index(site)
+        position, rate_T = jnp.arange(rows, dtype=jnp.int32), jnp.full(rows, rate, x.dtype)
+        keep = keep_mask(jnp.full(rows, key, jnp.int32), position, rate_T, salt, 0, x.shape[1])
+        return drop(x, keep, rate_T)
+
+    return apply
+
+
 @pytest.mark.parametrize(
-    ("family", "remat"),
+    ("family", "remat", "adapters", "dropout"),
     [
-        ("llama", "full"),
-        ("gemma2", "none"),
-        pytest.param("qwen2", "attention", marks=pytest.mark.slow),
-        pytest.param("gemma3", "full", marks=pytest.mark.slow),
-        pytest.param("qwen3", "attention", marks=pytest.mark.slow),
-        pytest.param("mistral", "none", marks=pytest.mark.slow),
+        ("llama", "full", LORAS, DROPOUT),
+        ("gemma2", "none", LORAS, 0),
+        ("qwen2", "attention", DORA_IA3, DROPOUT),
+        pytest.param("llama", "none", DORA_IA3, 0, marks=pytest.mark.slow),
+        pytest.param("qwen2", "full", FUSED_LORA, 0, marks=pytest.mark.slow),
+        pytest.param("mistral", "none", FUSED_LORA, DROPOUT, marks=pytest.mark.slow),
+        pytest.param("qwen2", "attention", LORAS, 0, marks=pytest.mark.slow),
+        pytest.param("gemma3", "full", DORA_IA3, 0, marks=pytest.mark.slow),
+        pytest.param("qwen3", "attention", FUSED_LORA, 0, marks=pytest.mark.slow),
+        pytest.param("mistral", "none", LORAS, DROPOUT, marks=pytest.mark.slow),
     ],
 )
-def test_windows_in_any_order_give_the_whole_sequences_gradient(double, family, remat):
-    trainer, lanes, adapters, sequences, expected = train(family, double, remat)
+def test_windows_in_any_order_give_the_whole_sequences_gradient(double, family, remat, adapters, dropout):
+    trainer, lanes, adapters, sequences, expected = train(family, double, remat, adapters, dropout=dropout)
     for lane, adapter, gradient in zip(lanes, adapters, expected, strict=True):
-        assert relative(trainer.gradients(lane, *adapter), gradient) < 1e-10
+        assert relative(trainer.gradients(lane, adapter), gradient) < 1e-10
     for sequence in sequences:
         loss, logprob = sequence.expected
         assert np.isclose(sequence.losses.sum(), loss, rtol=1e-6)  # they come back as float32
@@ -62,18 +94,39 @@ def test_single_precision_is_as_close_to_the_exact_gradient_as_the_whole_sequenc
     trainer, lanes, adapters, sequences, whole = train("llama", "float32", "attention")
     exact = [None, None]
     with jax.enable_x64(True):
-        params = jax.tree.map(lambda x: jax.numpy.asarray(np.asarray(x, np.float64)), trainer.params)
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), trainer.params)
         for sequence in sequences:
             lane = sequence.lane.index
-            stored = {
-                key: (np.float64(np.float32(a)), np.float64(np.float32(b)), scaling)
-                for key, (a, b, scaling) in adapters[lane][0].items()
-            }
-            _, _, gradient = oracle(trainer.config, params, stored, sequence.token_ids, sequence.targets.weights)
+            _, _, gradient = oracle(
+                trainer.config, params, adapters[lane], sequence.token_ids, sequence.targets.weights
+            )
             exact[lane] = gradient if exact[lane] is None else jax.tree.map(np.add, exact[lane], gradient)
     for lane, adapter, single, double_ in zip(lanes, adapters, whole, exact, strict=True):
-        error = relative(trainer.gradients(lane, *adapter), double_)
+        error = relative(trainer.gradients(lane, adapter), double_)
         assert error < max(1e-5, 1.5 * relative(single, double_))
+
+
+def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
+    """One after another, or as many in a step as fit: the sums are the same sums."""
+    found = []
+    for together in (False, True):
+        rng = np.random.default_rng(7)
+        trainer = Trainer("llama", "float32", "attention", scaled=True)
+        adapters = [random_adapter(trainer.config, rng, **options) for options in DORA_IA3]
+        lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
+        sequences = [
+            trainer.sequence(lanes[i % 2], rng.integers(0, 300, 9 + i), np.ones(9 + i), 32, i) for i in range(4)
+        ]
+        windows = [seq.next_backward for seq in sequences]
+        for group in [windows[:2], windows[2:]] if together else [[w] for w in windows]:
+            trainer.run(tuple(group))
+        found.append([trainer.gradients(lane, adapter) for lane, adapter in zip(lanes, adapters, strict=True)])
+    assert_same_bits(*found)
+
+
+def assert_same_bits(one, other):
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_accumulators_of_finished_sequences_are_zero_again():
@@ -81,22 +134,49 @@ def test_accumulators_of_finished_sequences_are_zero_again():
     assert all(not np.asarray(pool).any() for layer in trainer.state.train.acc for pool in layer)
 
 
-def test_tokens_without_weight_contribute_exactly_nothing():
+def test_taking_a_lanes_gradients_leaves_it_empty_and_the_other_as_it_is():
+    trainer, lanes, adapters, _, expected = train("llama", "float32", "attention", DORA_IA3, seed=2)
+    assert relative(trainer.gradients(lanes[0], adapters[0]), expected[0]) < 1e-3
+    assert not any(x.any() for x in jax.tree.leaves(trainer.gradients(lanes[0], adapters[0])))
+    assert relative(trainer.gradients(lanes[1], adapters[1]), expected[1]) < 1e-3
+
+
+@pytest.mark.parametrize("options", [{}, {"method": "dora"}, {"method": "ia3"}], ids=str)
+def test_tokens_without_weight_contribute_exactly_nothing(options):
     rng = np.random.default_rng(3)
-    trainer = Trainer("llama", "float32", "attention")
-    pairs = random_adapter(trainer.config, 5, 1.0, rng)
-    lane = trainer.lane(0, pairs, 5)
+    trainer = Trainer("llama", "float32", "attention", scaled=bool(options))
+    adapter = random_adapter(trainer.config, rng, **options)
+    lane = trainer.lane(0, adapter)
     ids = rng.integers(0, trainer.config.vocab_size, 50)
     trainer.train_on([trainer.sequence(lane, ids, np.zeros(50), 32, 0)], rng)
-    assert all(not gradient.any() for pair in trainer.gradients(lane, pairs, 5).values() for gradient in pair)
+    assert not any(x.any() for x in jax.tree.leaves(trainer.gradients(lane, adapter)))
 
 
-def test_an_adapter_that_is_not_training_gets_exactly_no_gradient():
+@pytest.mark.parametrize("adapters", [({}, {}), DORA_IA3, DORA_IA3[::-1]], ids=str)
+def test_an_adapter_that_is_not_training_gets_exactly_no_gradient(adapters):
     rng = np.random.default_rng(4)
-    trainer = Trainer("llama", "float32", "attention")
-    pairs = [random_adapter(trainer.config, 5, 1.0, rng) for _ in range(2)]
-    lanes = [trainer.lane(i, p, 5) for i, p in enumerate(pairs)]
+    trainer = Trainer("llama", "float32", "attention", scaled=adapters != ({}, {}))
+    adapters = [random_adapter(trainer.config, rng, **options) for options in adapters]
+    lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
     ids = rng.integers(0, trainer.config.vocab_size, 50)
     trainer.train_on([trainer.sequence(lanes[0], ids, np.ones(50), 32, 0)], rng)
-    assert any(gradient.any() for pair in trainer.gradients(lanes[0], pairs[0], 5).values() for gradient in pair)
-    assert all(not gradient.any() for pair in trainer.gradients(lanes[1], pairs[1], 5).values() for gradient in pair)
+    assert any(x.any() for x in jax.tree.leaves(trainer.gradients(lanes[0], adapters[0])))
+    assert not any(x.any() for x in jax.tree.leaves(trainer.gradients(lanes[1], adapters[1])))
+
+
+def test_dropout_masks_are_fair_coins_that_know_nothing_of_each_other():
+    rows, columns, rate = 512, 256, 0.25
+    position, rate_T = jnp.arange(rows, dtype=jnp.int32), jnp.full(rows, rate, jnp.float32)
+
+    def mask(key=1, salt=0, first=0, position=position, columns=columns):
+        keys = jnp.full(rows, key, jnp.int32)
+        return np.asarray(keep_mask(keys, position, rate_T, salt, first, columns)).astype(float) - (1 - rate)
+
+    one, noise = mask(), 5 / np.sqrt(rows * columns)
+    assert abs(one.mean()) < noise
+    assert np.abs(one.mean(0)).max() < 6 / np.sqrt(rows)
+    assert np.abs(one.mean(1)).max() < 6 / np.sqrt(columns)
+    others = [mask(key=2), mask(key=-5), mask(salt=1), mask(salt=7), mask(position=position + 1), mask(first=1)]
+    others += [np.roll(one, 1, 0), np.roll(one, 1, 1)]
+    assert all(abs((one * other).mean()) < noise for other in others)
+    np.testing.assert_array_equal(mask(first=64, columns=64), one[:, 64:128])  # a shard has its columns of the whole

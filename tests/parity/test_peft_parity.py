@@ -46,6 +46,27 @@ OPTIONS = {
     "rank-64": {"r": 64, "lora_alpha": 64, "target_modules": ["o_proj", "down_proj"]},
     "rank-1": {"r": 1, "lora_alpha": 3, "target_modules": ["k_proj"]},
 }
+SCALED = {
+    "dora": {"r": 6, "lora_alpha": 12, "target_modules": "all-linear", "use_dora": True},
+    "dora-one-layer": {
+        "r": 20,
+        "lora_alpha": 9,
+        "target_modules": ["v_proj", "o_proj", "up_proj"],
+        "layers_to_transform": 1,
+        "use_dora": True,
+        "use_rslora": True,
+    },
+    "ia3": {
+        "peft_type": "IA3",
+        "target_modules": ["k_proj", "v_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
+    "ia3-inputs-of-fused-layers": {
+        "peft_type": "IA3",
+        "target_modules": ["q_proj", "v_proj", "o_proj", "gate_proj", "up_proj"],
+        "feedforward_modules": ["q_proj", "o_proj", "up_proj"],
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +137,45 @@ def test_all_options_in_one_batch_are_as_alone(engine, adapted):
 
 
 @pytest.fixture(scope="module")
+def biased():
+    """A model with biases: (IA)3 scales them, DoRA does not."""
+    return serving.model_dir("qwen2")
+
+
+@pytest.fixture(scope="module")
+def scaled_engine(biased):
+    return serving.engine(biased)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_dora_and_ia3_are_those_of_peft(scaled_engine, biased, adapted, name):
+    directory, theirs_TV = adapted(name, biased, **SCALED[name])
+    scaled_engine.load_adapter(name, directory)
+    base_TV = torch.tensor(tiny_models.reference_logits(biased, PROMPT)).log_softmax(-1).double().numpy()
+    check(scaled_engine, name, theirs_TV, base_TV)
+
+
+def test_all_methods_in_one_batch_are_as_alone(scaled_engine, biased, adapted):
+    """Six adapters through four device slots, the base among them; scales of one are nobody else's."""
+    for name, options in SCALED.items():
+        scaled_engine.load_adapter(name, adapted(name, biased, **options)[0])
+    for rank in (4, 40):
+        scaled_engine.load_adapter(f"lora-{rank}", serving.adapter_dir(biased, seed=rank, rank=rank))
+    names, params = [*SCALED, "lora-4", "lora-40", None], serving.greedy(12, prompt_logprobs=1, logprobs=2)
+    alone = [serving.bits(scaled_engine.generate([PROMPT], params, adapter=name)[0]) for name in names]
+    assert len({str(bits) for bits in alone}) == len(names)
+    together = scaled_engine.generate([PROMPT] * len(names), params, adapter=names)
+    assert [serving.bits(output) for output in together] == alone
+    assert scaled_engine.stats()["recompiles"] == 0
+    serving.check_idle(scaled_engine)
+
+    never = serving.engine(biased)
+    never.load_adapter("lora-4", serving.adapter_dir(biased, seed=4, rank=4))
+    plain = [serving.bits(never.generate([PROMPT], params, adapter=name)[0]) for name in ("lora-4", None)]
+    assert plain == [alone[names.index("lora-4")], alone[names.index(None)]], "programs with scales change others' bits"
+
+
+@pytest.fixture(scope="module")
 def sixteen():
     """An engine whose step holds 16 sequences and 16 adapters of ranks 4 to 64."""
     path = serving.model_dir()
@@ -144,10 +204,10 @@ def watch_batches(engine):
     """Number of adapters in each packed step from now on."""
     seen, pack = [], engine.core.packer.pack
 
-    def counting(plan, bucket):
+    def counting(plan, *program):
         segments = (*plan.chunks, *plan.decodes)
         seen.append(len({s.seq.request.adapter.name for s in segments if s.seq.request.adapter}))
-        return pack(plan, bucket)
+        return pack(plan, *program)
 
     engine.core.packer.pack = counting
     return seen
