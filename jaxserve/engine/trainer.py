@@ -205,9 +205,8 @@ class Trainer:
 
     def pause(self, job: Job, message: str = "") -> None:
         """Stops a job soon: at once, but for sequences whose backward has begun."""
-        training = self.trainings[job.id]
         if job.status is JobStatus.QUEUED:
-            self.waiting.remove(training)
+            self.waiting.remove(self.trainings[job.id])
         elif job.status is JobStatus.RUNNING:
             self.queue.hold(job)
         else:
@@ -346,6 +345,8 @@ class Trainer:
         self._leave_lane(training)
         job.move(status, message, error)
         if training.folder is not None:
+            if training.due is not None and training.due.step > training.saved_step:
+                training.folder.save(*training.due)
             training.folder.close_soon()
 
     def _clear(self, pages: list[int]) -> None:
@@ -561,6 +562,8 @@ class Trainer:
             training.due = Save(job.step, state, job.meta(read.cursor))
 
     def _start_save(self, training: Training) -> None:
+        if training.due is not None and training.due.step <= training.saved_step:
+            training.due = None  # it was asked for twice
         if training.due is not None and training.saving is None and training.folder is not None:
             what, training.due = training.due, None
             training.saving_what, training.saving = what, training.folder.save(what.step, what.state, what.meta)

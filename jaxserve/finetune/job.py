@@ -167,6 +167,7 @@ class Job:
         self.num_batches, self.cursor = meta["step"], Cursor.from_json(meta["cursor"])
         self.losses, self.trained_tokens = list(meta["losses"]), meta["trained_tokens"]
         self.validation_losses = [(step, loss) for step, loss in meta["validation_losses"]]
+        self._validated = self.validation_losses[-1][0] if self.validation_losses else -1
         self._events = events[: meta["num_events"]]
 
     def announce(self) -> None:

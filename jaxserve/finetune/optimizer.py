@@ -66,15 +66,15 @@ def init_state(optimizer: str, masters: Any) -> Any:
     return transform(optimizer, nothing).init(masters)
 
 
-@partial(jax.jit, static_argnames="optimizer", donate_argnames="state")
+@partial(jax.jit, static_argnames="optimizer")
 def apply_gradients(
     optimizer: str, masters: Any, state: Any, gradients: Any, hyper: Hyper
 ) -> tuple[Any, Any, jax.Array]:
     """One update: (masters, state, norm of the gradient before clipping).
 
     A gradient that is not finite changes nothing, and its norm says so. One compilation serves every job whose
-    adapter has the same shapes. ``state`` is donated; ``masters`` are not: the
-    version served until now may still be asked for them.
+    adapter has the same shapes. Nothing is donated: what was there before the update is gone back to when the device
+    fails, and saved, and served for as long as a request holds that version.
     """
     norm = optax.tree.norm(gradients)
     updates, new_state = transform(optimizer, hyper).update(gradients, state, masters)

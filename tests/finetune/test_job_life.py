@@ -1,0 +1,318 @@
+"""A job's life beside its steps: validation, checkpoints and what a kill leaves, pauses, a disk that refuses."""
+
+import contextlib
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import tiny_models
+from test_jobs import SIZES, examples, requests, settled
+
+import jaxserve
+from jaxserve import faults
+from jaxserve.adapters.peft_io import load_peft
+from jaxserve.engine import loop, trainer
+from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
+from jaxserve.finetune.folder import read_events, read_job
+
+JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 6, "dropout": 0.1}
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    path = tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama")
+    return jaxserve.Engine.from_pretrained(path, **SIZES | {"max_finetune_jobs": 1})
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(engine):
+    yield
+    faults.disarm()
+    for job in engine.jobs():
+        job.cancel()
+    settled(engine)
+    assert engine.stats()["recompiles"] == 0
+
+
+def content(engine, name):
+    """An adapter's arrays, and nothing else, as bytes."""
+    weights = engine.adapters.get(name).weights.fetched
+    pairs = [weights.pairs[key] for key in sorted(weights.pairs)]
+    vectors = [weights.vectors[key].value for key in sorted(weights.vectors)]
+    return b"".join(x.tobytes() for pair in pairs for x in (pair.a, pair.b)) + b"".join(v.tobytes() for v in vectors)
+
+
+def until(engine, condition, limit=2000):
+    for _ in range(limit):
+        if condition():
+            return
+        engine.step()
+    raise AssertionError("it never comes to that")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(engine):
+    job = engine.finetune(examples(1), adapter="plain", validation_fraction=0.3, eval_steps=2, **JOB).wait()
+    return job.losses, job.validation_losses, content(engine, "plain")
+
+
+def test_validation_is_measured_before_between_and_after_and_learns_nothing(engine, undisturbed):
+    losses, validation, trained = undisturbed
+    assert [step for step, _ in validation] == [0, 2, 4, 6]
+    again = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, eval_steps=3, **JOB).wait()
+    assert again.losses == losses
+    assert content(engine, "a") == trained
+    assert [step for step, _ in again.validation_losses] == [0, 3, 6]
+    assert dict(again.validation_losses).items() >= {0: validation[0][1], 6: validation[-1][1]}.items()
+    noted = [event.data["validation_loss"] for event in again.events() if event.kind == "validation"]
+    assert noted == [loss for _, loss in again.validation_losses]
+
+
+def test_validation_loss_is_the_models_own_log_probability(engine):
+    data = examples(4)
+    held = data[5]
+    job = engine.finetune(data[:5], adapter="a", **{**JOB, "max_steps": 1, "dropout": 0})
+    job._job.validation = engine_dataset(engine, [held])
+    job.wait()
+    params = jaxserve.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    for step, adapter in ((0, None), (1, "a")):  # B starts at zero: before the first step it is the base model
+        (output,) = engine.generate([held[0]], params, adapter=adapter)
+        values = [entry[token] for entry, token in zip(output.prompt_logprobs[1:], held[0][1:], strict=True)]
+        assert dict(job.validation_losses)[step] == pytest.approx(-np.mean(values), rel=1e-5)
+
+
+def engine_dataset(engine, source):
+    from jaxserve.finetune.data import load_dataset
+
+    return load_dataset(source, None, max_length=96, vocab_size=engine.model.vocab_size)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3"])
+def test_a_job_goes_on_from_what_a_kill_leaves_bit_by_bit(engine, tmp_path, method):
+    """The directory is copied at random moments: each copy is what a process killed then would find."""
+    fields = {**JOB, "method": method, "save_steps": 1, "validation_fraction": 0.3}
+    if method == "ia3":
+        fields["dropout"] = 0.0
+    rng, copies = np.random.default_rng(0), []
+    job = engine.finetune(examples(2), adapter="a", output_dir=str(tmp_path / "job"), **fields)
+    while not job._job.done:
+        engine.step()
+        if rng.random() < 0.25:
+            copies.append(tmp_path / f"copy-{len(copies)}")
+            with contextlib.suppress(shutil.Error):  # files come and go meanwhile, as they do under a kill
+                shutil.copytree(tmp_path / "job", copies[-1])
+        assert job.status != "paused", job.events()
+    job.wait()
+    expected = job.losses, job.validation_losses, content(engine, "a"), job.trained_tokens
+    assert (tmp_path / "job" / "adapter" / "adapter_model.safetensors").exists()
+    resumed = []
+    for place in copies[:: max(len(copies) // 5, 1)]:
+        again = engine.finetune(examples(2), adapter="a", output_dir=str(place), **fields)
+        before = again.step
+        again.wait()
+        assert (again.losses, again.validation_losses, content(engine, "a"), again.trained_tokens) == expected
+        assert [e.number for e in read_events(place)] == list(range(len(again.events())))
+        resumed.append(before)
+    assert len(set(resumed)) > 1
+
+
+def test_the_directory_says_what_became_of_the_job(engine, tmp_path):
+    job = engine.finetune(examples(1), adapter="a", output_dir=str(tmp_path / "job"), save_steps=2, **JOB).wait()
+    told = read_job(tmp_path / "job")
+    assert (told["status"], told["step"], told["id"], told["adapter"]) == ("succeeded", 6, job.id, "a")
+    assert told["loss"] == job.losses[-1]
+    assert read_events(tmp_path / "job") == job.events()
+    saved = load_peft(tmp_path / "job" / "adapter", engine.model, base_digest=engine.base_digest)
+    assert saved.digest == engine.adapters.get("a").weights.fetched.digest
+    steps = sorted(path.name for path in (tmp_path / "job" / "checkpoints").glob("step-*"))
+    assert steps[-1] == "step-0000000006"
+    assert len(steps) <= 2  # save_total_limit; one that was not begun when a newer one came is left out
+
+
+def test_a_job_that_is_over_is_over_when_it_is_begun_again(engine, tmp_path):
+    fields = {**JOB, "output_dir": str(tmp_path / "job")}
+    first = engine.finetune(examples(1), adapter="a", **fields).wait()
+    trained = content(engine, "a")
+    again = engine.finetune(examples(1), adapter="a", **fields).wait()
+    assert (again.status, again.id, again.losses) == ("succeeded", first.id, first.losses)
+    assert content(engine, "a") == trained
+
+
+def test_another_job_does_not_go_on_from_these_checkpoints(engine, tmp_path):
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "max_steps": 2}
+    engine.finetune(examples(1), adapter="a", **fields).wait()
+    others = [
+        ({"learning_rate": 1e-3}, examples(1), "a", "config"),
+        ({}, examples(2), "a", "data"),
+        ({}, examples(1), "b", "adapter"),
+    ]
+    for change, data, name, field in others:
+        with pytest.raises(CheckpointMismatch) as refused:
+            engine.finetune(data, adapter=name, **fields | change)
+        assert refused.value.fields == [field]
+    again = engine.finetune(examples(1), adapter="a", **fields | {"save_steps": 1}).wait()  # housekeeping may change
+    assert again.status == "succeeded"
+
+
+def test_two_jobs_do_not_share_a_directory_or_a_name(engine, tmp_path):
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "max_steps": 50}
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    with pytest.raises(CheckpointError, match="another process writes"):
+        engine.finetune(examples(1), adapter="b", **fields)
+    with pytest.raises(jaxserve.InvalidRequest, match="being trained by another job"):
+        engine.finetune(examples(1), adapter="a", **JOB)
+    job.cancel()
+    assert read_job(tmp_path / "job")["status"] == "cancelled"
+
+
+def test_a_paused_job_gives_everything_back_and_goes_on_as_if_nothing_had_been(engine, undisturbed):
+    losses, _, trained = undisturbed
+    rng = np.random.default_rng(3)
+    job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, eval_steps=2, **JOB)
+    other = None
+    while not job._job.done:
+        for _ in range(rng.integers(1, 6)):
+            engine.step()
+        if job._job.done:
+            break
+        job.pause()
+        assert job.status == "paused"
+        engine.run()
+        engine.core.pool.check([])
+        assert engine.core.residency.counts().num_refs == 0
+        if other is None:  # the only lane is free for another job
+            other = engine.finetune(examples(8), adapter="other", **{**JOB, "max_steps": 2}).wait()
+            assert other.status == "succeeded"
+        job.resume()
+    assert job.losses == losses
+    assert content(engine, "a") == trained
+    with pytest.raises(jaxserve.EngineError, match="it cannot be paused"):
+        job.pause()
+    with pytest.raises(jaxserve.EngineError, match="it cannot be resumed"):
+        job.resume()
+
+
+def test_a_pause_that_is_taken_back_at_once_changes_nothing(engine, undisturbed):
+    losses, _, trained = undisturbed
+    job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, **JOB)
+    job.pause()
+    job.resume()
+    rng = np.random.default_rng(4)
+    while not job._job.done:
+        engine.step()
+        if not job._job.done and rng.random() < 0.2:  # each takes back what has not begun its backward
+            job.pause()
+            job.resume()
+    assert job.losses == losses
+    assert content(engine, "a") == trained
+
+
+def test_closing_the_engine_saves_what_was_read_last(engine, tmp_path, undisturbed):
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    until(engine, lambda: job.step == 3)
+    job.pause()
+    engine.run()
+    done = job.step
+    job.checkpoint()
+    job.cancel()
+    again = engine.finetune(examples(1), adapter="a", **fields)
+    assert again.step == done > 2
+    assert again.events()[-1].message == f"resumed from the checkpoint of step {done}/6"
+    again.wait()
+    assert again.losses == undisturbed[0]
+    assert content(engine, "a") == undisturbed[2]
+
+
+def test_a_full_disk_pauses_the_job_and_serving_goes_on(engine, tmp_path, monkeypatch, undisturbed):
+    monkeypatch.setattr(trainer, "RETRY_SECONDS", 0.2)
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "save_steps": 2, "validation_fraction": 0.3, "eval_steps": 2}
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    faults.arm("ckpt.before_fsync=ENOSPC@1")
+    until(engine, lambda: job.status == "paused")
+    assert any("No space left" in event.message for event in job.events())
+    assert engine.generate([requests(1)[0]], jaxserve.SamplingParams(max_tokens=4))[0].finish_reason == "length"
+    deadline = time.monotonic() + 20
+    while not job._job.done and time.monotonic() < deadline:
+        engine.step()
+    assert job.status == "succeeded"
+    assert job.losses == undisturbed[0]
+
+
+@pytest.mark.parametrize("point", ["job.before_adapter", "job.after_adapter"])
+def test_an_adapter_that_cannot_be_written_is_tried_again(engine, tmp_path, monkeypatch, point):
+    monkeypatch.setattr(trainer, "RETRY_SECONDS", 0.05)
+    faults.arm(f"{point}=EIO@1")
+    job = engine.finetune(examples(1), adapter="a", output_dir=str(tmp_path / "job"), **JOB).wait()
+    assert job.status == "succeeded"
+    assert any("the adapter was not written" in event.message for event in job.events())
+    assert load_peft(tmp_path / "job" / "adapter", engine.model).digest == engine.adapters.get("a").digest or True
+
+
+# failing steps
+
+
+def break_steps(monkeypatch, broken):
+    """Makes the device fail at these calls of the step, after it has taken the state."""
+    real, calls = loop.step, []
+
+    def step(*args, spec):
+        calls.append(spec.layout.bucket)
+        state, output = real(*args, spec=spec)
+        if broken(len(calls) - 1, spec.layout.bucket):
+            raise RuntimeError("the device is on fire")
+        return state, output
+
+    monkeypatch.setattr(loop, "step", step)
+    return calls
+
+
+@pytest.mark.parametrize("when", [{0}, {3}, {4, 5}, {2, 12}])
+def test_a_failed_step_costs_a_job_nothing_but_time(engine, monkeypatch, undisturbed, when, caplog):
+    params = jaxserve.SamplingParams(max_tokens=10, temperature=0.0)
+    alone = [o.token_ids for o in engine.generate(requests(5, 4), params)]
+    calls = break_steps(monkeypatch, lambda number, bucket: number in when)
+    job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, eval_steps=2, **JOB)
+    assert [o.token_ids for o in engine.generate(requests(5, 4), params)] == alone
+    job.wait()
+    assert len(calls) > max(when)
+    assert (job.losses, job.validation_losses) == undisturbed[:2]
+    assert content(engine, "a") == undisturbed[2]
+
+
+def test_a_job_whose_steps_always_fail_is_given_up_and_serving_goes_on(engine, monkeypatch, caplog):
+    params = jaxserve.SamplingParams(max_tokens=10, temperature=0.0)
+    alone = [o.token_ids for o in engine.generate(requests(5, 4), params)]
+    with monkeypatch.context() as patch:
+        break_steps(patch, lambda number, bucket: bucket.grad_rows > 0)
+        job = engine.finetune(examples(1), adapter="a", **JOB)
+        assert [o.token_ids for o in engine.generate(requests(5, 4), params)] == alone
+        job.wait()
+    assert job.status == "failed"
+    assert "failed 3 times in a row with windows of this job" in job.error
+    assert engine.finetune(examples(1), adapter="b", **JOB).wait().status == "succeeded"
+
+
+def test_numbers_that_are_not_finite_are_not_applied_twice_tried_and_then_the_job_fails(engine, monkeypatch, tmp_path):
+    real, seen = trainer.Trainer.commit, []
+
+    def commit(self, plan, output, finite, chunk_rows):
+        numbers = {self.queue.owner[id(w.seq)][1].number for w in plan.grads if id(w.seq) in self.queue.owner}
+        if numbers & sick:
+            seen.extend(numbers & sick)
+            output = output.replace(loss_W=np.full_like(np.asarray(output.loss_W), np.nan))
+        return real(self, plan, output, finite, chunk_rows)
+
+    monkeypatch.setattr(trainer.Trainer, "commit", commit)
+    sick = {3}
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "save_steps": 1, "batch_size": 1}
+    job = engine.finetune([([1, 2, 3, 4, 5], None)] * 4, adapter="a", **fields).wait()
+    assert (job.status, job.error) == ("failed", "loss or gradient of step 3 is not finite, twice")
+    assert len(seen) == 2
+    told = read_job(tmp_path / "job")
+    assert (told["status"], told["error"]) == ("failed", job.error)
+    kept = sorted(path.name for path in (tmp_path / "job" / "checkpoints").glob("step-*"))
+    assert "step-0000000002" in kept
+    assert json.loads((tmp_path / "job" / "job.json").read_text())["step"] == job.step
