@@ -32,15 +32,10 @@ def make_job(engine: "Engine", data: Source, adapter: str, config: FinetuneConfi
     Raises:
       ConfigError, DataError, InvalidRequest, AdapterError, CheckpointError: before anything is trained.
     """
-    engine.adapters.check_name(adapter)
-    if adapter in {job.adapter for job in engine.jobs() if job.status not in ("succeeded", "failed", "cancelled")}:
-        raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
+    _check_name(engine, adapter)
     dataset, validation = _datasets(engine, data, config)
-    start = _start(engine, config)
-    limit = engine.config.max_lora_rank
-    if start.rank > limit:
-        raise InvalidRequest(f"rank is {start.rank}; max_lora_rank is {limit}", "rank")
-    trainer = engine.prepare_finetuning(scales=bool(start.vectors))
+    start = make_start(engine, adapter, config)
+    trainer = engine.prepare_finetuning(scales=bool(start.vectors), dropout=config.dropout > 0)
     folder = _folder(engine, adapter, config, dataset)
     job = Job(adapter, config, dataset, start, validation=validation, tenant=tenant)
     try:
@@ -89,19 +84,30 @@ def _folder(engine: "Engine", adapter: str, config: FinetuneConfig, dataset: Dat
     return JobFolder(config.output_dir, identity, config.save_total_limit)
 
 
-def _start(engine: "Engine", config: FinetuneConfig) -> AdapterWeights:
-    """What the adapter is before the first step."""
-    if config.start != "init":
-        weights = _known(engine, config.start)
-    elif config.method == "ia3":
-        weights = ia3.initial(config.adapter_config(), engine.model)
-    else:
-        rng = np.random.default_rng(config.seed)
-        if config.method == "dora":
-            weights = dora.initial(config.adapter_config(), engine.model, rng, engine.core.base_lengths())
-        else:
-            weights = lora.initial(config.adapter_config(), engine.model, rng)
+def _check_name(engine: "Engine", adapter: str) -> None:
+    engine.adapters.check_name(adapter)
+    if engine.core.trainer is not None and adapter in engine.core.trainer.adapters():
+        raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
+
+
+def make_start(engine: "Engine", adapter: str, config: FinetuneConfig) -> AdapterWeights:
+    """What the adapter is before the first step. Raises InvalidRequest, AdapterError."""
+    _check_name(engine, adapter)
+    weights, limit = _start(engine, config), engine.config.max_lora_rank
+    if weights.rank > limit:
+        raise InvalidRequest(f"rank is {weights.rank}; max_lora_rank is {limit}", "rank")
     return replace(weights, base_digest=engine.base_digest)
+
+
+def _start(engine: "Engine", config: FinetuneConfig) -> AdapterWeights:
+    if config.start != "init":
+        return _known(engine, config.start)
+    described, rng = config.adapter_config(), np.random.default_rng(config.seed)
+    if config.method == "ia3":
+        return ia3.initial(described, engine.model)
+    if config.method == "dora":
+        return dora.initial(described, engine.model, rng, engine.core.base_lengths())
+    return lora.initial(described, engine.model, rng)
 
 
 def _known(engine: "Engine", start: str) -> AdapterWeights:
@@ -188,7 +194,7 @@ class FinetuneJob:
     def wait(self) -> "FinetuneJob":
         """Steps the engine until the job is over, or paused by anybody; requests in flight are served along the way."""
         while not self._job.done and self.status != "paused":
-            self._engine._drive()
+            self._engine.drive()
         self._settle()
         return self
 

@@ -27,10 +27,12 @@ from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelErro
 from jaxserve.files import read_json
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Source
+from jaxserve.finetune.session import BatchResult
 from jaxserve.finetuning import FinetuneJob, make_job
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_generation_config, load_params
 from jaxserve.outputs import Completion, Event, RequestOutput
+from jaxserve.primitives import LOSSES, TrainingCalls
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.request import Request
 from jaxserve.scheduler.request import Sequence as Choice
@@ -85,6 +87,7 @@ class Engine:
         self._finished: dict[str, RequestOutput] = {}
         self._aborted: deque[Event] = deque()
         self._jobs: list[FinetuneJob] = []
+        self._calls = TrainingCalls(self)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
         self._totals = {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
@@ -458,13 +461,104 @@ class Engine:
         """All jobs of this engine's life, in the order they came."""
         return list(self._jobs)
 
-    def prepare_finetuning(self, scales: bool = False) -> Trainer:
-        """Compiles what jobs need, where that has not been done; ``scales`` for (IA)3 and DoRA."""
+    # training by calls
+
+    def open_adapter(
+        self, adapter: str, config: FinetuneConfig | None = None, *, tenant: str = "", **fields: Any
+    ) -> None:
+        """Makes an adapter that ``forward_backward`` and ``optim_step`` train; it takes one of max_finetune_jobs.
+
+        Args:
+          config: method, rank, targets, start, optimizer, learning rate, dropout and window of a FinetuneConfig; or
+            give its fields as keywords. What is about data and schedules is not used.
+
+        Raises:
+          ConfigError, InvalidRequest, AdapterError.
+        """
+        self._calls.open(adapter, config or FinetuneConfig(**fields), tenant)
+
+    def close_adapter(self, adapter: str) -> None:
+        """Ends an adapter's training by calls; its published versions stay."""
+        self._calls.close(adapter)
+
+    def forward_backward(
+        self,
+        adapter: str,
+        batch: Iterable[Any],
+        loss: str = "cross_entropy",
+        *,
+        clip: tuple[float, float] = (0.8, 1.2),
+        beta: float = 0.1,
+        reference: str | None = None,
+    ) -> BatchResult:
+        """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs.
+
+        Args:
+          batch: (token ids, weights) pairs, {"input_ids", "weights"} or records as in a JSONL file. For
+            importance_sampling and ppo {"input_ids", "weights", "logprobs", "advantages"}; weights, logprobs and
+            advantages are one per token, entry t is about predicting token t. For dpo {"chosen", "rejected"}, and
+            "reference_logprobs" (two sums) if they are known.
+          loss: cross_entropy, importance_sampling, ppo or dpo; see ``jaxserve.primitives``. All are sums over tokens.
+          clip: the range of ppo's ratio; beta: of dpo; reference: dpo's reference, an adapter or None for the base.
+
+        Returns: each token's loss and log-probability; of dpo each pair's loss, and accuracy and margin as metrics.
+
+        Raises:
+          InvalidRequest: what is wrong with which item; nothing was computed.
+        """
+        if loss == "dpo":
+            return self._calls.dpo(adapter, batch, beta, reference)
+        if loss not in LOSSES:
+            raise InvalidRequest(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}", "loss")
+        return self._calls.forward_backward(adapter, batch, loss, clip)
+
+    def forward(self, adapter: str, batch: Iterable[Any]) -> BatchResult:
+        """Losses and log-probabilities of a batch under an open adapter, without gradients and without dropout."""
+        return self._calls.forward(adapter, batch)
+
+    def optim_step(self, adapter: str, **overrides: float | None) -> dict[str, Any]:
+        """Updates the adapter by the gradients that have been added, and publishes it.
+
+        Args:
+          overrides: learning_rate, beta1, beta2, eps, momentum, weight_decay, max_grad_norm, in place of the
+            config's.
+
+        Returns: step, applied (False where a gradient was not finite: nothing has changed), gradient_norm,
+          learning_rate, adapter_version.
+        """
+        return self._calls.optim_step(adapter, overrides)
+
+    def sample(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> list[RequestOutput]:
+        """``generate`` with the drawn tokens' log-probabilities, which a policy loss asks for."""
+        params = params or SamplingParams()
+        if params.logprobs is None:
+            params = dataclasses.replace(params, logprobs=0)
+        return self.generate(prompts, params, adapter=adapter)
+
+    def save_state(self, adapter: str, directory: str | Path) -> None:
+        """Saves an open adapter with its optimizer's state and the gradients added so far.
+
+        Raises:
+          CheckpointError: the disk refused, or the directory has the state of something else.
+        """
+        self._calls.save_state(adapter, directory)
+
+    def load_state(self, adapter: str, directory: str | Path) -> None:
+        """Puts an open adapter back to where it was saved, and publishes that as its newest version.
+
+        Raises:
+          CheckpointError: it is the state of another model or adapter configuration.
+        """
+        self._calls.load_state(adapter, directory)
+
+    def prepare_finetuning(self, *, scales: bool = False, dropout: bool = False) -> Trainer:
+        """Compiles what jobs need, where that has not been done; ``scales`` is for (IA)3 and DoRA."""
         start, seconds = time.perf_counter(), {}
         if self.core.trainer is None:
             seconds = self.core.enable_training(self.adapters, max(self.config.max_finetune_jobs, 1))
-        if scales:
-            seconds |= self.core.enable_scales()
+        seconds |= self.core.enable(scales=scales, dropout=dropout)
         if seconds:
             logger.info("ready to finetune: %d programs in %.1f s", len(seconds), time.perf_counter() - start)
         assert self.core.trainer is not None
@@ -477,8 +571,8 @@ class Engine:
             events += self.step()
         return events
 
-    def _drive(self) -> None:
-        """One step on behalf of a job's ``wait``; events of requests are kept for the next ``step``."""
+    def drive(self) -> None:
+        """One step on behalf of something that waits; events of requests are kept for the next ``step``."""
         events = self.step()
         with self.core.lock:
             self._aborted.extend(events)

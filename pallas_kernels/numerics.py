@@ -24,6 +24,20 @@ def row_sum(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=_by_matmul, default=lambda x: jnp.sum(x, axis=-1))
 
 
+def apart(x: jax.Array, one: jax.Array) -> jax.Array:
+    """x, computed for itself on CPU: what comes after it does not decide how it is computed.
+
+    XLA compiles an elementwise chain as one piece of code, and whether a * b + c * d in it becomes a fused multiply-add
+    of the first product or of the second depends on what else is there. A loop of ``one`` turn, an int32 that only the
+    run knows to be 1, is a boundary that stays.
+    """
+
+    def alone(x: jax.Array, one: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, one, lambda _, nothing: x, jnp.zeros_like(x))
+
+    return lax.platform_dependent(x, one, cpu=alone, default=lambda x, one: x)
+
+
 def _by_matmul(x: jax.Array) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     few = rows.shape[0] < 2

@@ -76,6 +76,7 @@ class Trainer:
         lanes: int = 2,
         pages: int = 2,
         scaled: bool = False,
+        dropout: bool = False,
         **overrides,
     ):
         self.config = ModelConfig.from_dict(tiny_models.config_dict(family, **overrides))
@@ -87,6 +88,7 @@ class Trainer:
         self.layout = BatchLayout(
             self.bucket, NUM_SLOTS, PAGES_PER_SEQ, blocks, blocks * pages,
             train_slots=TRAIN_SLOTS, grad_items=W // BLOCK * pages, row_block=BLOCK, scaled=scaled,
+            dropout=dropout,
         )  # fmt: skip
         self.spec = StepSpec(
             config=self.config, mesh=self.mesh, layout=self.layout, row_block=BLOCK, page_size=PAGE, max_logprobs=2,
@@ -104,7 +106,7 @@ class Trainer:
         slots = Slots(NUM_SLOTS, PAGES_PER_SEQ, TRAIN_SLOTS)
         vocab, bank_pages = self.config.vocab_size, self.bank.num_pages
         self.packer = Packer(
-            slots, {(self.bucket, scaled): self.layout}, BLOCK, NUM_PAGES, PAGE, vocab, bank_pages, self.train
+            slots, {(self.bucket, True): self.layout}, BLOCK, NUM_PAGES, PAGE, vocab, bank_pages, self.train
         )
         self.pages, self.free_pages, self.free_acc = pages, list(range(NUM_PAGES)), list(range(40))
         self.steps = 0
@@ -134,7 +136,7 @@ class Trainer:
         plan = StepPlan(
             index=self.steps, chunks=(), decodes=(), samples=(), chunk_rows=0, finetune=FinetunePlan(grads, forwards)
         )
-        packed = self.packer.pack(plan, self.bucket, self.spec.scaled)
+        packed = self.packer.pack(plan, self.bucket, True)
         scales = self.writer.scales
         self.state, output = step(self.params, self.state, packed.ints, packed.floats, scales, spec=self.spec)
         self.steps += 1

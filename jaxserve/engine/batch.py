@@ -24,8 +24,8 @@ NOWHERE = np.iinfo(np.int32).max  # an index out of every range: nothing is writ
 FROM_DEVICE = -1  # a token the host has not read yet: the device's own last token of that slot
 LORA_ROWS = 8  # rows per block of the multi-adapter matmul
 LOSS_FLOATS = ("weight_W", "sampled_logprob_W", "advantage_W", "clip_low_W", "clip_high_W")
-NUM_FLAGS = 8
-RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS, FUSED_INPUTS, DROPOUT = range(NUM_FLAGS)
+NUM_FLAGS = 9
+RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS, FUSED_INPUTS, DROPOUT, ALWAYS = range(NUM_FLAGS)
 
 
 @struct.dataclass
@@ -50,8 +50,8 @@ class GradBatch:
     lane_SJ: Int[Array, "S J"]  # the lane page an item's gradient is added to
     items_S: Int[Array, "S"]
     lane_N: Int[Array, "N"] | None  # lane whose scales a row block trains; out of range: none
-    drop_key_T: Int[Array, "Tb"]  # of the example a block row belongs to
-    drop_rate_T: Float[Array, "Tb"]
+    drop_key_T: Int[Array, "Tb"] | None  # of the example a block row belongs to
+    drop_rate_T: Float[Array, "Tb"] | None
 
 
 @struct.dataclass
@@ -68,7 +68,7 @@ class TokenBatch:
     edited_R: Int[Array, "R"]  # 1: the slot's logit edits apply
     counted_R: Int[Array, "R"]  # 1: the slot's token counts are kept
     rows: SampleRows
-    flags: Int[Array, "8"]  # what at least one row of the batch needs: RANDOM ... DROPOUT
+    flags: Int[Array, "9"]  # what at least one row of the batch needs: RANDOM ... DROPOUT; ALWAYS is 1
     lead_page_T: Int[Array, "T"] | None  # first bank page of the row's adapter: where its scales are
     lora: LoraBatch | None
     grad: GradBatch | None
@@ -88,6 +88,7 @@ class BatchLayout:
     grad_items: int = 0
     row_block: int = 1
     scaled: bool = False  # rows have scales: (IA)3, DoRA
+    dropout: bool = False  # of gradient rows and of the windows that go forward beside them
 
     @property
     def all_slots(self) -> int:
@@ -131,8 +132,9 @@ class BatchLayout:
                 "grad_page_SJ": (self.num_sites, self.grad_items),
                 "grad_lane_SJ": (self.num_sites, self.grad_items),
                 "grad_items_S": (self.num_sites,),
-                "drop_key_T": (self.bucket.block_rows,),
             }
+            if self.dropout:
+                fields["drop_key_T"] = (self.bucket.block_rows,)
             if self.scaled:
                 fields["grad_lane_N"] = (W // self.row_block,)
         return fields
@@ -142,7 +144,9 @@ class BatchLayout:
         names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
         fields: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.num_samples,))
         if W := self.bucket.grad_rows:
-            fields |= dict.fromkeys(LOSS_FLOATS, (W,)) | {"drop_rate_T": (self.bucket.block_rows,)}
+            fields |= dict.fromkeys(LOSS_FLOATS, (W,))
+            if self.dropout:
+                fields["drop_rate_T"] = (self.bucket.block_rows,)
         return fields
 
     @property
@@ -159,6 +163,7 @@ class BatchLayout:
         int_views["target_T"][:] = -1
         int_views["slot_T"][:] = self.all_slots
         int_views["sample_slot_R"][:] = self.num_slots
+        int_views["flags"][ALWAYS] = 1
         float_views["repetition_R"][:] = 1
         float_views["top_p_R"][:] = 1
         if self.lora_blocks:
@@ -198,8 +203,8 @@ class BatchLayout:
                 acc_table_BM=i["acc_table_BM"],
                 **{k: i["grad_" + k] for k in ("block_SJ", "page_SJ", "lane_SJ", "items_S")},
                 lane_N=i.get("grad_lane_N"),
-                drop_key_T=i["drop_key_T"],
-                drop_rate_T=f["drop_rate_T"],
+                drop_key_T=i.get("drop_key_T"),
+                drop_rate_T=f.get("drop_rate_T"),
             )
         plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R")
         return TokenBatch(

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from jaxserve.adapters.bank import SITE_NAMES, BankShape, SiteBank
 from jaxserve.adapters.scales import ScalesShape, SiteScales
+from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import TokenBatch
 from jaxserve.engine.linear import Lanes, Linear, Linears, contract
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
@@ -33,7 +34,7 @@ from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig
 from jaxserve.models.layers import rms_norm
 from pallas_kernels.cross_entropy import loss_and_gradient
-from pallas_kernels.numerics import wide_dtype
+from pallas_kernels.numerics import apart, wide_dtype
 from pallas_kernels.ragged_paged_attention import (
     AttentionLayout,
     ragged_paged_attention,
@@ -281,7 +282,8 @@ class GradientRows:
 
         def run_backward(kept, d_y):
             x_WI, z_WO, lanes = kept
-            d_x_WI, lanes = rows.backward(p, x_WI, z_WO, d_y[:W], lanes)
+            d_y_WO = apart(d_y[:W], self.linears.batch.flags[flags.ALWAYS])
+            d_x_WI, lanes = rows.backward(p, x_WI, z_WO, d_y_WO, lanes)
             return jnp.pad(d_x_WI, ((0, d_y.shape[0] - W), (0, 0))), lanes
 
         return _with_vjp(run, run_forward, run_backward)(x, lanes)

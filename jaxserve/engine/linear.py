@@ -252,18 +252,20 @@ class Linears:
             scales=scales,
             parallel=self.spec.mesh.size > 1,
             implementation=self.spec.lora,
-            drop=partial(self._drop, site, layer, drop_rows) if self.batch.grad is not None else None,
+            drop=partial(self._drop, site, layer, drop_rows) if self.spec.layout.dropout else None,
         )
 
     def _drop(self, site: str, layer, rows: int, x_TI: jax.Array) -> jax.Array:
         """Dropout of the first rows; nothing is computed where no row asks for any."""
         grad, columns = self.batch.grad, x_TI.shape[1]
         assert grad is not None
+        assert grad.drop_key_T is not None
+        assert grad.drop_rate_T is not None
+        key, rate = grad.drop_key_T[:rows], grad.drop_rate_T[:rows].astype(accumulator(x_TI))
         first = lax.axis_index(AXIS) * columns if site in decoder.ROW else 0
         salt = layer * len(SITE_NAMES) + SITE_NAMES.index(site)
 
         def dropped(x_TI):
-            key, rate = grad.drop_key_T[:rows], grad.drop_rate_T[:rows].astype(accumulator(x_TI))
             keep_TI = keep_mask(key, self.batch.position_T[:rows], rate, salt, first, columns)
             return jnp.concatenate([drop(x_TI[:rows], keep_TI, rate), x_TI[rows:]])
 

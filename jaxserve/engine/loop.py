@@ -91,6 +91,13 @@ class CoreConfig:
         return 1 + self.max_loras * self.adapter_pages if self.max_loras else 0
 
 
+class Extras(NamedTuple):
+    """What the extended programs know; the others cost nothing for it."""
+
+    scales: bool = False
+    dropout: bool = False
+
+
 class InFlight(NamedTuple):
     """A step the device has and the host has not read."""
 
@@ -144,7 +151,8 @@ class EngineCore:
         )
         self.scheduler = Scheduler(limits, self.pool, self.residency)
         self.buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
-        self.specs: dict[tuple[Bucket, bool], StepSpec] = {}  # by bucket, and whether rows have scales
+        self.extras = Extras()
+        self.specs: dict[tuple[Bucket, bool], StepSpec] = {}  # by bucket, and whether it knows the extras
         self.slots = Slots(config.max_num_seqs, config.pages_per_seq, TRAIN_SLOTS)
         self.packer = Packer(
             self.slots,
@@ -165,7 +173,7 @@ class EngineCore:
         self.times = StepTimes()
         self._last_done = 0.0
         self.lock = threading.RLock()
-        self._add_specs(self.buckets, scaled=False)
+        self._add_specs(self.buckets, extended=False)
 
     # start-up
 
@@ -181,15 +189,16 @@ class EngineCore:
             bank=self.bank,
         )
 
-    def _add_specs(self, buckets: Iterable[Bucket], scaled: bool) -> list[tuple[Bucket, bool]]:
+    def _add_specs(self, buckets: Iterable[Bucket], extended: bool) -> list[tuple[Bucket, bool]]:
         """Declares programs; returns those that are new."""
-        keys = [key for bucket in buckets if (key := (bucket, scaled)) not in self.specs]
-        self.specs |= {key: self._spec(*key) for key in keys}
-        self.packer.layouts |= {key: self.specs[key].layout for key in keys}
-        return keys
+        specs = {(bucket, extended): self._spec(bucket, extended) for bucket in buckets}
+        new = [key for key, spec in specs.items() if self.specs.get(key) != spec]
+        self.specs |= specs
+        self.packer.layouts |= {key: spec.layout for key, spec in specs.items()}
+        return new
 
-    def _spec(self, bucket: Bucket, scaled: bool) -> StepSpec:
-        c = self.config
+    def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
+        c, scaled = self.config, extended and self.extras.scales
         partial_blocks = min(max(c.bank_pages - 1, 0), c.max_num_seqs)  # each adapter may leave one not full
         blocks = min(-(-bucket.rows // LORA_ROWS) + partial_blocks, bucket.rows) if self.bank else 0
         layout = BatchLayout(
@@ -202,6 +211,7 @@ class EngineCore:
             grad_items=bucket.grad_rows // c.row_block * c.adapter_pages,
             row_block=c.row_block,
             scaled=scaled,
+            dropout=extended and self.extras.dropout and bucket.grad_rows > 0,
         )
         return StepSpec(
             train=self.trainer.shape if bucket.grad_rows and self.trainer else None,
@@ -235,24 +245,25 @@ class EngineCore:
         """Runs programs on nothing, each twice: seconds of the first time, compilation and all; the second is its
         time."""
         seconds = {}
-        for bucket, scaled in list(keys):
+        for bucket, extended in list(keys):
             start = self.clock()
-            ints, _, floats, _ = self.specs[bucket, scaled].layout.empty()
-            jax.block_until_ready(self._run(bucket, scaled, ints, floats))
+            ints, _, floats, _ = self.specs[bucket, extended].layout.empty()
+            jax.block_until_ready(self._run(bucket, extended, ints, floats))
             compiled = self.clock()
-            jax.block_until_ready(self._run(bucket, scaled, ints, floats))
+            jax.block_until_ready(self._run(bucket, extended, ints, floats))
             self.times.observe(bucket, self.clock() - compiled)
-            seconds[f"{bucket} scaled" if scaled else str(bucket)] = compiled - start
+            seconds[f"{bucket} extended" if extended else str(bucket)] = compiled - start
         return seconds
 
-    def _run(self, bucket: Bucket, scaled: bool, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
+    def _run(self, bucket: Bucket, extended: bool, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
         """One step on the device; only steps with gradient rows carry the finetuning state."""
-        state, kept, trainer = self.state, None, self.trainer if bucket.grad_rows else None
+        spec, state, kept = self.specs[bucket, extended], self.state, None
+        trainer = self.trainer if bucket.grad_rows else None
         if trainer is not None:
-            kept = None if scaled else trainer.state.scale_lanes
-            state = replace(state, train=trainer.state if scaled else replace(trainer.state, scale_lanes=None))
-        scales = self.writer.scales if scaled and self.writer is not None else None
-        state, output = step(self.params, state, ints, floats, scales, spec=self.specs[bucket, scaled])
+            kept = None if spec.scaled else trainer.state.scale_lanes
+            state = replace(state, train=trainer.state if spec.scaled else replace(trainer.state, scale_lanes=None))
+        scales = self.writer.scales if spec.scaled and self.writer is not None else None
+        state, output = step(self.params, state, ints, floats, scales, spec=spec)
         if trainer is not None:
             trainer.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
         self.state = replace(state, train=None)
@@ -288,8 +299,9 @@ class EngineCore:
             self.packer.train = shape
             self.scheduler.reclaim = self.trainer.queue.give_way
             self.buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
-            seconds = self._try_all(self._add_specs(self.buckets, scaled=False))
-            return seconds | (self._prepare_scales() if self.has_scales else {})
+            if self.extras.scales:
+                self.trainer.enable_scales()
+            return self._try_all(self._add_specs(self.buckets, extended=False) + self._extended_specs())
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
@@ -301,19 +313,26 @@ class EngineCore:
             *map(shapes_of, (train, self.state.bank, self.writer.scales, self.params)),
         )
 
-    @property
-    def has_scales(self) -> bool:
-        return self.writer is not None and self.writer.scales is not None
-
-    def enable_scales(self) -> dict[str, float]:
-        """Makes room for the vectors of (IA)3 and DoRA adapters and compiles steps that use them; once. Returns seconds
-        by program."""
+    def enable(self, *, scales: bool = False, dropout: bool = False) -> dict[str, float]:
+        """Compiles the programs that know scales (of (IA)3 and DoRA adapters) or dropout, once either is asked for.
+        Returns seconds by program."""
         with self.lock, self.compiles.preparing():
-            if self.writer is None or self.has_scales:
+            extras = Extras(self.extras.scales or scales, self.extras.dropout or dropout)
+            if self.writer is None or extras == self.extras:
                 return {}
-            self.writer.enable_scales()
-            self._warm_up_writer()
-            return self._prepare_scales()
+            if extras.scales and not self.extras.scales:
+                self.writer.enable_scales()
+                self._warm_up_writer()
+                if self.trainer is not None:
+                    self.trainer.enable_scales()
+            self.extras = extras
+            return self._try_all(self._extended_specs())
+
+    def _extended_specs(self) -> list[tuple[Bucket, bool]]:
+        """Programs that know all extras which are enabled; without gradient rows there is no dropout to know."""
+        with_scales = [bucket for bucket in self.buckets if self.extras.scales]
+        with_dropout = [bucket for bucket in self.buckets if self.extras.dropout and bucket.grad_rows]
+        return self._add_specs(dict.fromkeys([*with_scales, *with_dropout]), extended=True)
 
     def _warm_up_writer(self) -> None:
         assert self.writer is not None
@@ -330,11 +349,6 @@ class EngineCore:
             )
             lengths = jax.device_get(lengths)
         return {(layer, member): row for member, rows in lengths.items() for layer, row in enumerate(rows)}
-
-    def _prepare_scales(self) -> dict[str, float]:
-        if self.trainer is not None:
-            self.trainer.enable_scales()
-        return self._try_all(self._add_specs(self.buckets, scaled=True))
 
     # requests
 
@@ -457,9 +471,9 @@ class EngineCore:
         # only programs with gradient rows know dropout
         grad_rows = total_rows(grads, block) or any(window.seq.dropout for window in forwards)
         bucket = self.buckets.fit(chunk_rows, len(plan.decodes), int(grad_rows))
-        scaled = self.has_scales and _is_scaled(plan)
-        packed = self.packer.pack(plan, bucket, scaled)
-        output = self._run(bucket, scaled, packed.ints, packed.floats)
+        extended = any(self.extras) and _needs_extras(plan)
+        packed = self.packer.pack(plan, bucket, extended)
+        output = self._run(bucket, extended, packed.ints, packed.floats)
         if self.trainer is not None:
             self.trainer.after_dispatch()
         if self.on_accelerator:
@@ -596,8 +610,7 @@ class EngineCore:
         """Does on the caller's thread what the loop need not: cuts an adapter into bank pages, and compiles the steps
         with scales when the first adapter that has some comes."""
         if self.writer is not None:
-            if is_scaled(weights):
-                self.enable_scales()
+            self.enable(scales=is_scaled(weights))
             self.writer.prepare(weights)
 
     def _upload(self, version: AdapterVersion, pages: list[int]) -> None:
@@ -614,10 +627,10 @@ class EngineCore:
         self.state = replace(self.state, bank=bank)
 
 
-def _is_scaled(plan: StepPlan) -> bool:
-    """Some row's adapter has scales."""
+def _needs_extras(plan: StepPlan) -> bool:
+    """Some row's adapter has scales, or is trained with dropout."""
     grads, forwards = plan.finetune or ((), ())
-    if any(window.seq.lane.scaled for window in (*grads, *forwards)):
+    if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):
         return True
     adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
     return any(version is not None and is_scaled(version.weights) for version in adapters)

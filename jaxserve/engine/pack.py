@@ -123,9 +123,9 @@ class Packer:
         self.bank_pages = bank_pages
         self.train = train
 
-    def pack(self, plan: StepPlan, bucket: Bucket, scaled: bool = False) -> Packed:
-        """Fills the buffers of ``bucket`` with the plan's rows; ``scaled`` chooses the program that knows scales."""
-        layout = self.layouts[bucket, scaled]
+    def pack(self, plan: StepPlan, bucket: Bucket, extended: bool = False) -> Packed:
+        """Fills the buffers of ``bucket`` with the plan's rows; ``extended``: for the program that knows extras."""
+        layout = self.layouts[bucket, extended]
         ints, i, floats, f = layout.empty()
         chunk_ends, row = self._chunks(plan, i, bucket)
         if plan.finetune is not None:

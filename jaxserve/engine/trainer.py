@@ -23,6 +23,7 @@ from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.engine.gradient import TrainShape, TrainState, empty_scale_lanes
 from jaxserve.engine.job_programs import (
     DeviceShapes,
+    Hyper,
     JobPrograms,
     JobShapes,
     compile_programs,
@@ -35,10 +36,11 @@ from jaxserve.errors import EngineError
 from jaxserve.finetune.data import Cursor
 from jaxserve.finetune.errors import CheckpointError
 from jaxserve.finetune.folder import JobFolder
-from jaxserve.finetune.job import Batch, Job, JobStatus
+from jaxserve.finetune.job import Batch, Job, JobStatus, Purpose
 from jaxserve.finetune.live import LiveWeights
 from jaxserve.finetune.optimizer import hyperparameters, init_state
 from jaxserve.finetune.queue import FinetuneQueue, Running
+from jaxserve.finetune.session import Session
 from jaxserve.finetune.windows import FinetunePlan, Lane, total_rows
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
@@ -67,7 +69,7 @@ class Update(NamedTuple):
     """What followed a batch to the device; the host has not read it."""
 
     batch: Batch
-    norm: jax.Array | None  # None: a validation
+    norm: jax.Array | None  # None: no optimizer step followed
     after: Progress
     version: AdapterVersion
 
@@ -104,6 +106,7 @@ class Training:
     resident: bool = False  # the version has its pages in the bank, and a pin there
     norms: dict[str, jax.Array] = field(default_factory=dict)
     kept: Any = None  # sums of the lane it had, while it has none
+    loaded: Any = None  # sums that a session began with
     unread: list[Update] = field(default_factory=list)
     due: Save | None = None  # the newest checkpoint that is not being written yet
     saving: Future | None = None
@@ -113,6 +116,11 @@ class Training:
     paused_by_disk: bool = False
     ending: bool = False  # all steps are read
     finishing: Future | None = None
+
+    @property
+    def pausing(self) -> bool:
+        """Paused, and still in its lane."""
+        return self.job.status is JobStatus.PAUSED and self.lane is not None
 
     @property
     def publisher(self) -> Publisher:
@@ -251,9 +259,13 @@ class Trainer:
                     training.saving = None
                 training.folder.close()
 
+    def adapters(self) -> set[str]:
+        """Names that are being trained."""
+        return {training.job.adapter for training in self.trainings.values()}
+
     def has_work(self) -> bool:
         return any(
-            t.job.status in (JobStatus.QUEUED, JobStatus.RUNNING) or t.lane is not None or t.saving is not None
+            t.unread or t.saving is not None or t.pausing or not (t.job.status is JobStatus.PAUSED or t.job.idle)
             for t in self.trainings.values()
         )
 
@@ -275,10 +287,7 @@ class Trainer:
             self.waiting.remove(training)
             training.lane = self._lanes.pop(0)
             if training.kept is not None:
-                sums = self._programs_of(training).write_lane(
-                    self._sums(training), training.kept, *self._place(training)
-                )
-                self._set_sums(sums)
+                self._write_lane(training, training.kept)
                 training.kept = None
             self.queue.running.append(Running(training.job, self._lane_of(training)))
             training.job.move(JobStatus.RUNNING)
@@ -286,7 +295,7 @@ class Trainer:
     def _make_resident(self, training: Training) -> bool:
         """Publishes the job's version if there is none, and pins it in the bank; False: there is no room now."""
         if training.version is None:
-            self._put(training, training.job.num_batches)
+            self._put(training, training.job.step)
         assert training.version is not None
         training.resident = training.resident or self.residency.try_acquire(training.version)
         return training.resident
@@ -318,8 +327,8 @@ class Trainer:
 
     def _park(self, training: Training) -> None:
         """Puts a paused job's unfinished gradients aside and gives its lane to others."""
-        if training.job.batch is not None:
-            training.kept = self._programs_of(training).read_lane(self._sums(training), *self._place(training))
+        if training.job.batch is not None or training.job.begun() or training.loaded is not None:
+            training.kept = self._read_lane(training)
             self._take_gradients(training)
         self._leave_lane(training)
         if training.folder is not None and training.due is None and training.retry_at is None:
@@ -370,6 +379,13 @@ class Trainer:
         scale_lanes = self.state.scale_lanes if sums.scale_lanes is None else sums.scale_lanes
         self.state = replace(self.state, lanes=sums.lanes, scale_lanes=scale_lanes)
 
+    def _read_lane(self, training: Training) -> Any:
+        """A lane's sums as they are."""
+        return self._programs_of(training).read_lane(self._sums(training), *self._place(training))
+
+    def _write_lane(self, training: Training, kept: Any) -> None:
+        self._set_sums(self._programs_of(training).write_lane(self._sums(training), kept, *self._place(training)))
+
     def _take_gradients(self, training: Training) -> Masters:
         """A lane's gradients, in the form of its masters; the lane is zero afterwards."""
         sums, gradients = self._programs_of(training).take(
@@ -418,18 +434,21 @@ class Trainer:
     def _optimize(self, training: Training, batch: Batch) -> None:
         job, norm = training.job, None
         job.batch = None
+        if batch.purpose is Purpose.STEP:
+            norm = self._apply(training, hyper_arrays(job.config, job.total_steps, batch.number - 1), batch)
         assert training.version is not None
-        if not batch.validation:
-            gradients = self._take_gradients(training)
-            hyper = hyper_arrays(job.config, job.total_steps, batch.number - 1)
-            masters, optimizer, norm = self._programs_of(training).apply(
-                training.now.masters, training.now.optimizer, gradients, hyper
-            )
-            now = training.now
-            number, cursor = max(now.number, batch.number), max(now.cursor, batch.cursor_after)
-            training.now = Progress(masters, optimizer, number, cursor)
-            self._publish(training, batch.number)
         training.unread.append(Update(batch, norm, training.now, training.version))
+
+    def _apply(self, training: Training, hyper: Hyper, batch: Batch) -> jax.Array:
+        """The optimizer step, and the version it makes; returns the norm of the gradient."""
+        now = training.now
+        masters, optimizer, norm = self._programs_of(training).apply(
+            now.masters, now.optimizer, self._take_gradients(training), hyper
+        )
+        number, cursor = max(now.number, batch.number), max(now.cursor, batch.cursor_after)
+        training.now = Progress(masters, optimizer, number, cursor)
+        self._publish(training, batch.number)
+        return norm
 
     def _publish(self, training: Training, step: int) -> None:
         """Makes the masters the newest version of the adapter: on the device, in the next step. Where requests hold
@@ -461,6 +480,41 @@ class Trainer:
             if training.version is version:
                 training.norms = norms
         return bank, scales
+
+    # sessions
+
+    def optim_step(self, session: Session, hyper: Hyper) -> tuple[float, bool]:
+        """Takes an idle session's gradients: (their norm, whether they were finite and so applied)."""
+        training = self.trainings[session.id]
+        assert session.idle, session
+        now, gradients = training.now, self._take_gradients(training)
+        masters, optimizer, norm = self._programs_of(training).apply(now.masters, now.optimizer, gradients, hyper)
+        size = float(norm)
+        session.forget_gradients()
+        training.loaded = None
+        if not np.isfinite(size):
+            return size, False
+        session.step += 1
+        training.now = training.read = Progress(masters, optimizer, session.step, now.cursor)
+        self._publish(training, session.step)
+        return size, True
+
+    def state_of(self, session: Session) -> dict[str, Any]:
+        """Everything of an idle session that is an array: parameters, moments, gradients so far."""
+        training = self.trainings[session.id]
+        assert session.idle, session
+        gradients = training.kept if training.lane is None else self._read_lane(training)
+        return {"masters": training.now.masters, "optimizer": training.now.optimizer, "gradients": gradients}
+
+    def set_state(self, session: Session, state: Any, step: int, calls: int) -> None:
+        """The opposite of ``state_of``; ``state`` may be on the host."""
+        training, like = self.trainings[session.id], self.state_of(session)
+        placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, like)
+        training.now = training.read = Progress(placed["masters"], placed["optimizer"], step, training.now.cursor)
+        training.loaded, session.step, session.num_batches = placed["gradients"], step, calls
+        session.forget_gradients()
+        self._write_lane(training, training.loaded)
+        self._publish(training, step)
 
     # results
 
@@ -502,7 +556,10 @@ class Trainer:
         job, batch = training.job, update.batch
         for seq in batch.sequences:
             self.queue.owner.pop(id(seq), None)
-        if batch.validation:
+        if isinstance(job, Session):
+            job.read(batch)
+            return
+        if batch.purpose is Purpose.FORWARD:
             self._validated(job, batch)
             return
         size = float(cast(jax.Array, update.norm))
@@ -649,15 +706,17 @@ class Trainer:
 
     def _go_back(self, training: Training) -> None:
         job = training.job
-        begun = [update.batch for update in training.unread]
+        begun = job.begun() + [update.batch for update in training.unread]
         begun += [job.batch] if job.batch is not None else []
         if training.kept is not None and not _is_good(training.kept):
             training.kept = None
-        if not begun or training.kept is not None:
+        if training.kept is not None:
             return
         self.queue.take_back_all(job)
         job.again = [batch.again(batch.retried) for batch in begun] + job.again
         job.batch, training.now = None, training.read
+        if training.loaded is not None and training.lane is not None:
+            self._write_lane(training, training.loaded)
         for version in {update.version for update in training.unread} | {training.version}:
             if version is not None:  # nobody has seen a token of these yet: their steps were not read
                 cast(LiveWeights, version.weights).rebind(training.read.masters)

@@ -26,6 +26,8 @@ class Example:
     token_ids: np.ndarray  # [S] int32
     weights: np.ndarray  # [S] float32; the first is 0, nothing predicts the first token
     index: int  # place in the data as it was given
+    sampled_logprobs: np.ndarray | None = None  # [S] float32, under the policy that drew the tokens
+    advantages: np.ndarray | None = None  # [S] float32
 
     @property
     def num_tokens(self) -> int:

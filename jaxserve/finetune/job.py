@@ -3,21 +3,25 @@
 queued -> running <-> paused -> succeeded | failed | cancelled
 """
 
+import itertools
 import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any, Protocol
+
+import numpy as np
 
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.errors import EngineError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Cursor, Dataset
 from jaxserve.finetune.examples import Example
-from jaxserve.finetune.windows import TrainSequence
+from jaxserve.finetune.windows import Targets, TrainSequence
+from pallas_kernels.cross_entropy import CROSS_ENTROPY
 
 
 class JobStatus(StrEnum):
@@ -51,17 +55,33 @@ class JobEvent:
         return asdict(self)
 
 
+class Purpose(StrEnum):
+    STEP = "step"  # an optimizer step follows
+    ACCUMULATE = "accumulate"  # gradients stay where they are
+    FORWARD = "forward"  # for the losses alone
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a batch is trained on; see ``pallas_kernels.cross_entropy.token_loss``."""
+
+    kind: int = CROSS_ENTROPY
+    clip: tuple[float, float] = (0.8, 1.2)  # of PPO's ratio
+
+
 @dataclass(eq=False)
 class Batch:
-    """The examples of one optimizer step, or those of a validation. The loss is a mean over tokens: weights are
-    divided by their sum."""
+    """Examples that go through the step together."""
 
-    number: int  # of the optimizer step, from 1; of the last one before a validation
+    number: int  # of the optimizer step, from 1; of the last one before a batch that only goes forward
     examples: tuple[Example, ...]
     epoch: int
     cursor_after: Cursor
-    validation: bool = False  # forward alone: nothing is learnt
+    purpose: Purpose = Purpose.STEP
+    loss_function: Loss = Loss()
+    mean: bool = True  # the loss is a mean over tokens: weights are divided by their sum
     retried: bool = False
+    serial: int = field(default_factory=itertools.count().__next__)  # the same for every attempt at it
     waiting: list[Example] = field(init=False)
     sequences: list[TrainSequence] = field(default_factory=list)
     num_read: int = 0  # windows whose losses the host has
@@ -72,7 +92,23 @@ class Batch:
 
     def again(self, retried: bool) -> "Batch":
         """The same batch, not begun."""
-        return Batch(self.number, self.examples, self.epoch, self.cursor_after, self.validation, retried)
+        return replace(self, retried=retried, sequences=[], num_read=0, finite=True)
+
+    @property
+    def forward_only(self) -> bool:
+        return self.purpose is Purpose.FORWARD
+
+    def targets(self, example: Example) -> Targets:
+        """What one of the examples is to learn."""
+        weights = (example.weights / np.float32(self.total_weight if self.mean else 1)).astype(np.float32)
+        loss = self.loss_function
+        return Targets(
+            weights=weights,
+            kind=loss.kind,
+            clip=loss.clip,
+            sampled_logprobs=example.sampled_logprobs,
+            advantages=example.advantages,
+        )
 
     @cached_property
     def total_weight(self) -> float:
@@ -225,7 +261,7 @@ class Job:
             self._validated = self.num_batches
             assert self.validation is not None
             examples = self.validation.examples
-            return Batch(self.num_batches, examples, self.cursor.epoch, self.cursor, validation=True)
+            return Batch(self.num_batches, examples, self.cursor.epoch, self.cursor, Purpose.FORWARD)
         if self.num_batches == self.total_steps:
             return None
         epoch = self.cursor.epoch
@@ -247,6 +283,15 @@ class Job:
             return True
         every = self.config.eval_steps
         return self.cursor.position == 0 if every is None else self.num_batches % every == 0
+
+    @property
+    def idle(self) -> bool:
+        """It waits for somebody outside."""
+        return False
+
+    def begun(self) -> list[Batch]:
+        """Batches whose gradients are lost when the device's state is, besides those that nobody has read."""
+        return []
 
     def __iter__(self) -> Iterator[JobEvent]:
         return iter(self.events())

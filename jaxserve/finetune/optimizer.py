@@ -1,6 +1,7 @@
 """Optimizers of adapters: optax rules whose numbers are arguments, so that all jobs share one compiled update.
 
 Masters, gradients and moments are pytrees of one floating dtype (float32 in training), at the adapter's true rank.
+Every leaf has the model's layers as its first axis; no rule mixes layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,9 +26,13 @@ _RULES: dict[str, Callable[[Hyper], list[optax.GradientTransformation]]] = {
     "sgd": lambda h: [optax.trace(h["momentum"])],
     "lion": lambda h: [optax.scale_by_lion(h["beta1"], h["beta2"])],
     "adafactor": lambda h: [
-        # every matrix is factored, however small: so does transformers' Adafactor
-        optax.scale_by_factored_rms(min_dim_size_to_factor=1, epsilon=h["eps"]),
-        optax.clip_by_block_rms(1.0),
+        _by_layer(
+            optax.chain(
+                # every matrix is factored, however small: so does transformers' Adafactor
+                optax.scale_by_factored_rms(min_dim_size_to_factor=1, epsilon=h["eps"]),
+                optax.clip_by_block_rms(1.0),
+            )
+        )
     ],
 }
 
@@ -82,6 +87,16 @@ def apply_gradients(
     finite = jnp.isfinite(norm)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
     return keep(new_masters, masters), keep(new_state, state), norm
+
+
+def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformation:
+    """``rule`` for each index of the first axis by itself: it looks at the shapes of single matrices."""
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        # of params the rule looks at shapes alone
+        return jax.vmap(lambda updates, state: rule.update(updates, state, updates))(updates, state)
+
+    return optax.GradientTransformation(jax.vmap(rule.init), update)
 
 
 def _mixing_dtypes(update: Callable) -> Callable:

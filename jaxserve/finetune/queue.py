@@ -6,11 +6,9 @@ depends on the data alone: not on load, not on the jobs beside it.
 
 from collections.abc import Callable
 
-import numpy as np
-
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
-from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, WindowRows, cut, example_key
+from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, cut, example_key
 from jaxserve.kvcache.pages import PagePool
 
 
@@ -88,26 +86,24 @@ class FinetuneQueue:
             self.owner[id(seq)] = (job, batch)
 
     def _sequence(self, example: Example, batch: Batch, running: Running) -> TrainSequence | None:
-        needed = self.pool.pages_for(example.num_tokens - 1)
-        if needed > len(self._acc):
+        config, needed = running.job.config, self.pool.pages_for(example.num_tokens - 1)
+        num_acc = 0 if batch.forward_only else needed
+        if num_acc > len(self._acc):
             return None
         pages = self.pool.alloc(needed)
         if pages is None:
             return None
-        weights = (example.weights / np.float32(batch.total_weight)).astype(np.float32)
-        window = min(running.job.config.window or self.max_window, self.max_window)
-        config = running.job.config
         seq = TrainSequence(
             example.token_ids,
-            Targets(weights=weights),
+            batch.targets(example),
             running.lane,
-            cut(example.num_tokens, window),
-            forward_only=batch.validation,
-            dropout=0.0 if batch.validation else config.dropout,
+            cut(example.num_tokens, min(config.window or self.max_window, self.max_window)),
+            forward_only=batch.forward_only,
+            dropout=0.0 if batch.forward_only else config.dropout,
             drop_key=example_key(config.seed, batch.epoch, example.index),
         )
         seq.slot, seq.pages = self._slots.pop(0), pages
-        seq.acc_pages = [self._acc.pop() for _ in range(needed)]
+        seq.acc_pages = [self._acc.pop() for _ in range(num_acc)]
         return seq
 
     # results

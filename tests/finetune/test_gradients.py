@@ -32,7 +32,7 @@ def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dr
     """Five sequences on two adapters in random legal order; returns what it takes to judge the gradients."""
     rng = np.random.default_rng(seed)
     scaled = any("method" in options for options in adapters)
-    trainer = Trainer(family, dtype, remat, scaled=scaled)
+    trainer = Trainer(family, dtype, remat, scaled=scaled, dropout=dropout > 0)
     config = trainer.config
     adapters = [random_adapter(config, rng, **options) for options in adapters]
     lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
@@ -121,6 +121,18 @@ def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
         for group in [windows[:2], windows[2:]] if together else [[w] for w in windows]:
             trainer.run(tuple(group))
         found.append([trainer.gradients(lane, adapter) for lane, adapter in zip(lanes, adapters, strict=True)])
+    assert_same_bits(*found)
+
+
+def test_programs_that_know_scales_and_dropout_change_no_bit_of_others():
+    found = []
+    for extras in ({}, {"scaled": True, "dropout": True}):
+        rng = np.random.default_rng(8)
+        trainer = Trainer("llama", "float32", "attention", **extras)
+        adapter = random_adapter(trainer.config, rng)
+        lane = trainer.lane(0, adapter)
+        trainer.run((trainer.sequence(lane, rng.integers(0, 300, 30), np.ones(30), 32, 0).next_backward,))
+        found.append(trainer.gradients(lane, adapter))
     assert_same_bits(*found)
 
 

@@ -23,7 +23,7 @@ JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     path = tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama")
-    return jaxserve.Engine.from_pretrained(path, **SIZES | {"max_finetune_jobs": 1})
+    return jaxserve.Engine.from_pretrained(path, **SIZES | {"max_finetune_jobs": 1, "finetune_window": 16})
 
 
 @pytest.fixture(autouse=True)

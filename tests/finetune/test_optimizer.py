@@ -13,7 +13,8 @@ from jaxserve.finetune.optimizer import apply_gradients, hyperparameters, init_s
 from jaxserve.finetune.schedule import learning_rate
 
 STEPS = 50
-SHAPES = {"a": (4, 12), "b": (12, 4), "row": (1, 9), "scale": (7,)}
+LAYERS = 6  # more than a rank: a rule that took the stack for a matrix would show
+SHAPES = {"a": (LAYERS, 4, 12), "b": (LAYERS, 12, 4), "row": (LAYERS, 1, 9), "scale": (LAYERS, 7)}
 OPTIMIZERS = ["adamw", "adam", "sgd", "lion", "adafactor"]
 BASE = {"learning_rate": 1e-2, "max_grad_norm": None, "schedule": "constant", "max_steps": STEPS}
 
@@ -39,18 +40,20 @@ def ours(config, tree, steps=STEPS):
 
 def torchs(make, tree, max_norm=None, schedule=None):
     torch = pytest.importorskip("torch")
-    parameters = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in tree.items()}
-    optimizer = make(torch, list(parameters.values()))
+    parameters = {name: [torch.nn.Parameter(torch.tensor(layer)) for layer in value] for name, value in tree.items()}
+    every = [parameter for layers in parameters.values() for parameter in layers]
+    optimizer = make(torch, every)
     scheduler = schedule(optimizer) if schedule else None
     for step in range(STEPS):
         for name, value in gradients(step).items():
-            parameters[name].grad = torch.tensor(value)
+            for parameter, layer in zip(parameters[name], value, strict=True):
+                parameter.grad = torch.tensor(layer)
         if max_norm is not None:
-            torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+            torch.nn.utils.clip_grad_norm_(every, max_norm)
         optimizer.step()
         if scheduler:
             scheduler.step()
-    return {name: value.detach().numpy() for name, value in parameters.items()}
+    return {name: np.stack([layer.detach().numpy() for layer in layers]) for name, layers in parameters.items()}
 
 
 def assert_close(got, wanted, tolerance=2e-5):
@@ -174,7 +177,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(tree, optimizer, bad):
     masters, state, _ = step(masters, init_state(optimizer, masters), gradients(0), hyperparameters(config, 9, 0))
     before = jax.device_get((masters, state))
     poisoned = gradients(1)
-    poisoned["b"][3, 2] = bad
+    poisoned["b"][1, 3, 2] = bad
     masters, state, norm = step(masters, state, poisoned, hyperparameters(config, 9, 1))
     assert not np.isfinite(norm)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get((masters, state)), before)

@@ -11,9 +11,9 @@ from jaxserve.finetune.data import Cursor
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
-STEPS, BATCH = 25, 3
+STEPS, BATCH = 100, 3
 JOB = {
-    "rank": 6, "alpha": 9, "learning_rate": 3e-3, "weight_decay": 0.01, "batch_size": BATCH, "max_steps": STEPS,
+    "learning_rate": 3e-3, "weight_decay": 0.01, "batch_size": BATCH, "max_steps": STEPS,
     "schedule": "cosine", "warmup_steps": 4, "seed": 3,
 }  # fmt: skip
 
@@ -49,7 +49,7 @@ def torch_losses(path, start, job):
             logprob = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             loss = -(logprob * torch.tensor(example.weights[1:])).sum() / total
             loss.backward()
-            step_loss += float(loss)
+            step_loss += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -57,30 +57,55 @@ def torch_losses(path, start, job):
     return losses, model
 
 
+ALL_MEMBERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+METHODS = {
+    "lora": {"rank": 6, "alpha": 9, "target_modules": "all-linear"},
+    "rslora": {"rank": 6, "alpha": 4, "target_modules": ["q_proj", "o_proj", "down_proj"]},
+    "dora": {"rank": 6, "alpha": 9, "target_modules": "all-linear"},
+    "ia3": {"target_modules": ALL_MEMBERS, "feedforward_modules": ["q_proj", "up_proj", "down_proj"]},
+}
+
+
 @pytest.mark.parametrize(
-    "family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow), pytest.param("qwen3", marks=pytest.mark.slow)]
+    ("family", "method"),
+    [
+        ("llama", "lora"),
+        pytest.param("llama", "rslora", marks=pytest.mark.slow),
+        pytest.param("qwen2", "dora"),
+        pytest.param("llama", "dora", marks=pytest.mark.slow),
+        pytest.param("qwen2", "ia3"),
+        pytest.param("mistral", "lora", marks=pytest.mark.slow),
+        pytest.param("qwen2", "lora", marks=pytest.mark.slow),
+        pytest.param("qwen3", "lora", marks=pytest.mark.slow),
+        pytest.param("gemma2", "lora", marks=pytest.mark.slow),
+        pytest.param("gemma3", "lora", marks=pytest.mark.slow),
+        pytest.param("gemma3", "dora", marks=pytest.mark.slow),
+    ],
 )
-def test_a_job_is_peft_step_for_step(tmp_path, family):
+def test_a_job_is_peft_step_for_step(tmp_path, family, method):
     rng = np.random.default_rng(5)
     path = tiny_models.build(tmp_path / "model", family, tokenizer=False)
     engine = jaxserve.Engine.from_pretrained(
         path, dtype="float32", max_model_len=96, max_num_seqs=2, max_num_batched_tokens=32, block_size=16,
         max_loras=3, max_lora_rank=16, finetune_window=32,
     )  # fmt: skip
-    job = engine.finetune(examples(rng), adapter="a", **JOB)
+    job = engine.finetune(examples(rng), adapter="a", method=method, **METHODS[method], **JOB)
     start = tmp_path / "start"
     save_peft(job._job.start, start)
     job.wait()
     assert job.status == "succeeded"
     losses, model = torch_losses(path, start, job._job)
     np.testing.assert_allclose(job.losses, losses, rtol=1e-4)
+    assert losses[-1] < 0.97 * losses[0]
 
     job.save(tmp_path / "ours")
     model.save_pretrained(tmp_path / "theirs")
     ours, theirs = (load_peft(tmp_path / name, engine.model) for name in ("ours", "theirs"))
     for key, pair in theirs.pairs.items():
         for x, y in ((ours.pairs[key].a, pair.a), (ours.pairs[key].b, pair.b)):
-            assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y)
+            assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y), key
+    for key, vector in theirs.vectors.items():
+        assert np.linalg.norm(ours.vectors[key].value - vector.value) <= 1e-3 * np.linalg.norm(vector.value), key
 
     # PEFT reads what we wrote, and computes what we serve
     from transformers import AutoModelForCausalLM

@@ -1,0 +1,227 @@
+"""Training by calls is torch's autograd through PEFT: every loss, accumulated over calls."""
+
+import numpy as np
+import pytest
+import tiny_models
+
+import jaxserve
+from jaxserve.adapters.peft_io import load_peft, save_peft
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+SIZES = {
+    "dtype": "float32", "max_model_len": 96, "max_num_seqs": 4, "max_num_batched_tokens": 64, "block_size": 16,
+    "max_loras": 4, "max_lora_rank": 16, "finetune_window": 32, "max_finetune_jobs": 1,
+}  # fmt: skip
+PLAIN_SGD = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "max_grad_norm": None}
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama", tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+def engine(path):
+    return jaxserve.Engine.from_pretrained(path, **SIZES)
+
+
+@pytest.fixture
+def opened(engine, path, tmp_path):
+    """An adapter whose B is not zero, open for training, and the same in PEFT."""
+    config = {"rank": 4, "alpha": 8, **PLAIN_SGD}
+    engine.open_adapter("a", **config, seed=3)
+    rng = np.random.default_rng(0)
+    engine.forward_backward("a", [(rng.integers(0, 300, 30).tolist(), None)])
+    engine.optim_step("a", learning_rate=0.5)
+    save_peft(engine.adapters.get("a").weights.fetched, tmp_path / "start")
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    yield peft.PeftModel.from_pretrained(base, tmp_path / "start", is_trainable=True)
+    engine.close_adapter("a")
+
+
+def datums(rng, count=3):
+    made = []
+    for length in rng.integers(5, 80, count):
+        made.append(
+            {
+                "input_ids": rng.integers(0, 300, int(length)).tolist(),
+                "weights": (rng.random(int(length)) * (rng.random(int(length)) < 0.8)).astype(np.float32).tolist(),
+                "logprobs": (-6 + rng.normal(size=int(length)) * 0.5).tolist(),
+                "advantages": rng.normal(size=int(length)).tolist(),
+            }
+        )
+    return made
+
+
+def logprobs_of(model, ids):
+    logits = model(torch.tensor([ids])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids)[1:, None])[:, 0]
+
+
+def torch_loss(model, datum, loss, clip):
+    p = logprobs_of(model, datum["input_ids"])
+    w, q, a = (torch.tensor(datum[k][1:]) for k in ("weights", "logprobs", "advantages"))
+    ratio = (p - q).exp()
+    if loss == "cross_entropy":
+        return -(w * p).sum()
+    if loss == "importance_sampling":
+        return -(w * ratio * a).sum()
+    return -(w * torch.minimum(ratio * a, ratio.clamp(*clip) * a)).sum()
+
+
+def assert_updated_by(engine, model, before, tmp_path):
+    """Our step of rate 1 has moved every factor by torch's gradient."""
+    applied = engine.optim_step("a")
+    assert applied["applied"]
+    after = engine.adapters.get("a").weights.fetched
+    model.save_pretrained(tmp_path / "names")  # for PEFT's names of its parameters
+    norms = 0.0
+    for (layer, member), pair in after.pairs.items():
+        module = model.base_model.model.model.layers[layer]
+        module = getattr(module.self_attn if member[0] in "qkvo" else module.mlp, member)
+        for name, new, old in (
+            ("a", pair.a, before.pairs[layer, member].a),
+            ("b", pair.b, before.pairs[layer, member].b),
+        ):
+            gradient = getattr(module, f"lora_{name.upper()}")["default"].weight.grad.numpy()
+            norms += float((gradient.astype(np.float64) ** 2).sum())
+            assert np.linalg.norm(old - new - gradient) <= 2e-4 * np.linalg.norm(gradient) + 1e-6, (layer, member, name)
+    assert applied["gradient_norm"] == pytest.approx(norms**0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo"])
+def test_gradients_of_token_losses_are_torchs(engine, opened, tmp_path, loss):
+    rng, before, clip = np.random.default_rng(5), engine.adapters.get("a").weights.fetched, (0.7, 1.1)
+    batches = [datums(rng), datums(rng, 2)]
+    total = 0.0
+    for batch in batches:  # two calls, one gradient
+        result = engine.forward_backward("a", batch, loss, clip=clip)
+        for datum, losses, logprobs in zip(batch, result.losses, result.logprobs, strict=True):
+            value = torch_loss(opened, datum, loss, clip)
+            value.backward()
+            assert losses.sum() == pytest.approx(float(value.detach()), rel=1e-4, abs=1e-4)
+            np.testing.assert_allclose(logprobs[1:], logprobs_of(opened, datum["input_ids"]).detach(), atol=1e-4)
+            total += float(value.detach())
+    assert total != 0
+    assert_updated_by(engine, opened, before, tmp_path)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_dpo_is_torchs(engine, opened, tmp_path, given):
+    rng, before, beta = np.random.default_rng(6), engine.adapters.get("a").weights.fetched, 0.3
+    pairs, total = [], 0.0
+    for _ in range(3):
+        prompt = rng.integers(0, 300, 10).tolist()
+        sides = [prompt + rng.integers(0, 300, int(n)).tolist() for n in rng.integers(5, 60, 2)]
+        weights = [[0.0] * 10 + [1.0] * (len(side) - 10) for side in sides]
+        pair = {name: (s, w) for name, s, w in zip(("chosen", "rejected"), sides, weights, strict=True)}
+        sums = [logprobs_of(opened, side)[9:].sum() for side in sides]
+        with opened.disable_adapter(), torch.no_grad():
+            reference = [logprobs_of(opened, side)[9:].sum() for side in sides]
+        loss = -torch.nn.functional.logsigmoid(beta * ((sums[0] - sums[1]) - (reference[0] - reference[1])))
+        loss.backward()
+        total += float(loss.detach())
+        pairs.append(pair | ({"reference_logprobs": [float(x) for x in reference]} if given else {}))
+    result = engine.forward_backward("a", pairs, "dpo", beta=beta)
+    assert result.loss == pytest.approx(total, rel=1e-4)
+    assert 0 <= result.metrics["accuracy"] <= 1
+    assert_updated_by(engine, opened, before, tmp_path)
+
+
+def test_forward_alone_learns_nothing(engine, opened):
+    batch = [{k: d[k] for k in ("input_ids", "weights")} for d in datums(np.random.default_rng(8))]
+    result = engine.forward("a", batch)
+    for datum, logprobs in zip(batch, result.logprobs, strict=True):
+        np.testing.assert_allclose(logprobs[1:], logprobs_of(opened, datum["input_ids"]).detach(), atol=1e-4)
+    before = engine.adapters.get("a").weights.fetched.digest
+    assert engine.optim_step("a")["gradient_norm"] == 0
+    assert engine.adapters.get("a").weights.fetched.digest == before
+
+
+def test_the_trainers_log_probabilities_are_the_samplers(engine, opened):
+    """Sampled tokens, taken in again by the trainer: the same kernels and version, so (on CPU) the same bits."""
+    rng = np.random.default_rng(9)
+    prompts = [rng.integers(0, 300, int(n)).tolist() for n in rng.integers(3, 40, 6)]
+    params = jaxserve.SamplingParams(max_tokens=40, temperature=1.0, seed=4, ignore_eos=True)
+    outputs = engine.sample(prompts, params, adapter="a")
+    data = [(o.prompt_token_ids + o.token_ids, None) for o in outputs]
+    largest = 0.0
+    for call in (engine.forward, engine.forward_backward):
+        for output, logprobs in zip(outputs, call("a", data).logprobs, strict=True):
+            sampled = [entry[token] for entry, token in zip(output.logprobs, output.token_ids, strict=True)]
+            largest = max(largest, float(np.abs(np.array(sampled) - logprobs[len(output.prompt_token_ids) :]).max()))
+    assert largest == 0.0
+    assert len({o.adapter_version for o in outputs}) == 1
+
+
+def test_a_saved_state_goes_on_bit_by_bit(engine, tmp_path):
+    rng = np.random.default_rng(10)
+    batches = [datums(rng) for _ in range(4)]
+    config = {"rank": 4, "alpha": 8, "optimizer": "adamw", "learning_rate": 1e-2, "dropout": 0.2}
+
+    def run(upto):
+        for batch in batches[:upto]:
+            engine.forward_backward("b", batch)
+            if batch is not batches[2]:  # the third stays in the gradients
+                engine.optim_step("b")
+
+    def finish():
+        engine.forward_backward("b", batches[3])
+        engine.optim_step("b")
+        weights = engine.adapters.get("b").weights.fetched
+        engine.close_adapter("b")
+        return weights.digest
+
+    engine.open_adapter("b", **config)
+    run(3)
+    engine.save_state("b", tmp_path / "state")
+    engine.save_state("b", tmp_path / "state")
+    expected = finish()
+
+    engine.open_adapter("b", **config)
+    engine.load_state("b", tmp_path / "state")
+    assert finish() == expected
+
+    engine.open_adapter("b", **config | {"rank": 5})
+    with pytest.raises(RuntimeError, match="adapter_config is"):
+        engine.load_state("b", tmp_path / "state")
+    with pytest.raises(jaxserve.InvalidRequest, match="no saved state"):
+        engine.load_state("b", tmp_path / "nothing")
+    engine.close_adapter("b")
+
+
+def test_exported_adapters_are_what_was_trained(engine, opened, tmp_path):
+    save_peft(engine.adapters.get("a").weights.fetched, tmp_path / "a")
+    assert load_peft(tmp_path / "a", engine.model).digest == engine.adapters.get("a").weights.fetched.digest
+
+
+def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
+    good = {"input_ids": [1, 2, 3], "weights": [0, 1, 1]}
+    wrong = [
+        (lambda: engine.forward_backward("nobody", [good]), "not open for training"),
+        (lambda: engine.forward_backward("a", []), "batch is empty"),
+        (lambda: engine.forward_backward("a", [good], "hinge"), "loss is 'hinge'"),
+        (lambda: engine.forward_backward("a", [good, {"input_ids": [1, 999]}]), r"batch\[1\]: token ids must be from"),
+        (lambda: engine.forward_backward("a", [{"input_ids": [1]}]), r"batch\[0\]: nothing to learn"),
+        (lambda: engine.forward_backward("a", [good], "ppo"), "must have input_ids, logprobs and advantages"),
+        (
+            lambda: engine.forward_backward("a", [{**good, "logprobs": [0, 1], "advantages": [1, 1, 1]}], "ppo"),
+            r"batch\[0\]: logprobs must be 3 finite numbers",
+        ),
+        (lambda: engine.forward_backward("a", [good], clip=(1.2, 0.8)), "clip is"),
+        (lambda: engine.forward_backward("a", [good], "dpo"), "must have chosen and rejected"),
+        (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=0), "beta is 0"),
+        (lambda: engine.optim_step("a", learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: engine.optim_step("a", lr=1.0), "optim_step has no 'lr'"),
+        (lambda: engine.open_adapter("a", rank=4), "being trained"),
+        (lambda: engine.open_adapter("c", rank=4), "max_finetune_jobs is 1"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(jaxserve.InvalidRequest, match=message):
+            call()
+    assert engine.optim_step("a")["gradient_norm"] == 0
+    assert engine.stats()["recompiles"] == 0
