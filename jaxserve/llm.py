@@ -201,6 +201,7 @@ class Engine:
         priority: int = 0,
         tenant: str = "",
         salt: str = "",
+        slo_class: str = "",
     ) -> str:
         """Queues a request and returns its id.
 
@@ -209,6 +210,7 @@ class Engine:
           adapter: name of a loaded adapter; None is the base model. The request keeps the version it starts with.
           priority: lower is served earlier, under scheduling_policy "priority".
           tenant, salt: requests share cached prefixes only within the same tenant and salt.
+          slo_class: one of the engine's ``slo_classes``; by default ttft_objective_ms and tpot_objective_ms hold.
 
         Raises:
           InvalidRequest: what is wrong with it, or which limit it can never meet.
@@ -217,6 +219,10 @@ class Engine:
         params = params or SamplingParams()
         params.validate(self.model.vocab_size, max_logprobs=self.config.max_logprobs)
         text, ids = self._prompt_ids(prompt)
+        objectives = self.core.config.objectives
+        if slo_class not in objectives:
+            known = ", ".join(name for name in objectives if name) or "none"
+            raise InvalidRequest(f"slo_class is {slo_class!r}; known are: {known}", "slo_class")
         version = None if adapter is None or adapter == self.name else self.adapters.acquire(self.adapters.get(adapter))
         try:
             request = Request(
@@ -229,6 +235,7 @@ class Engine:
                 tenant=tenant,
                 salt=salt,
                 arrival=self.core.clock(),
+                objective=objectives[slo_class],
             )
             self._track(request, text, version)
         except BaseException:

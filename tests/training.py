@@ -21,7 +21,7 @@ from jaxserve.engine.lanes import adapter_lengths, factors_of, take_gradients
 from jaxserve.engine.pack import Packer, Slots
 from jaxserve.engine.state import empty_state
 from jaxserve.engine.step import StepSpec, step
-from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, cut, total_rows
+from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, total_rows
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import BIASES, SITES, member_dims, param_specs
@@ -121,10 +121,8 @@ class Trainer:
         return Lane(index, bank_pages, sites, lane_pages, bool(adapter.vectors), fused_inputs(adapter))
 
     def sequence(self, lane: Lane, token_ids, weights, window: int, slot: int, **options) -> TrainSequence:
-        windows = cut(len(token_ids), window)
-        seq = TrainSequence(
-            np.asarray(token_ids, np.int32), Targets(weights=np.asarray(weights, np.float32)), lane, windows, **options
-        )
+        targets = Targets(weights=np.asarray(weights, np.float32))
+        seq = TrainSequence(np.asarray(token_ids, np.int32), targets, lane, window=window, **options)
         seq.slot = slot
         needed = -(-len(token_ids) // PAGE)
         seq.pages = [self.free_pages.pop() for _ in range(needed)]
@@ -148,17 +146,21 @@ class Trainer:
         return output
 
     def train_on(self, sequences, rng) -> None:
-        """All windows of all sequences, in a random legal order and packing."""
+        """All rows of all sequences, in windows of random lengths, in a random legal order and packing."""
         while not all(seq.done for seq in sequences):
             grads, forwards = [], []
             for seq in rng.permutation(np.array(sequences, object)):
-                window = seq.next_backward
-                if window and total_rows([*grads, window], BLOCK) <= W and rng.random() < 0.8:
+                room = W - total_rows(grads, BLOCK)
+                window = seq.backward_window(int(rng.integers(room + 1)))
+                if window and (seq.backward_begun or window.start <= seq.forwarded) and rng.random() < 0.8:
                     grads.append(window)
-                    seq.num_backward += 1
-                elif (window := seq.next_forward) and total_rows([*forwards, window], BLOCK) <= CHUNK:
+                    seq.take_backward(window)
+                    continue
+                room = CHUNK - total_rows(forwards, BLOCK)
+                window = seq.forward_window(int(rng.integers(room + 1)), last=int(rng.integers(1, W + 1)))
+                if window:
                     forwards.append(window)
-                    seq.num_forward += 1
+                    seq.take_forward(window)
             self.run(tuple(grads), tuple(forwards))
 
     def gradients(self, lane: Lane, adapter: AdapterWeights) -> dict:

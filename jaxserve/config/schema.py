@@ -92,6 +92,39 @@ class LoraOptions(Section):
         return self
 
 
+class SloClass(NamedTuple):
+    """What a class of requests is promised."""
+
+    name: str
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+
+    def __str__(self) -> str:
+        promises = {"ttft": self.ttft_ms, "tpot": self.tpot_ms}
+        return f"{self.name}=" + ",".join(f"{key}:{value:g}" for key, value in promises.items() if value is not None)
+
+
+def _slo_class(value: Any) -> Any:
+    """``name=ttft:500,tpot:50`` to an SloClass."""
+    if not isinstance(value, str):
+        return value
+    name, _, promises = value.partition("=")
+    found: dict[str, float] = {}
+    for promise in promises.split(","):
+        key, _, number = promise.partition(":")
+        if (
+            key not in ("ttft", "tpot")
+            or key in found
+            or not number.replace(".", "", 1).isdecimal()
+            or not float(number)
+        ):
+            raise ValueError("a class is written name=ttft:500,tpot:50, in ms, one of the two or both")
+        found[key] = float(number)
+    if not name:
+        raise ValueError("a class has a name before its =")
+    return SloClass(name, found.get("ttft"), found.get("tpot"))
+
+
 class FinetuneOptions(Section):
     max_finetune_jobs: Annotated[int, Field(ge=0, le=64)] = 0
     """Jobs that train at once, prepared for at start-up; 0 prepares for one job when the first one comes."""
@@ -100,7 +133,24 @@ class FinetuneOptions(Section):
     finetune_remat: Literal["none", "attention", "full"] = "attention"
     """What a backward computes again rather than keeps."""
     tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
-    """Time per output token that finetuning must leave to running requests; none lets it take all it can."""
+    """Mean time per output token that finetuning, and others' prompts, must leave to running requests; none lets them
+    take all they can."""
+    ttft_objective_ms: Annotated[float, Field(gt=0)] | None = None
+    """Time to the first token that finetuning must leave to requests that come or wait."""
+    slo_classes: Annotated[
+        tuple[Annotated[SloClass, BeforeValidator(_slo_class), PlainSerializer(str)], ...], Field(strict=False)
+    ] = ()
+    """Both for requests that name a class, as name=ttft:500,tpot:50."""
+    finetune_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the device's time that finetuning gets whatever the objectives say."""
+
+    @model_validator(mode="after")
+    def _classes_differ(self):
+        names = [each.name for each in self.slo_classes]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"slo_classes name {twice[0]!r} twice")
+        return self
 
 
 class EngineConfig(ModelOptions, EngineOptions, LoraOptions, FinetuneOptions):

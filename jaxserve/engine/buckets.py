@@ -7,7 +7,7 @@ a request's tokens and log-probabilities are the same in any bucket; on a GPU th
 kernel for another number of rows, and with it other last bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MIN_ROWS = 8
@@ -43,10 +43,19 @@ def ladder(low: int, high: int) -> tuple[int, ...]:
     return (*steps, high)
 
 
+def rungs(high: int) -> tuple[int, ...]:
+    """1/4, 1/2, 3/4 and all of ``high``, as far as they are whole numbers that differ: close to each other where a step
+    is long, because what a step's time has room for lies between two of them."""
+    return tuple(sorted({max(high * quarters // 4, 1) for quarters in (1, 2, 3, 4)}))
+
+
 @dataclass(frozen=True)
 class Buckets:
     """Every bucket of an engine: decode-only steps, chunk steps beside few or many decode rows, and steps with
-    gradient rows beside no or all chunk rows and few or many decode rows."""
+    gradient rows beside no chunk rows or about as many (``beside``), and few or many decode rows.
+
+    There is no bucket for a long prompt's chunk beside gradient rows: both would fill a step alone.
+    """
 
     chunk_rows: tuple[int, ...]
     decode_rows: tuple[int, ...]
@@ -54,35 +63,59 @@ class Buckets:
 
     @classmethod
     def make(cls, max_chunk_rows: int, max_num_seqs: int, row_block: int, max_grad_rows: int = 0) -> "Buckets":
-        """Powers of two up to the limits; chunk and gradient rows are multiples of ``row_block``."""
+        """Sizes up to the limits; chunk and gradient rows are multiples of ``row_block``."""
         most = max(max_chunk_rows // row_block, 1)
         chunks = tuple(row_block * n for n in ladder(min(max(64 // row_block, 1), most), most))
         decodes = ladder(min(MIN_ROWS, max(max_num_seqs, 2)), max(max_num_seqs, 2))
         grads = max_grad_rows // row_block
-        return cls(chunks, decodes, tuple(row_block * n for n in ladder(max(grads // 4, 1), grads)) if grads else ())
+        return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else ())
 
     @property
     def few_or_many(self) -> tuple[int, ...]:
         return tuple(sorted({self.decode_rows[0], self.decode_rows[-1]}))
+
+    @property
+    def beside_gradients(self) -> tuple[int, ...]:
+        """Decode rows beside gradient rows: few are worth programs of their own only where many are a lot more."""
+        few, many = self.decode_rows[0], self.decode_rows[-1]
+        return (few, many) if many > 2 * few else (many,)
+
+    def beside(self, grad_rows: int) -> int:
+        """Chunk rows of the buckets with so many gradient rows and any chunk rows at all."""
+        return next((rows for rows in self.chunk_rows if rows >= grad_rows), self.chunk_rows[-1])
 
     def __iter__(self):
         yield from (Bucket(0, rows) for rows in self.decode_rows)
         for chunk in self.chunk_rows:
             yield from (Bucket(chunk, rows) for rows in self.few_or_many)
         for grad in self.grad_rows:
-            yield from (Bucket(chunk, rows, grad) for chunk in (0, self.chunk_rows[-1]) for rows in self.few_or_many)
+            for chunk in (0, self.beside(grad)):
+                yield from (Bucket(chunk, rows, grad) for rows in self.beside_gradients)
+
+    def holding(self, chunk_rows: int, decode_rows: int) -> Iterator[Bucket]:
+        """The buckets, of each size of gradient and chunk rows one, that hold this many of the other kinds."""
+        few = _least(self.few_or_many, decode_rows)
+        yield from (Bucket(rows, few) for rows in self.chunk_rows if rows >= chunk_rows)
+        few = _least(self.beside_gradients, decode_rows)
+        for grad in self.grad_rows:
+            for rows in (0, self.beside(grad)):
+                if rows >= chunk_rows:
+                    yield Bucket(rows, few, grad)
 
     def fit(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
         """The smallest bucket that holds this many rows of each kind."""
         if grad_rows:
-            chunk = self.chunk_rows[-1] if chunk_rows else 0
-            return Bucket(chunk, _least(self.few_or_many, decode_rows), _least(self.grad_rows, grad_rows))
+            fitting = [rows for rows in self.grad_rows if rows >= grad_rows and self.beside(rows) >= chunk_rows]
+            assert fitting, f"{chunk_rows=} beside {grad_rows=} {self.grad_rows=}"
+            chunk = self.beside(fitting[0]) if chunk_rows else 0
+            return Bucket(chunk, _least(self.beside_gradients, decode_rows), fitting[0])
         if chunk_rows == 0:
             return Bucket(0, _least(self.decode_rows, decode_rows))
         return Bucket(_least(self.chunk_rows, chunk_rows), _least(self.few_or_many, decode_rows))
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int:
-    fitting = [size for size in sizes if size >= wanted]
-    assert fitting, f"{wanted=} {sizes=}"
-    return fitting[0]
+    for size in sizes:
+        if size >= wanted:
+            return size
+    raise AssertionError(f"{wanted=} {sizes=}")

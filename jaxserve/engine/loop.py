@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,18 +30,20 @@ from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
+from jaxserve.engine.planner import Planned, Planner
+from jaxserve.engine.sharing import sharing
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
 from jaxserve.engine.step import StepOutput, StepSpec, step
-from jaxserve.engine.times import StepTimes
+from jaxserve.engine.times import StepLoad
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.finetune.live import LiveWeights
-from jaxserve.finetune.windows import total_rows
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.plan import NO_REQUESTS, Outcome, StepPlan, StepResult
-from jaxserve.scheduler.request import Request, Sequence
+from jaxserve.scheduler.request import Objective, Request, Sequence
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from jaxserve.scheduler.slo import LatencyBudget
 from pallas_kernels.lora_matmul import PAGE_RANK
 
 logger = logging.getLogger(__name__)
@@ -74,7 +76,9 @@ class CoreConfig:
     lora: str | None = None
     max_grad_rows: int = 256
     remat: str = "attention"
-    tpot_objective: float | None = None  # seconds
+    objectives: Mapping[str, Objective] = field(default_factory=lambda: {"": Objective()})  # by class of requests
+    finetune_floor: float = 0.0
+    sharing: str = "coserve"
 
     @property
     def pages_per_seq(self) -> int:
@@ -102,9 +106,9 @@ class InFlight(NamedTuple):
     """A step the device has and the host has not read."""
 
     plan: StepPlan
+    load: StepLoad
     output: StepOutput
     chunk_slots: list[int]  # as they were then: by the time the step is read, a sequence may have lost its slot
-    bucket: Bucket
     started: float
 
 
@@ -170,7 +174,10 @@ class EngineCore:
         self._idle = False
         self.on_accelerator = mesh.devices.flat[0].platform != "cpu"
         self.trainer: Trainer | None = None
-        self.times = StepTimes()
+        budget = LatencyBudget(tuple(config.objectives.values()), config.finetune_floor)
+        self.planner = Planner(
+            self.scheduler, self.buckets, config.max_model_len, budget, sharing(config.sharing), self._needs_extras
+        )
         self._last_done = 0.0
         self.lock = threading.RLock()
         self._add_specs(self.buckets, extended=False)
@@ -251,7 +258,7 @@ class EngineCore:
             jax.block_until_ready(self._run(bucket, extended, ints, floats))
             compiled = self.clock()
             jax.block_until_ready(self._run(bucket, extended, ints, floats))
-            self.times.observe(bucket, self.clock() - compiled)
+            self.planner.times.calibrate(bucket, extended, self.clock() - compiled)
             seconds[f"{bucket} extended" if extended else str(bucket)] = compiled - start
         return seconds
 
@@ -299,6 +306,8 @@ class EngineCore:
             self.packer.train = shape
             self.scheduler.reclaim = self.trainer.queue.give_way
             self.buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
+            self.planner.set_buckets(self.buckets)
+            self.planner.finetuning = self.trainer
             if self.extras.scales:
                 self.trainer.enable_scales()
             return self._try_all(self._add_specs(self.buckets, extended=False) + self._extended_specs())
@@ -402,15 +411,15 @@ class EngineCore:
         """Dispatches the next step and takes in the one before."""
         start = time.perf_counter()
         with self.lock:
-            plan = self._plan()
-            self._idle = plan is None and not self.in_flight
-            if plan is not None:
+            planned = self.planner.plan(self.clock())
+            self._idle = planned is None and not self.in_flight
+            if planned is not None:
                 try:
-                    self.in_flight.append(self._dispatch(plan))
+                    self.in_flight.append(self._dispatch(planned))
                 except Exception as error:
-                    return self._recover(error, plan)
+                    return self._recover(error, planned.plan)
             self.host_seconds += time.perf_counter() - start
-            if plan is not None and len(self.in_flight) < 2:
+            if planned is not None and len(self.in_flight) < 2:
                 return []
             oldest = self.in_flight[0] if self.in_flight else None
         if oldest is None:
@@ -431,49 +440,16 @@ class EngineCore:
             self.failures = 0
             return self._commit(oldest)
 
-    def _plan(self) -> StepPlan | None:
-        """Requests first; finetune windows take what the latency objective leaves."""
-        plan = self.scheduler.plan(self.clock())
-        if self.trainer is None:
-            return plan
-        if self.trainer.held and plan is not None:
-            return plan
-        nothing = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
-        base = plan or nothing
-        chunk_rows = self.scheduler.config.max_chunk_rows - base.chunk_rows
-        allowed = self._allowed_grad_rows(base)
-        finetune = self.trainer.plan(allowed, chunk_rows if allowed else 0)
-        return plan if finetune is None else replace(base, finetune=finetune)
-
-    def _allowed_grad_rows(self, plan: StepPlan) -> int:
-        """The most gradient rows whose step is predicted to keep the objective of the requests in it."""
-        sizes = self.buckets.grad_rows
-        objective = self.config.tpot_objective
-        if objective is None or not plan.decodes:
-            return sizes[-1]
-        fitting = [
-            rows
-            for rows in sizes
-            if self.times.predict(self.buckets.fit(plan.chunk_rows, len(plan.decodes), rows)) <= objective
-        ]
-        return fitting[-1] if fitting else 0
-
-    def _dispatch(self, plan: StepPlan) -> InFlight:
+    def _dispatch(self, planned: Planned) -> InFlight:
+        plan, load = planned.plan, planned.load
         while self._uploads:
             self._upload(*self._uploads.popleft())
         for seq in plan.started:
             self._admit(seq)
         for start in range(0, len(plan.page_copies), COPIES):
             self._copy(plan.page_copies[start : start + COPIES])
-        grads, forwards = plan.finetune or ((), ())
-        block = self.config.row_block
-        chunk_rows = plan.chunk_rows + total_rows(forwards, block)
-        # only programs with gradient rows know dropout
-        grad_rows = total_rows(grads, block) or any(window.seq.dropout for window in forwards)
-        bucket = self.buckets.fit(chunk_rows, len(plan.decodes), int(grad_rows))
-        extended = any(self.extras) and _needs_extras(plan)
-        packed = self.packer.pack(plan, bucket, extended)
-        output = self._run(bucket, extended, packed.ints, packed.floats)
+        packed = self.packer.pack(plan, load.bucket, load.extended)
+        output = self._run(load.bucket, load.extended, packed.ints, packed.floats)
         if self.trainer is not None:
             self.trainer.after_dispatch()
         if self.on_accelerator:
@@ -481,7 +457,17 @@ class EngineCore:
                 array.copy_to_host_async()
         self.num_steps += 1
         chunk_slots = [segment.seq.slot for segment in plan.chunks if segment.seq.slot is not None]
-        return InFlight(plan, output, chunk_slots, bucket, self.clock())
+        return InFlight(plan, load, output, chunk_slots, self.clock())
+
+    def _needs_extras(self, plan: StepPlan) -> bool:
+        """Some row's adapter has scales, or is trained with dropout."""
+        if not any(self.extras):
+            return False
+        grads, forwards = plan.finetune or ((), ())
+        if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):
+            return True
+        adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
+        return any(version is not None and is_scaled(version.weights) for version in adapters)
 
     def _admit(self, seq: Sequence) -> None:
         """Gives a sequence that starts, or starts again, its slot's parameters."""
@@ -524,7 +510,7 @@ class EngineCore:
         start = time.perf_counter()
         plan, output = done.plan, done.output
         now = self.clock()
-        self.times.observe(done.bucket, now - max(done.started, self._last_done))
+        self.planner.measured(done.load, now - max(done.started, self._last_done), now)
         self._last_done = now
         if plan.index == NO_REQUESTS:
             return []
@@ -536,7 +522,7 @@ class EngineCore:
                 finite[i] = finite[i] and chunk_finite[sample.segment_index]
         tokens = np.asarray(output.token_R)[:count].tolist()
         prompt = self._prompt_logprobs(plan, output)
-        outcomes = self.scheduler.commit(plan, StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite))
+        outcomes = self.scheduler.commit(plan, StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite), now)
         news = [News(o, self._logprobs(o, output), prompt.pop(id(o.seq), []), _why(o)) for o in outcomes]
         waiting = [segment.seq for segment in plan.chunks if id(segment.seq) in prompt]
         news += [News(Outcome(seq, None, None, None), None, prompt[id(seq)]) for seq in waiting]
@@ -587,6 +573,7 @@ class EngineCore:
         if isinstance(error, EngineError):
             raise error
         self.in_flight.clear()
+        self.planner.forget()
         running = list(self.scheduler.running)
         self.state = self._empty_state()
         self.scheduler.reset()
@@ -625,15 +612,6 @@ class EngineCore:
             assert isinstance(version.weights, AdapterWeights), version
             bank = self.writer.write(self.state.bank, version.weights, pages, self.params)
         self.state = replace(self.state, bank=bank)
-
-
-def _needs_extras(plan: StepPlan) -> bool:
-    """Some row's adapter has scales, or is trained with dropout."""
-    grads, forwards = plan.finetune or ((), ())
-    if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):
-        return True
-    adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
-    return any(version is not None and is_scaled(version.weights) for version in adapters)
 
 
 def _why(outcome: Outcome) -> str | None:

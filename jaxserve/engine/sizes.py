@@ -13,6 +13,7 @@ from jaxserve.engine.loop import CoreConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.request import NEVER, Objective
 
 HOST_POOL_BYTES = 1 << 30  # most the KV pool takes by default where the device is the host itself
 STEP_BYTES = 1 << 30  # left free on an accelerator for a step's temporaries
@@ -56,8 +57,19 @@ def core_config(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mes
         max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
         max_grad_rows=max(config.finetune_window, row_block),
         remat=config.finetune_remat,
-        tpot_objective=None if config.tpot_objective_ms is None else config.tpot_objective_ms / 1000,
+        objectives=objectives(config),
+        finetune_floor=config.finetune_floor,
     )
+
+
+def objectives(config: EngineConfig) -> dict[str, Objective]:
+    """What requests are promised, by the name of their class; "" is those that name none."""
+    promised = {"": (config.ttft_objective_ms, config.tpot_objective_ms)}
+    promised |= {each.name: (each.ttft_ms, each.tpot_ms) for each in config.slo_classes}
+    return {
+        name: Objective(*(NEVER if ms is None else ms / 1000 for ms in milliseconds))
+        for name, milliseconds in promised.items()
+    }
 
 
 def _pages_that_fit(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh, max_model_len: int) -> int:

@@ -1,22 +1,139 @@
-"""How long a step of each bucket takes: calibrated at start-up, corrected by every step that is measured."""
+"""How long a step takes: measured for each bucket at start-up, corrected by every step that is measured.
 
-from dataclasses import dataclass, field
+    seconds = pace * (base(bucket) + weights . what the step holds)
+
+``base`` is the time of a bucket with nothing in it; padding is computed like anything else, so most of a step's time is
+there. The weights stand for what grows with contexts and adapters, and are found by recursive least squares with
+forgetting, from measurements at start-up and from all later steps. ``pace`` follows a device that others slow down.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
 
 from jaxserve.engine.buckets import Bucket
 
-WEIGHT = 0.1  # of a new measurement
+FORGETTING = 0.002  # of the least squares, per step: some hundred steps are remembered
+NOISE = 0.05  # relative error of one measurement
+SPREAD = 0.5  # how far a weight may be from its prior, in units of the longest base
+PACE_SHARE = 0.1  # of a new measurement in ``pace``
+PACE_LIMITS = (0.5, 4.0)
+OUTLIER = 3.0  # a measurement so many times off is a hiccup of the machine: it counts as this much
+NUM_ERRORS = 1024  # newest relative errors that are kept
 
 
-@dataclass
+class StepLoad(NamedTuple):
+    """What a step's time depends on. A span is the most keys that one row sees, and costs every row of its kind where
+    attention goes over them together; pairs are counted row by row."""
+
+    bucket: Bucket
+    extended: bool = False  # the program knows scales and dropout
+    decode_keys: int = 0
+    decode_span: int = 0
+    block_pairs: int = 0  # of chunk rows and gradient rows
+    block_span: int = 0
+    grad_pairs: int = 0
+    grad_span: int = 0
+    adapter_rows: int = 0  # rows with an adapter
+    grad_rows: int = 0  # gradient rows in use
+
+    def weighed(self) -> tuple[float, ...]:
+        """The amounts that have a weight."""
+        bucket = self.bucket
+        return (
+            bucket.decode_rows * self.decode_span,
+            bucket.block_rows * self.block_span,
+            bucket.grad_rows * self.grad_span,
+            self.decode_keys,
+            self.block_pairs,
+            self.grad_pairs,
+            self.adapter_rows,
+            self.grad_rows,
+        )
+
+
+NUM_BASES = 2  # a weight for buckets without gradient rows, and one more for those with
+
+
 class StepTimes:
-    """An exponential mean of seconds per bucket."""
+    """Predicts seconds.
 
-    seconds: dict[Bucket, float] = field(default_factory=dict)
+    Args:
+      buckets: of the engine: the largest ones give the weights their units.
+      max_keys: keys that one row sees at most.
+    """
 
-    def observe(self, bucket: Bucket, seconds: float) -> None:
-        known = self.seconds.get(bucket)
-        self.seconds[bucket] = seconds if known is None else (1 - WEIGHT) * known + WEIGHT * seconds
+    def __init__(self, buckets: Iterable[Bucket] = (), max_keys: int = 1):
+        self.base: dict[tuple[Bucket, bool], float] = {}
+        self.pace = 1.0
+        self.errors: deque[float] = deque(maxlen=NUM_ERRORS)  # predicted over measured, minus 1
+        self.uncertainty = 0.0  # running mean of their absolute values
+        self._typical = 0.0  # of the longest step with nothing in it
+        self.resize(buckets, max_keys)
 
-    def predict(self, bucket: Bucket) -> float:
+    def resize(self, buckets: Iterable[Bucket], max_keys: int) -> None:
+        """Starts over with other buckets; what was measured of a bucket stays."""
+        buckets = list(buckets)
+        decode, block, grad = (
+            max((rows(b) for b in buckets), default=0) or 1
+            for rows in (lambda b: b.decode_rows, lambda b: b.block_rows, lambda b: b.grad_rows)
+        )
+        keys = (decode * max_keys, block * max_keys, grad * max_keys)
+        self._units = (*keys, *keys, decode + block, grad)
+        self._theta = np.zeros(NUM_BASES + len(self._units))
+        self._theta[0] = 1.0
+        self._prior = np.diag(np.array([0.1, 0.1, *[SPREAD] * len(self._units)]) ** 2)
+        self._covariance = self._prior
+        self._weights = self._theta.tolist()
+
+    def calibrate(self, bucket: Bucket, extended: bool, seconds: float) -> None:
+        """Notes the time of a bucket with nothing in it."""
+        self.base[bucket, extended] = seconds
+        self._typical = max(self.base.values())
+
+    def predict(self, load: StepLoad) -> float:
         """Seconds; infinite for a bucket that never ran."""
-        return self.seconds.get(bucket, float("inf"))
+        base = self.base.get((load.bucket, load.extended))
+        if base is None:
+            return float("inf")
+        return self.pace * self._linear(load, base)
+
+    def _linear(self, load: StepLoad, base: float) -> float:
+        weights = self._weights
+        seconds = base * (weights[0] + weights[1] if load.bucket.grad_rows else weights[0])
+        more = 0.0
+        for amount, unit, weight in zip(load.weighed(), self._units, weights[NUM_BASES:], strict=True):
+            more += amount / unit * weight
+        return max(seconds + more * self._typical, 0.25 * base)
+
+    def observe(self, load: StepLoad, seconds: float) -> None:
+        """Learns from a step that was measured."""
+        base = self.base.get((load.bucket, load.extended))
+        if base is None:
+            self.calibrate(load.bucket, load.extended, seconds)
+            return
+        linear = self._linear(load, base)
+        error = self.pace * linear / seconds - 1
+        self.errors.append(error)
+        self.uncertainty += PACE_SHARE / 2 * (min(abs(error), 1.0) - self.uncertainty)
+        seconds = min(max(seconds, linear * self.pace / OUTLIER), linear * self.pace * OUTLIER)
+        self._learn(load, base, linear, seconds / self.pace)
+        low, high = PACE_LIMITS
+        self.pace = min(max(self.pace + PACE_SHARE * (seconds / linear - self.pace), low), high)
+
+    def _learn(self, load: StepLoad, base: float, linear: float, seconds: float) -> None:
+        """One step of recursive least squares (a Kalman filter whose state stands still), on relative errors."""
+        more = [amount / unit * self._typical for amount, unit in zip(load.weighed(), self._units, strict=True)]
+        x = np.array([base, base if load.bucket.grad_rows else 0.0, *more]) / seconds
+        through = self._covariance @ x
+        gain = through / (x @ through + NOISE**2)
+        self._theta = self._theta + gain * (1 - linear / seconds)
+        covariance = self._covariance - np.outer(gain, through)
+        self._covariance = (1 - FORGETTING) * covariance + FORGETTING * self._prior
+        self._weights = self._theta.tolist()
+
+    def error(self, quantile: float = 0.9) -> float:
+        """This quantile of the relative errors of late."""
+        return float(np.quantile(np.abs(self.errors), quantile)) if self.errors else 0.0

@@ -399,14 +399,12 @@ class Trainer:
 
     # the loop
 
-    def plan(self, grad_rows: int, chunk_rows: int) -> FinetunePlan | None:
-        """The finetune rows of the next step."""
+    def settle(self) -> None:
+        """Moves on what waits for the disk, for a lane or a place in the bank, or for the last results of a pause."""
         self._settle()
         self._start_waiting()
-        return self.queue.plan(grad_rows, chunk_rows)
 
     def _settle(self) -> None:
-        """Moves on what waits for the disk, for a place in the bank, or for the last results of a pause."""
         for training in list(self.trainings.values()):
             job = training.job
             self._settle_disk(training)
@@ -549,7 +547,7 @@ class Trainer:
     def _read(self, seq: Any, finite: bool) -> None:
         if id(seq) in self.queue.owner:
             _, batch = self.queue.owner[id(seq)]
-            batch.num_read += 1
+            seq.num_read += 1
             batch.finite &= finite
 
     def _update_done(self, training: Training, update: Update) -> None:

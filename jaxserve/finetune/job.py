@@ -84,7 +84,6 @@ class Batch:
     serial: int = field(default_factory=itertools.count().__next__)  # the same for every attempt at it
     waiting: list[Example] = field(init=False)
     sequences: list[TrainSequence] = field(default_factory=list)
-    num_read: int = 0  # windows whose losses the host has
     finite: bool = True
 
     def __post_init__(self):
@@ -131,7 +130,7 @@ class Batch:
     @property
     def settled(self) -> bool:
         """The host has every loss of the sequences that were begun; they are through."""
-        return all(seq.done for seq in self.sequences) and self.num_read == sum(s.num_losses for s in self.sequences)
+        return all(seq.done for seq in self.sequences) and all(seq.num_read == seq.num_losses for seq in self.sequences)
 
     @property
     def loss(self) -> float:

@@ -1,14 +1,15 @@
 """Which windows of which jobs go into the next step, and the pages they need.
 
-Within a lane, sequences run their backward in the order of their examples, so the order in which gradients are summed
-depends on the data alone: not on load, not on the jobs beside it.
+Windows are as long as a step has room for. Of a deterministic job they are cut by the example alone, and its sequences
+run their backward in the order of their examples, so the order in which gradients are summed depends on the data: not
+on load, not on the jobs beside it.
 """
 
 from collections.abc import Callable
 
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
-from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, cut, example_key
+from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded
 from jaxserve.kvcache.pages import PagePool
 
 
@@ -40,36 +41,90 @@ class FinetuneQueue:
         self.running: list[Running] = []
         self.active: list[TrainSequence] = []
         self.owner: dict[int, tuple[Job, Batch]] = {}  # by id of an active sequence
+        self.num_finished = 0  # sequences that were planned to their end
+
+    @property
+    def has_work(self) -> bool:
+        """Something is under way or could be begun."""
+        return bool(self.active) or any(not r.held and not r.job.exhausted for r in self.running)
+
+    def left(self) -> tuple[int, int, bool]:
+        """At most so many gradient rows and forward rows could go into the next step, and whether some sequence is
+        trained with dropout."""
+        backward = forward = 0
+        dropout = False
+        for seq in self.active:
+            if not seq.forward_only:
+                backward += rounded(min(seq.remaining, seq.window), self.row_block)
+            if not seq.backward_begun:
+                forward += rounded(seq.num_rows - seq.forwarded, self.row_block)
+            dropout |= seq.dropout > 0
+        return backward, forward, dropout
 
     # plan
 
     def plan(self, grad_rows: int, chunk_rows: int) -> FinetunePlan | None:
-        """Windows for a step with this much room; None when nothing fits or nothing is left."""
-        for running in self.running:
-            self._admit(running)
-        grads, forwards, blocked = [], [], set()
-        for seq in self.active:
-            lane = seq.lane.index
-            while (window := seq.next_backward) and lane not in blocked and self._rows(window) <= grad_rows:
-                if any(held.seq is seq for held in grads):
-                    break  # one window of a sequence per step: the next needs this one's accumulators
+        """Windows for a step with this much room, begun; None when nothing fits or nothing is left."""
+        self.admit()
+        draft = self.draft(grad_rows, chunk_rows)
+        self.begin(draft)
+        return draft if draft.grads or draft.forwards else None
+
+    def draft(self, grad_rows: int, chunk_rows: int, usual: int | None = None, plain: bool = False) -> FinetunePlan:
+        """The windows of a step with this much room; nothing is begun yet.
+
+        Args:
+          usual: gradient rows that steps mostly have room for. Rows that a backward of so many will run forward
+            itself are left out of phase F.
+          plain: the step's program knows no dropout.
+        """
+        usual = usual or self.max_window
+        grads: list[WindowRows] = []
+        forwards: list[WindowRows] = []
+        blocked: set[int] = set()  # lanes whose order forbids more
+        for seq in sorted(self.active, key=_not_begun):
+            if grad_rows < self.row_block:
+                break
+            if seq.lane.index in blocked:
+                continue
+            window = seq.backward_window(grad_rows)
+            if window is not None and not seq.backward_begun:
+                ahead = WindowRows(seq, seq.forwarded, window.start - seq.forwarded)
+                if not _is_worth_it(window, usual) or rounded(ahead.length, self.row_block) > chunk_rows:
+                    window = None
+                elif ahead.length > 0:
+                    forwards.append(ahead)
+                    chunk_rows -= rounded(ahead.length, self.row_block)
+            if window is not None:
                 grads.append(window)
-                grad_rows -= self._rows(window)
-                seq.num_backward += 1
-            if not seq.done:
-                blocked.add(lane)
-            window = seq.next_forward
-            if window and self._rows(window) <= chunk_rows:
+                grad_rows -= rounded(window.length, self.row_block)
+            if seq.fixed and (window is None or window.start > 0):
+                blocked.add(seq.lane.index)
+        taken = {id(window.seq) for window in grads}
+        for seq in self.active:
+            if chunk_rows < self.row_block:
+                break
+            if id(seq) in taken or (plain and seq.dropout):
+                continue
+            window = seq.forward_window(chunk_rows, usual)
+            if window is not None:
                 forwards.append(window)
-                chunk_rows -= self._rows(window)
-                seq.num_forward += 1
-        return FinetunePlan(tuple(grads), tuple(forwards)) if grads or forwards else None
+                chunk_rows -= rounded(window.length, self.row_block)
+        return FinetunePlan(tuple(grads), tuple(forwards))
 
-    def _rows(self, window: WindowRows) -> int:
-        return -(-window.length // self.row_block) * self.row_block
+    def begin(self, plan: FinetunePlan) -> None:
+        """Notes that these windows go into a step."""
+        for window in plan.forwards:
+            window.seq.take_forward(window)
+        for window in plan.grads:
+            window.seq.take_backward(window)
 
-    def _admit(self, running: Running) -> None:
-        """Begins sequences of the job's batch while there are slots and pages."""
+    def admit(self, reserve: int = 0) -> None:
+        """Begins sequences of the jobs' batches while there are slots and pages; so many pages are left to others."""
+        for running in self.running:
+            self._admit(running, reserve)
+
+    def _admit(self, running: Running, reserve: int) -> None:
         job = running.job
         if running.held:
             return
@@ -77,7 +132,7 @@ class FinetuneQueue:
             job.batch = job.next_batch()
         batch = job.batch
         while batch is not None and batch.waiting and self._slots:
-            seq = self._sequence(batch.waiting[0], batch, running)
+            seq = self._sequence(batch.waiting[0], batch, running, reserve)
             if seq is None:
                 return
             batch.waiting.pop(0)
@@ -85,10 +140,10 @@ class FinetuneQueue:
             self.active.append(seq)
             self.owner[id(seq)] = (job, batch)
 
-    def _sequence(self, example: Example, batch: Batch, running: Running) -> TrainSequence | None:
+    def _sequence(self, example: Example, batch: Batch, running: Running, reserve: int) -> TrainSequence | None:
         config, needed = running.job.config, self.pool.pages_for(example.num_tokens - 1)
         num_acc = 0 if batch.forward_only else needed
-        if num_acc > len(self._acc):
+        if num_acc > len(self._acc) or needed + reserve > self.pool.num_available:
             return None
         pages = self.pool.alloc(needed)
         if pages is None:
@@ -97,7 +152,8 @@ class FinetuneQueue:
             example.token_ids,
             batch.targets(example),
             running.lane,
-            cut(example.num_tokens, min(config.window or self.max_window, self.max_window)),
+            window=min(config.window or self.max_window, self.max_window),
+            fixed=config.deterministic,
             forward_only=batch.forward_only,
             dropout=0.0 if batch.forward_only else config.dropout,
             drop_key=example_key(config.seed, batch.epoch, example.index),
@@ -109,12 +165,20 @@ class FinetuneQueue:
     # results
 
     def retire(self) -> list[tuple[Job, Batch]]:
-        """Frees sequences all of whose windows are planned; returns the batches that this completes.
+        """Frees what no later step needs: sequences all of whose rows are planned, and of others the pages behind
+        their backward. Returns the batches that this completes.
 
-        Their pages may be given away at once: the device runs steps in order.
+        Pages may be given away at once: the device runs steps in order.
         """
         for seq in [seq for seq in self.active if seq.done]:
             self._free(seq)
+            self.num_finished += 1
+        for seq in self.active:
+            needed = self.pool.pages_for(seq.remaining)
+            if needed < len(seq.pages):
+                self.pool.free(seq.pages[needed:])
+                self._acc.extend(seq.acc_pages[needed:])
+                del seq.pages[needed:], seq.acc_pages[needed:]
         complete = [(r.job, r.job.batch) for r in self.running if r.job.batch is not None and r.job.batch.planned]
         return [(job, batch) for job, batch in complete if batch is not None]
 
@@ -143,7 +207,7 @@ class FinetuneQueue:
         One whose backward has begun cannot be taken back: part of its gradient is summed already.
         """
         for seq in reversed(self.active):
-            if seq.num_backward == 0:
+            if not seq.backward_begun:
                 self._take_back(seq)
                 return True
         return False
@@ -152,7 +216,7 @@ class FinetuneQueue:
         """Takes back what the job has begun, but for sequences whose backward has; nothing new begins."""
         for running in self.running:
             running.held |= running.job is job
-        for seq in [seq for seq in reversed(self.active) if seq.num_backward == 0 and self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in reversed(self.active) if not seq.backward_begun and self.owner[id(seq)][0] is job]:
             self._take_back(seq)
 
     def take_back_all(self, job: Job) -> None:
@@ -182,3 +246,14 @@ class FinetuneQueue:
         acc = [*self._acc, *(page for seq in self.active for page in seq.acc_pages)]
         assert sorted(slots) == list(range(num_slots)), f"{slots=}"
         assert sorted(acc) == list(range(acc_pages)), f"{acc=}"
+
+
+def _not_begun(seq: TrainSequence) -> bool:
+    return not seq.backward_begun
+
+
+def _is_worth_it(window: WindowRows, usual: int) -> bool:
+    """Whether to begin a backward here rather than wait for a step with more room. What it leaves over must be run
+    forward twice, at half the price of the gradient rows that would lie idle otherwise."""
+    seq = window.seq
+    return window.start == 0 or seq.fixed or 3 * window.length > min(seq.num_rows, seq.window, usual)

@@ -1,8 +1,8 @@
 """A finetune sequence on its way through the step: windows forward, then windows right to left with their backward.
 
-A sequence of S tokens is cut into windows of at most W rows. Phase F runs every window but the last forward, left to
-right: only keys and values stay. Phase B runs the windows right to left, forward and backward in one step each. One
-that fits in a single window has no phase F.
+A sequence is cut into windows of at most W rows. Phase F runs all but the last forward, left to right: only keys and
+values stay. Phase B runs the windows right to left, forward and backward in one step each. One that fits in a single
+window has no phase F.
 
 Shapes: S tokens.
 """
@@ -60,61 +60,91 @@ class FinetunePlan(NamedTuple):
 
 @dataclass(eq=False)
 class TrainSequence:
-    """One example under way."""
+    """One example under way. Row t predicts token t + 1, so S tokens make S - 1 rows.
+
+    How many rows a window has is decided step by step: phase F moves ``forwarded`` to the right, phase B moves
+    ``remaining`` to the left, and any cut gives the same gradient but for rounding.
+    """
 
     token_ids: np.ndarray  # [S] int32
     targets: Targets
     lane: Lane
-    windows: tuple[tuple[int, int], ...]  # [start, end), left to right
+    window: int = 1 << 30  # most rows of a window of phase B
+    fixed: bool = False  # windows of phase B begin at multiples of ``window``, whatever a step has room for
     forward_only: bool = False  # for its loss alone
     dropout: float = 0.0
     drop_key: int = 0  # int32
     slot: int = -1  # 0 .. train_slots - 1
     pages: list[int] = field(default_factory=list)
     acc_pages: list[int] = field(default_factory=list)
-    num_forward: int = 0  # windows whose phase F is planned
-    num_backward: int = 0  # windows whose phase B is planned
+    forwarded: int = 0  # rows [0, forwarded) have phase F planned
+    remaining: int = field(init=False)  # rows [0, remaining) have no phase B planned
+    num_losses: int = 0  # planned windows whose losses the host reads
+    num_read: int = 0  # of those, the ones that it has read
     losses: np.ndarray = field(init=False)  # [S] per predicted token
     logprobs: np.ndarray = field(init=False)
 
     def __post_init__(self):
+        self.remaining = self.num_rows
         self.losses = np.zeros(len(self.token_ids), np.float32)
         self.logprobs = np.zeros(len(self.token_ids), np.float32)
 
     @property
-    def next_forward(self) -> WindowRows | None:
-        """The next phase F window; None when only the last one is left, which runs forward in phase B."""
-        if self.num_forward >= len(self.windows) - (not self.forward_only) or self.num_backward:
-            return None
-        start, end = self.windows[self.num_forward]
-        return WindowRows(self, start, end - start)
+    def num_rows(self) -> int:
+        return len(self.token_ids) - 1
 
     @property
-    def next_backward(self) -> WindowRows | None:
-        """The next phase B window; None while phase F is not through, and at the end."""
-        if self.forward_only or self.num_forward < len(self.windows) - 1 or self.done:
-            return None
-        start, end = self.windows[len(self.windows) - 1 - self.num_backward]
-        return WindowRows(self, start, end - start)
+    def backward_begun(self) -> bool:
+        return self.remaining < self.num_rows
 
     @property
     def done(self) -> bool:
-        """Every window is planned."""
-        return (self.num_forward if self.forward_only else self.num_backward) == len(self.windows)
+        """Every row is planned."""
+        return self.forwarded == self.num_rows if self.forward_only else self.remaining == 0
 
-    @property
-    def num_losses(self) -> int:
-        """Windows whose losses the host reads."""
-        return len(self.windows)
+    def first_backward(self, rows: int) -> int:
+        """Where phase B's first window begins when a step has room for ``rows``."""
+        if self.fixed:
+            return (self.num_rows - 1) // self.window * self.window
+        return max(self.num_rows - min(rows, self.window), 0)
 
+    def backward_window(self, room: int) -> WindowRows | None:
+        """The next window of phase B that ``room`` rows allow. Its earlier rows must have been forward by then."""
+        if self.forward_only or self.done or room <= 0:
+            return None
+        start = max(self.remaining - min(room, self.window), 0)
+        if self.fixed:
+            boundary = (self.remaining - 1) // self.window * self.window
+            if boundary < start:
+                return None
+            start = boundary
+        return WindowRows(self, start, self.remaining - start)
 
-def cut(length: int, window: int) -> tuple[tuple[int, int], ...]:
-    """Windows of ``window`` tokens, a function of the length alone; the last may be shorter.
+    def forward_window(self, room: int, last: int) -> WindowRows | None:
+        """The next window of phase F, or None where nothing is left for it.
 
-    The last token has nothing to predict, so it is in no window.
-    """
-    rows = length - 1
-    return tuple((start, min(start + window, rows)) for start in range(0, rows, window))
+        Args:
+          last: rows that phase B's first window will have; it runs them forward itself.
+        """
+        end = self.num_rows if self.forward_only else self.first_backward(last)
+        length = min(end - self.forwarded, room)
+        if length <= 0 or self.backward_begun:
+            return None
+        return WindowRows(self, self.forwarded, length)
+
+    def take_backward(self, window: WindowRows) -> None:
+        """Notes that a window of phase B is in a step."""
+        assert window.end == self.remaining, f"rows up to {self.remaining} are due, not {window.end}"
+        assert self.backward_begun or window.start <= self.forwarded, f"rows before {window.start} are not forward yet"
+        self.remaining = window.start
+        self.num_losses += 1
+
+    def take_forward(self, window: WindowRows) -> None:
+        """Notes that a window of phase F is in a step."""
+        assert window.start == self.forwarded, f"rows from {self.forwarded} are due, not {window.start}"
+        assert not self.backward_begun, "phase F is over"
+        self.forwarded = window.end
+        self.num_losses += self.forward_only
 
 
 def example_key(seed: int, epoch: int, example: int) -> int:
@@ -124,4 +154,9 @@ def example_key(seed: int, epoch: int, example: int) -> int:
 
 def total_rows(windows: Values[WindowRows], row_block: int) -> int:
     """Rows these windows take in a step, each rounded up to whole blocks."""
-    return sum(-(-w.length // row_block) * row_block for w in windows)
+    return sum(rounded(w.length, row_block) for w in windows)
+
+
+def rounded(rows: int, row_block: int) -> int:
+    """Rows in whole blocks."""
+    return -(-rows // row_block) * row_block

@@ -2,10 +2,19 @@
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.kvcache.prefix import PrefixChain
 from jaxserve.sampling import SamplingParams
+
+NEVER = float("inf")
+
+
+class Objective(NamedTuple):
+    """What a request is promised, in seconds."""
+
+    ttft: float = NEVER  # from arrival to the first token
+    tpot: float = NEVER  # mean time per output token after the first
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -21,6 +30,7 @@ class Request:
     tenant: str = ""
     salt: str = ""
     arrival: float = 0.0  # seconds, on the clock that plan() is called with
+    objective: Objective = Objective()
 
 
 class State(Enum):
@@ -54,6 +64,7 @@ class Sequence:
     prefill_end: int = 0  # tokens to compute in chunks before (again) decoding
     num_cached: int = 0  # prompt tokens found in the prefix cache when the sequence first started
     num_preempted: int = 0
+    first_token_at: float | None = None  # when the host read it, on the same clock
     num_bypassed: int = 0  # plans in which others passed it because its adapter was not resident
     last_step: int = -1  # index of the last plan that has a row or a sample of this sequence
     copy_on_write: bool = False  # its last page is still the leader's to write

@@ -73,6 +73,7 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs))
         self._num_added = self._num_planned = self._num_committed = 0
         self._num_queued = self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
+        self.backlog = False  # in the last plan prompt rows were left over for want of rows, slots or pages
 
     # requests
 
@@ -132,6 +133,16 @@ class Scheduler:
             seq.num_pending = 0
         self._num_committed = self._num_planned
 
+    @property
+    def has_requests(self) -> bool:
+        """A request is alive."""
+        return bool(self._requests)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Somebody has prompt rows left to compute."""
+        return bool(self.waiting) or any(seq.prefilling for seq in self.running)
+
     def has_work(self) -> bool:
         """True while a request is alive or a plan is not committed."""
         return bool(self._requests) or self._num_committed < self._num_planned
@@ -142,14 +153,22 @@ class Scheduler:
 
     # one step
 
-    def plan(self, now: float) -> StepPlan | None:
-        """The next step's rows, or None when nothing can run before a commit, an add or an adapter's arrival."""
-        draft = _Draft(self._num_planned, self.config.max_chunk_rows)
+    def plan(self, now: float, room: int | None = None) -> StepPlan | None:
+        """The next step's rows, or None when nothing can run before a commit, an add or an adapter's arrival.
+
+        Args:
+          room: the most chunk rows, in whole blocks; ignored where prompts cannot be cut. None: as many as a step has.
+        """
+        if room is None or not self.config.enable_chunked_prefill:
+            room = self.config.max_chunk_rows
+        draft = _Draft(self._num_planned, room)
+        self.backlog = False
         self._plan_decodes(draft)
         for seq in [seq for seq in self.running if seq.prefilling]:
             self._plan_chunk(draft, seq)
         if not draft.preempted:  # whoever lost its pages in this step must not take them back in it
             self._admit(draft, now)
+        self.backlog |= bool(draft.preempted)
         if not draft.chunks and not draft.decodes:
             return None
         self._num_planned += 1
@@ -161,11 +180,12 @@ class Scheduler:
             page_copies=tuple(draft.page_copies),
             started=tuple(draft.started),
             preempted=tuple(draft.preempted),
-            chunk_rows=self.config.max_chunk_rows - draft.room,
+            chunk_rows=room - draft.room,
         )
 
-    def commit(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
-        """Takes in the results of the oldest plan that has none yet; sequences that are over are passed by."""
+    def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[Outcome]:
+        """Takes in the results, read at ``now``, of the oldest plan that has none yet; sequences that are over are
+        passed by."""
         assert plan.index == self._num_committed, f"step {plan.index} is committed, {self._num_committed} is due"
         assert len(result.tokens) == len(result.finite) == len(plan.samples), f"{len(plan.samples)} samples"
         assert len(result.chunk_finite) in (0, len(plan.chunks)), f"{len(plan.chunks)} chunks"
@@ -180,6 +200,8 @@ class Scheduler:
                 outcomes.append(self._fail(seq, i))
                 continue
             self._verify(seq, segment.start + segment.length)
+            if seq.first_token_at is None:
+                seq.first_token_at = now
             outcomes.append(self._accept(seq, int(result.tokens[i]), i))
         return outcomes
 
@@ -265,12 +287,15 @@ class Scheduler:
         length = min(remaining, draft.room)
         # A recompute may be longer than a whole step; with chunking off, it alone is cut, and only at a full step.
         if length == 0 or (length < remaining and not self._may_cut(draft)):
+            self.backlog = True
             return
         draft.chunks.append(Segment(seq, seq.num_computed, length))
         draft.room -= -(-length // self.config.row_block) * self.config.row_block
         seq.num_computed += length
         seq.last_step = draft.index
-        if not seq.prefilling:
+        if seq.prefilling:
+            self.backlog = True
+        else:
             self._sample_group(draft, seq)
 
     def _may_cut(self, draft: _Draft) -> bool:
@@ -301,6 +326,7 @@ class Scheduler:
         for seq in self.policy.order(self.waiting, now):
             prefix = self._room_for(draft, seq)
             if prefix is None:  # nobody passes a sequence that waits for rows, slots or pages: it would starve
+                self.backlog = True
                 break
             if seq.request.adapter is not None and (hold_adapters or not self._acquire(seq)):
                 seq.num_bypassed += 1

@@ -9,7 +9,7 @@ from training import SITE_NAMES, Trainer, oracle, random_adapter, relative
 from jaxserve.engine.dropout import drop, keep_mask
 from jaxserve.finetune.windows import example_key
 
-LENGTHS = [(70, 0, 16), (20, 1, 32), (9, 0, 32), (100, 1, 24), (33, 0, 32)]  # (tokens, lane, window)
+LENGTHS = [(70, 0, 16), (20, 1, 32), (9, 0, 32), (100, 1, 24), (33, 0, 32)]  # (tokens, lane, longest window)
 LORAS = ({"rank": 5}, {"rank": 20, "scaling": 0.75, "members": ["q_proj", "v_proj", "down_proj"]})
 DORA_IA3 = (
     {"method": "dora", "rank": 20, "scaling": 0.75},
@@ -117,7 +117,7 @@ def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
         sequences = [
             trainer.sequence(lanes[i % 2], rng.integers(0, 300, 9 + i), np.ones(9 + i), 32, i) for i in range(4)
         ]
-        windows = [seq.next_backward for seq in sequences]
+        windows = [seq.backward_window(32) for seq in sequences]
         for group in [windows[:2], windows[2:]] if together else [[w] for w in windows]:
             trainer.run(tuple(group))
         found.append([trainer.gradients(lane, adapter) for lane, adapter in zip(lanes, adapters, strict=True)])

@@ -10,7 +10,7 @@ SIZES = {
     "dtype": "float32", "max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 16,
     "max_loras": 4, "max_lora_rank": 16, "finetune_window": 32, "max_finetune_jobs": 2,
 }  # fmt: skip
-JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 5}
+JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 5, "deterministic": True}
 
 
 @pytest.fixture(scope="module")

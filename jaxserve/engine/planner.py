@@ -1,0 +1,300 @@
+"""One step's work: requests first, finetuning in what their latency objectives leave.
+
+Plain Python over a scheduler, a queue of finetune windows and a model of step times: the engine's loop and the
+simulator's are both built around it.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from typing import NamedTuple, Protocol
+
+from jaxserve.engine.buckets import Bucket, Buckets
+from jaxserve.engine.sharing import CoServing, Sharing, Turn
+from jaxserve.engine.times import StepLoad, StepTimes
+from jaxserve.finetune.queue import FinetuneQueue
+from jaxserve.finetune.windows import FinetunePlan, total_rows
+from jaxserve.scheduler.plan import NO_REQUESTS, StepPlan
+from jaxserve.scheduler.request import NEVER
+from jaxserve.scheduler.scheduler import Scheduler
+from jaxserve.scheduler.slo import LatencyBudget
+
+GRADIENT_WORTH = 2.0  # of a gradient row, in forward rows: what is left to do becomes less by so much
+RECENT_STEPS = 8  # whose room for gradient rows says what is usual
+
+NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
+NO_WINDOWS = FinetunePlan()
+
+
+class Finetuning(Protocol):
+    """The jobs of an engine, as far as planning knows them."""
+
+    queue: FinetuneQueue
+    held: bool  # after a failed step the requests go alone once
+
+    def settle(self) -> None:
+        """Moves on what waits for something else than a step."""
+        ...
+
+
+class Planned(NamedTuple):
+    """A step that is ready to be packed, and what it is expected to take."""
+
+    plan: StepPlan
+    load: StepLoad
+    seconds: float
+
+
+class Planner:
+    """Plans steps, and learns from those that were measured.
+
+    Args:
+      needs_extras: whether a plan needs a program that knows scales and dropout.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        buckets: Buckets,
+        max_keys: int,
+        budget: LatencyBudget | None = None,
+        sharing: Sharing | None = None,
+        needs_extras: Callable[[StepPlan], bool] = lambda plan: False,
+    ):
+        self.scheduler, self.budget, self.needs_extras = scheduler, budget or LatencyBudget(), needs_extras
+        self.sharing: Sharing = sharing or CoServing()
+        self.finetuning: Finetuning | None = None
+        self.max_keys = max_keys
+        self.times = StepTimes()
+        self.set_buckets(buckets)
+        self._free_at = 0.0  # when the device is expected to be through with everything planned
+        self._planned: deque[float] = deque()  # expected seconds of steps that have not been measured
+        self._recent: deque[int] = deque(maxlen=RECENT_STEPS)
+
+    def set_buckets(self, buckets: Buckets) -> None:
+        self.buckets = buckets
+        self.times.resize(buckets, self.max_keys)
+        self.row_block = self.scheduler.config.row_block
+
+    # the loop
+
+    def plan(self, now: float) -> Planned | None:
+        """The next step, or None when nothing can run."""
+        start = max(now, self._free_at)
+        finetuning = self.finetuning
+        if finetuning is not None:
+            finetuning.settle()
+        turn = self.sharing.turn(self) if finetuning is not None else Turn.REQUESTS
+        chosen = None
+        if finetuning is not None and turn is Turn.FINETUNE:
+            chosen = self._with_windows(finetuning.queue, None, NEVER)
+        if chosen is None:
+            base = self.scheduler.plan(now, self._chunk_room(now, start))
+            alone = base and self._expect(base, NO_WINDOWS)
+            if finetuning is None or turn is not Turn.TOGETHER or (finetuning.held and base is not None):
+                chosen = alone
+            else:
+                chosen = self._with_windows(finetuning.queue, alone, self._allowed(alone, start))
+        if chosen is None:
+            return None
+        self.sharing.planned(chosen)
+        self._planned.append(chosen.seconds)
+        self._free_at = start + chosen.seconds
+        return chosen
+
+    def measured(self, load: StepLoad, seconds: float, now: float) -> None:
+        """Takes in what the oldest planned step took; it was over at ``now``."""
+        self.times.observe(load, seconds)
+        self.budget.earn(seconds)
+        self._planned.popleft()
+        self._free_at = now + sum(self._planned)
+
+    def forget(self) -> None:
+        """After a failed step: nothing is under way."""
+        self._planned.clear()
+        self._free_at = 0.0
+
+    # requests
+
+    def _chunk_room(self, now: float, start: float) -> int | None:
+        """The most prompt rows that leave running requests their time per token; None: no limit."""
+        scheduler = self.scheduler
+        if not scheduler.has_prompts:
+            return None
+        if not self.budget.has_promises and self.finetuning is not None and self.finetuning.queue.has_work:
+            return self.buckets.beside(self.buckets.grad_rows[-1])  # as they may take what they can, both go on
+        if not self.budget.has_tpot:
+            return None
+        decoding = [seq for seq in scheduler.running if not seq.prefilling]
+        if not decoding:
+            return None
+        keys, span = sum(seq.num_computed + 1 for seq in decoding), max(seq.num_computed + 1 for seq in decoding)
+        alone = StepLoad(self.buckets.fit(0, len(decoding)), decode_keys=keys, decode_span=span)
+        shortest = self.times.predict(alone)
+        allowed = self.budget.slack(decoding, start, shortest) / (1 + self.times.uncertainty)
+        rows, seconds = self._longest_chunk(alone, allowed)
+        if self.budget.first_token_risk(self._prompts(), now, rows / seconds):
+            return None
+        return rows
+
+    def _longest_chunk(self, alone: StepLoad, allowed: float) -> tuple[int, float]:
+        """Rows and seconds of the largest chunk that a step of so long has room for; of the smallest, if of none."""
+        done = max((seq.num_computed for seq in self.scheduler.running if seq.prefilling), default=0)
+        best = None
+        for rows in self.buckets.chunk_rows:
+            bucket = self.buckets.fit(rows, alone.bucket.decode_rows)
+            load = alone._replace(bucket=bucket, block_span=done + rows, block_pairs=(done + rows // 2) * rows)
+            seconds = self.times.predict(load)
+            if best is None or seconds <= allowed:
+                best = rows, seconds
+            if seconds > allowed:
+                break
+        assert best is not None, "no chunk rows"
+        return best
+
+    def _prompts(self):
+        """Requests that have no first token, with their prompt rows left, in the order they are served."""
+        for seq in chain((seq for seq in self.scheduler.running if seq.prefilling), self.scheduler.waiting):
+            yield seq, max(seq.prefill_end, len(seq.tokens)) - seq.num_computed
+
+    def _expect(self, plan: StepPlan, windows: FinetunePlan, bucket: Bucket | None = None) -> Planned:
+        if bucket is None:
+            bucket = self.buckets.fit(plan.chunk_rows, len(plan.decodes))
+        load = step_load(plan, windows, bucket, self.needs_extras(plan))
+        return Planned(plan, load, self.times.predict(load))
+
+    # finetuning
+
+    def _allowed(self, alone: Planned | None, start: float) -> float:
+        """Seconds that the step may take with finetune windows in it."""
+        if alone is None:
+            return self.budget.arrival_limit
+        if self.scheduler.backlog and self.budget.has_promises:
+            return 0.0  # prompts are waiting: the sooner this step is over, the better
+        decoding = [segment.seq for segment in alone.plan.decodes]
+        slack = self.budget.slack(decoding, start, alone.seconds, planned=1)
+        return min(slack, self.budget.arrival_limit) / (1 + self.times.uncertainty)
+
+    def _with_windows(self, queue: FinetuneQueue, alone: Planned | None, allowed: float) -> Planned | None:
+        """The step of these requests with the windows that fit into it, if any do.
+
+        Args:
+          alone: the step without windows; None: there are no requests in it.
+        """
+        if alone is None or not (self.scheduler.backlog and self.budget.has_promises):
+            queue.admit(reserve=len(self.scheduler.running))
+        if not queue.active:
+            return alone
+        plan, cost = (NOTHING, 0.0) if alone is None else (alone.plan, alone.seconds)
+        best = self._best(queue, plan, allowed)
+        if best is None and alone is None:
+            best = self._least(queue, plan, NEVER)
+        elif best is None and self.budget.credit > 0:
+            best = self._least(queue, plan, cost + self.budget.credit)
+        if best is None:
+            return alone
+        queue.begin(best.plan.finetune)
+        self.budget.spend(best.seconds - cost)
+        return best
+
+    def _best(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> Planned | None:
+        """The windows that get most work done per second in a step that takes no longer than ``allowed``."""
+        candidates = self._candidates(queue, plan, allowed)
+        if not candidates:
+            return None
+        fitting = max(bucket.grad_rows for _, _, bucket in candidates)
+        self._recent.append(fitting)
+        usual = max(self._recent) or queue.max_window
+        best = self._draft(queue, plan, allowed, candidates, usual)
+        if best is None and 0 < fitting < usual:  # nothing can begin but with less than usual
+            best = self._draft(queue, plan, allowed, candidates, fitting)
+        return best
+
+    def _least(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> Planned | None:
+        """The windows that take the least time."""
+        shortest_first = sorted(self._candidates(queue, plan, allowed), key=lambda candidate: candidate[1])
+        for candidate in shortest_first:
+            best = self._draft(queue, plan, allowed, [candidate], candidate[2].grad_rows or queue.max_window)
+            if best is not None:
+                return best
+        return None
+
+    def _candidates(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> list[tuple[float, float, Bucket]]:
+        """(worth at most, seconds at least, bucket) of every bucket with room to spare for windows and,
+        judging by its requests alone, short enough; the most promising first."""
+        backward, forward, dropout = queue.left()
+        rows, decodes, found = plan.chunk_rows, len(plan.decodes), []
+        load = step_load(plan, NO_WINDOWS, self.buckets.fit(rows, decodes), False)
+        for bucket in self.buckets.holding(rows, decodes):
+            if bucket.grad_rows == 0 and (bucket.chunk_rows == rows or dropout):
+                continue
+            seconds = self.times.predict(load._replace(bucket=bucket))
+            if seconds <= allowed:
+                work = GRADIENT_WORTH * min(bucket.grad_rows, backward) + min(bucket.chunk_rows - rows, forward)
+                found.append((_worth(work, seconds, allowed), seconds, bucket))
+        return sorted(found, key=lambda candidate: -candidate[0])
+
+    def _draft(self, queue, plan: StepPlan, allowed: float, candidates, usual: int) -> Planned | None:
+        best, most = None, 0.0
+        for promise, _, bucket in candidates:
+            if promise <= most:
+                break
+            room = bucket.chunk_rows - plan.chunk_rows
+            windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.grad_rows)
+            work = GRADIENT_WORTH * sum(w.length for w in windows.grads) + sum(w.length for w in windows.forwards)
+            if not work:
+                continue
+            whole = replace(plan, finetune=windows)
+            planned = self._expect(whole, windows, self._tight(plan, windows, bucket))
+            worth = _worth(work, planned.seconds, allowed)
+            if planned.seconds <= allowed and worth > most:
+                best, most = planned, worth
+        return best
+
+    def _tight(self, plan: StepPlan, windows: FinetunePlan, bucket: Bucket) -> Bucket:
+        """The smallest bucket for these windows."""
+        grad_rows = total_rows(windows.grads, self.row_block)
+        chunk_rows = plan.chunk_rows + total_rows(windows.forwards, self.row_block)
+        if bucket.grad_rows:
+            grad_rows = max(grad_rows, 1)  # only these programs know dropout
+        return self.buckets.fit(chunk_rows, len(plan.decodes), grad_rows)
+
+
+def _worth(work: float, seconds: float, allowed: float) -> float:
+    """Work per second. Where nothing limits a step, the work: there measured times decide nothing, so that a job which
+    has the engine to itself can be repeated bit for bit."""
+    return work if allowed == NEVER else work / seconds
+
+
+def step_load(plan: StepPlan, windows: FinetunePlan, bucket: Bucket, extended: bool) -> StepLoad:
+    """What a step holds, as the model of step times sees it."""
+    decode_keys = decode_span = block_pairs = block_span = grad_pairs = grad_span = adapter_rows = grad_rows = 0
+    for seq, start, _ in plan.decodes:
+        decode_keys += start + 1
+        decode_span = max(decode_span, start + 1)
+        adapter_rows += seq.request.adapter is not None
+    for seq, start, length in plan.chunks:
+        block_pairs += length * (2 * start + length + 1) // 2
+        block_span = max(block_span, start + length)
+        adapter_rows += length if seq.request.adapter is not None else 0
+    for _, start, length in windows.grads:
+        grad_pairs += length * (2 * start + length + 1) // 2
+        grad_span = max(grad_span, start + length)
+        grad_rows += length
+    for _, start, length in windows.forwards:
+        block_pairs += length * (2 * start + length + 1) // 2
+        block_span = max(block_span, start + length)
+        adapter_rows += length
+    return StepLoad(
+        bucket,
+        extended,
+        decode_keys,
+        decode_span,
+        block_pairs + grad_pairs,
+        max(block_span, grad_span),
+        grad_pairs,
+        grad_span,
+        adapter_rows + grad_rows,
+        grad_rows,
+    )
