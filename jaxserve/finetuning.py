@@ -14,7 +14,7 @@ from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.engine.lanes import weights_of
 from jaxserve.engine.trainer import Trainer
-from jaxserve.errors import AdapterError, AdapterNotFound, InvalidRequest
+from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from jaxserve.finetune.checkpoint import load_latest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset, Source, load_dataset
@@ -91,8 +91,11 @@ def _check_name(engine: "Engine", adapter: str) -> None:
 
 
 def make_start(engine: "Engine", adapter: str, config: FinetuneConfig) -> AdapterWeights:
-    """What the adapter is before the first step. Raises InvalidRequest, AdapterError."""
+    """What the adapter is before the first step. Raises ConfigError, InvalidRequest, AdapterError."""
     _check_name(engine, adapter)
+    compiled = engine.config.finetune_remat
+    if config.remat not in (None, compiled):
+        raise ConfigError([f"remat is {config.remat!r}; this engine's steps are compiled with {compiled!r}"])
     weights, limit = _start(engine, config), engine.config.max_lora_rank
     if weights.rank > limit:
         raise InvalidRequest(f"rank is {weights.rank}; max_lora_rank is {limit}", "rank")

@@ -58,8 +58,8 @@ class EngineOptions(Section):
     """Reuse the KV pages of a prompt's known beginning."""
     enable_chunked_prefill: bool = True
     """Split long prompts over several steps."""
-    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
-    """Order of the waiting requests; in priority the smallest number goes first."""
+    scheduling_policy: Literal["fcfs", "priority", "fair"] = "fcfs"
+    """Order of the waiting requests: as they come, smallest priority first, or the tenant first who got least."""
     tensor_parallel: PositiveInt = 1
     """Devices that share each matrix."""
     max_logprobs: Annotated[int, Field(ge=0, le=128)] = 20

@@ -5,7 +5,7 @@ simulator's are both built around it.
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -14,13 +14,13 @@ from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.sharing import CoServing, Sharing, Turn
 from jaxserve.engine.times import StepLoad, StepTimes
 from jaxserve.finetune.queue import FinetuneQueue
-from jaxserve.finetune.windows import FinetunePlan, total_rows
+from jaxserve.finetune.windows import FinetunePlan, WindowRows, total_rows
 from jaxserve.scheduler.plan import NO_REQUESTS, StepPlan
+from jaxserve.scheduler.policy import FORWARD_TOKEN, GRADIENT_TOKEN
 from jaxserve.scheduler.request import NEVER
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.slo import LatencyBudget
 
-GRADIENT_WORTH = 2.0  # of a gradient row, in forward rows: what is left to do becomes less by so much
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
@@ -183,6 +183,8 @@ class Planner:
           alone: the step without windows; None: there are no requests in it.
         """
         if alone is None or not (self.scheduler.backlog and self.budget.has_promises):
+            policy = self.scheduler.policy
+            queue.running.sort(key=lambda running: policy.served(running.job.tenant))
             queue.admit(reserve=len(self.scheduler.running))
         if not queue.active:
             return alone
@@ -195,8 +197,15 @@ class Planner:
         if best is None:
             return alone
         queue.begin(best.plan.finetune)
+        self._charge(queue, best.plan.finetune)
         self.budget.spend(best.seconds - cost)
         return best
+
+    def _charge(self, queue: FinetuneQueue, windows: FinetunePlan) -> None:
+        for kind, cost in ((windows.grads, GRADIENT_TOKEN), (windows.forwards, FORWARD_TOKEN)):
+            for window in kind:
+                job, _ = queue.owner[id(window.seq)]
+                self.scheduler.policy.charge(job.tenant, cost * window.length)
 
     def _best(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> Planned | None:
         """The windows that get most work done per second in a step that takes no longer than ``allowed``."""
@@ -231,7 +240,9 @@ class Planner:
                 continue
             seconds = self.times.predict(load._replace(bucket=bucket))
             if seconds <= allowed:
-                work = GRADIENT_WORTH * min(bucket.grad_rows, backward) + min(bucket.chunk_rows - rows, forward)
+                work = GRADIENT_TOKEN * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
+                    bucket.chunk_rows - rows, forward
+                )
                 found.append((_worth(work, seconds, allowed), seconds, bucket))
         return sorted(found, key=lambda candidate: -candidate[0])
 
@@ -242,7 +253,7 @@ class Planner:
                 break
             room = bucket.chunk_rows - plan.chunk_rows
             windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.grad_rows)
-            work = GRADIENT_WORTH * sum(w.length for w in windows.grads) + sum(w.length for w in windows.forwards)
+            work = GRADIENT_TOKEN * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
             if not work:
                 continue
             whole = replace(plan, finetune=windows)
@@ -259,6 +270,10 @@ class Planner:
         if bucket.grad_rows:
             grad_rows = max(grad_rows, 1)  # only these programs know dropout
         return self.buckets.fit(chunk_rows, len(plan.decodes), grad_rows)
+
+
+def _length(windows: Iterable[WindowRows]) -> int:
+    return sum(window.length for window in windows)
 
 
 def _worth(work: float, seconds: float, allowed: float) -> float:

@@ -75,8 +75,8 @@ class FinetuneConfig(Section):
     """Optimizer steps, in place of epochs."""
     window: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     """Tokens that one backward pass covers; by default the engine's most."""
-    remat: Literal["none", "attention", "full"] = "attention"
-    """What a backward pass computes again rather than keep."""
+    remat: Literal["none", "attention", "full"] | None = None
+    """What a backward pass computes again rather than keep: what the engine's steps do, which all jobs share."""
     deterministic: bool = False
     """Cut windows by the example alone, so that load or a restart changes no bit."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

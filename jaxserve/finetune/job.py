@@ -20,7 +20,8 @@ from jaxserve.errors import EngineError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Cursor, Dataset
 from jaxserve.finetune.examples import Example
-from jaxserve.finetune.windows import Targets, TrainSequence
+from jaxserve.finetune.packing import pack
+from jaxserve.finetune.windows import Targets, TrainSequence, rounded
 from pallas_kernels.cross_entropy import CROSS_ENTROPY
 
 
@@ -85,13 +86,20 @@ class Batch:
     waiting: list[Example] = field(init=False)
     sequences: list[TrainSequence] = field(default_factory=list)
     finite: bool = True
+    arranged: bool = field(init=False, default=False)
 
     def __post_init__(self):
         self.waiting = list(self.examples)
 
+    def arrange(self, row_block: int, window: int) -> None:
+        """Puts the examples, before any is begun, in an order in which they fill windows of so many rows."""
+        self.arranged = True
+        bins = pack([rounded(e.num_tokens - 1, row_block) for e in self.examples], window)
+        self.waiting = [self.examples[place] for members in bins for place in members]
+
     def again(self, retried: bool) -> "Batch":
         """The same batch, not begun."""
-        return replace(self, retried=retried, sequences=[], num_read=0, finite=True)
+        return replace(self, retried=retried, sequences=[], finite=True)
 
     @property
     def forward_only(self) -> bool:

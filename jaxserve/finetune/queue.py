@@ -46,7 +46,7 @@ class FinetuneQueue:
     @property
     def has_work(self) -> bool:
         """Something is under way or could be begun."""
-        return bool(self.active) or any(not r.held and not r.job.exhausted for r in self.running)
+        return bool(self.active) or any(not (r.held or r.job.idle or r.job.exhausted) for r in self.running)
 
     def left(self) -> tuple[int, int, bool]:
         """At most so many gradient rows and forward rows could go into the next step, and whether some sequence is
@@ -98,7 +98,7 @@ class FinetuneQueue:
             if window is not None:
                 grads.append(window)
                 grad_rows -= rounded(window.length, self.row_block)
-            if seq.fixed and (window is None or window.start > 0):
+            if (seq.fixed and (window is None or window.start > 0)) or (seq.alone and window is not None):
                 blocked.add(seq.lane.index)
         taken = {id(window.seq) for window in grads}
         for seq in self.active:
@@ -120,25 +120,31 @@ class FinetuneQueue:
             window.seq.take_backward(window)
 
     def admit(self, reserve: int = 0) -> None:
-        """Begins sequences of the jobs' batches while there are slots and pages; so many pages are left to others."""
-        for running in self.running:
-            self._admit(running, reserve)
+        """Begins sequences of the jobs' batches, job by job in turn, while there are slots and pages; so many pages are
+        left to others."""
+        jobs = list(self.running)
+        while jobs:
+            jobs = [running for running in jobs if self._admit_one(running, reserve)]
 
-    def _admit(self, running: Running, reserve: int) -> None:
+    def _admit_one(self, running: Running, reserve: int) -> bool:
         job = running.job
         if running.held:
-            return
+            return False
         if job.batch is None:
             job.batch = job.next_batch()
         batch = job.batch
-        while batch is not None and batch.waiting and self._slots:
-            seq = self._sequence(batch.waiting[0], batch, running, reserve)
-            if seq is None:
-                return
-            batch.waiting.pop(0)
-            batch.sequences.append(seq)
-            self.active.append(seq)
-            self.owner[id(seq)] = (job, batch)
+        if batch is None or not batch.waiting or not self._slots:
+            return False
+        if job.config.packing and not batch.arranged:
+            batch.arrange(self.row_block, self._window_of(job))
+        seq = self._sequence(batch.waiting[0], batch, running, reserve)
+        if seq is None:
+            return False
+        batch.waiting.pop(0)
+        batch.sequences.append(seq)
+        self.active.append(seq)
+        self.owner[id(seq)] = (job, batch)
+        return True
 
     def _sequence(self, example: Example, batch: Batch, running: Running, reserve: int) -> TrainSequence | None:
         config, needed = running.job.config, self.pool.pages_for(example.num_tokens - 1)
@@ -152,8 +158,9 @@ class FinetuneQueue:
             example.token_ids,
             batch.targets(example),
             running.lane,
-            window=min(config.window or self.max_window, self.max_window),
+            window=self._window_of(running.job),
             fixed=config.deterministic,
+            alone=not config.packing,
             forward_only=batch.forward_only,
             dropout=0.0 if batch.forward_only else config.dropout,
             drop_key=example_key(config.seed, batch.epoch, example.index),
@@ -161,6 +168,9 @@ class FinetuneQueue:
         seq.slot, seq.pages = self._slots.pop(0), pages
         seq.acc_pages = [self._acc.pop() for _ in range(num_acc)]
         return seq
+
+    def _window_of(self, job: Job) -> int:
+        return min(job.config.window or self.max_window, self.max_window)
 
     # results
 

@@ -71,6 +71,7 @@ class TrainSequence:
     lane: Lane
     window: int = 1 << 30  # most rows of a window of phase B
     fixed: bool = False  # windows of phase B begin at multiples of ``window``, whatever a step has room for
+    alone: bool = False  # no other sequence of its lane has gradient rows in the same step
     forward_only: bool = False  # for its loss alone
     dropout: float = 0.0
     drop_key: int = 0  # int32

@@ -17,6 +17,9 @@ class Objective(NamedTuple):
     tpot: float = NEVER  # mean time per output token after the first
 
 
+NO_OBJECTIVE = Objective()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Request:
     """A validated request. ``adapter`` is the version it starts with and keeps; None is the bare base model."""
@@ -30,7 +33,7 @@ class Request:
     tenant: str = ""
     salt: str = ""
     arrival: float = 0.0  # seconds, on the clock that plan() is called with
-    objective: Objective = Objective()
+    objective: Objective = NO_OBJECTIVE
 
 
 class State(Enum):

@@ -15,7 +15,7 @@ from jaxserve.kvcache.pages import PagePool
 from jaxserve.kvcache.prefix import PrefixChain, PrefixKey
 from jaxserve.scheduler.limits import SchedulerConfig, check_request, max_total
 from jaxserve.scheduler.plan import Outcome, Sample, Segment, StepPlan, StepResult
-from jaxserve.scheduler.policy import POLICIES, Policy
+from jaxserve.scheduler.policy import OUTPUT_TOKEN, POLICIES, PROMPT_TOKEN, Policy
 from jaxserve.scheduler.request import Request, Sequence, State
 
 
@@ -338,7 +338,7 @@ class Scheduler:
             draft.started += seq.group
             self._plan_chunk(draft, seq)
         for seq in started:  # only now: ``order`` may be going through the list itself
-            self._remove(self.waiting, seq)
+            self._leave_queue(seq)
 
     def _room_for(self, draft: _Draft, seq: Sequence) -> list[int] | None:
         """The cached pages that ``seq`` can start from, or None when there is no room for it in this step."""
@@ -379,6 +379,7 @@ class Scheduler:
             seq.num_cached = seq.num_computed
             self._prompt_tokens += seq.prompt_len
             self._cached_tokens += seq.num_cached
+            self.policy.charge(seq.request.tenant, PROMPT_TOKEN * (seq.prompt_len - seq.num_cached))
         for member in seq.group:
             member.slot = heapq.heappop(self._free_slots)
             member.state = State.RUNNING
@@ -418,6 +419,7 @@ class Scheduler:
 
     def _accept(self, seq: Sequence, token: int, sample: int) -> Outcome:
         seq.tokens.append(token)
+        self.policy.charge(seq.request.tenant, OUTPUT_TOKEN)
         reason = None
         # The device masks the stop ids while fewer than min_tokens outputs came before.
         if token in seq.stop_ids and seq.num_outputs > seq.request.params.min_tokens:
@@ -440,7 +442,7 @@ class Scheduler:
     def _finish_all(self, sequences: Values[Sequence], reason: str) -> None:
         for seq in sequences:
             if seq.leader is None and seq.state is State.WAITING:
-                self._remove(self.waiting, seq)
+                self._leave_queue(seq)
                 self._num_queued -= len(seq.group)
             elif seq.leader is None:
                 self._remove(self.running, seq)
@@ -464,7 +466,12 @@ class Scheduler:
 
     def _enqueue(self, seq: Sequence) -> None:
         insort(self.waiting, seq, key=_rank)
+        self.policy.enter(seq)
         self._num_queued += len(seq.group)
+
+    def _leave_queue(self, seq: Sequence) -> None:
+        self._remove(self.waiting, seq)
+        self.policy.leave(seq)
 
     def _remove(self, queue: list[Sequence], seq: Sequence) -> None:
         place = bisect_left(queue, seq.rank, key=_rank)
