@@ -114,13 +114,15 @@ def test_more_jobs_than_lanes_wait_for_their_turn(engine):
     settled(engine)
 
 
-def test_requests_take_pages_from_sequences_that_have_not_begun_their_backward(model):
-    engine = jaxserve.Engine.from_pretrained(model, **{**SIZES, "num_kv_pages": 12})
+def test_requests_take_pages_from_sequences_that_have_not_begun_their_backward(engine):
     params = jaxserve.SamplingParams(max_tokens=24, temperature=0.0)
     alone = [o.token_ids for o in engine.generate(requests(6), params)]
+    pool = engine.core.pool
+    held = pool.alloc(pool.num_available - 12)
     job = engine.finetune(examples(7), adapter="a", **JOB)
     assert [o.token_ids for o in engine.generate(requests(6), params)] == alone
     assert job.wait().status == "succeeded"
+    pool.free(held)
     settled(engine)
 
 

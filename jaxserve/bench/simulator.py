@@ -1,0 +1,360 @@
+"""The engine's planning on a virtual clock: real scheduler, pages, latency budget and finetune windows, no arrays.
+
+A device is a function from a step to its seconds: ``RooflineDevice`` computes them from a model's floating point
+operations and bytes on a named accelerator, ``FittedDevice`` has them from the measurements of a running engine.
+Adapters are always resident, and a token is no more than its place: what is simulated is who computes what, and when.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from jaxserve.bench import roofline
+from jaxserve.bench.report import RequestRecord, is_good
+from jaxserve.bench.workload import BenchRequest
+from jaxserve.engine.buckets import Bucket, Buckets
+from jaxserve.engine.planner import NOTHING, Planned, Planner
+from jaxserve.engine.sharing import sharing
+from jaxserve.engine.times import StepLoad, StepTimes
+from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.finetune.data import Dataset
+from jaxserve.finetune.examples import Example
+from jaxserve.finetune.job import Job
+from jaxserve.finetune.queue import FinetuneQueue, Running
+from jaxserve.finetune.windows import FinetunePlan, Lane
+from jaxserve.kvcache.pages import PagePool
+from jaxserve.models.config import ModelConfig
+from jaxserve.sampling import SamplingParams
+from jaxserve.scheduler.plan import NO_REQUESTS, StepResult
+from jaxserve.scheduler.request import NO_OBJECTIVE, Objective, Request
+from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
+from jaxserve.scheduler.slo import LatencyBudget
+
+RUN_AHEAD = 2  # steps that the device has and the host has not read, at most
+
+
+class Device(Protocol):
+    """How long steps take."""
+
+    def seconds(self, planned: Planned) -> float:
+        """Of one step, padding and all."""
+        ...
+
+
+class FittedDevice:
+    """A running engine's model of its own steps, with noise if wanted.
+
+    Args:
+      noise: standard deviation of a step's relative error.
+    """
+
+    def __init__(self, times: StepTimes, noise: float = 0.0, seed: int = 0):
+        self.times, self.noise, self._rng = times, noise, np.random.default_rng(seed)
+
+    def seconds(self, planned: Planned) -> float:
+        return self.times.predict(planned.load) * max(1 + self.noise * self._rng.standard_normal(), 0.1)
+
+
+class _Padding(roofline.Segment):
+    """Rows that hold nothing: products are computed for them, attention is not."""
+
+    def keys(self, window: int | None) -> int:
+        return 0
+
+    def keys_read(self, window: int | None) -> int:
+        return 0
+
+
+class RooflineDevice:
+    """A named accelerator running a model.
+
+    Args:
+      rank: of every adapter.
+      host_seconds: from one step's end to the next one's start.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        device: roofline.Device,
+        efficiency: roofline.Efficiency = roofline.EXPECTED,
+        *,
+        tensor_parallel: int = 1,
+        rank: int = 16,
+        remat: str = "attention",
+        host_seconds: float = 0.0,
+    ):
+        self.model, self.device, self.efficiency = model, device, efficiency
+        self.tensor_parallel, self.rank, self.remat, self.host_seconds = tensor_parallel, rank, remat, host_seconds
+
+    def seconds(self, planned: Planned) -> float:
+        load = self.load(planned)
+        parts = roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
+        return roofline.seconds(parts, self.device, self.efficiency) + self.host_seconds
+
+    def load(self, planned: Planned) -> roofline.StepLoad:
+        """The step in the terms of the roofline."""
+        plan, bucket = planned.plan, planned.load.bucket
+        grads, forwards = plan.finetune or FinetunePlan()
+        blocks = [roofline.Segment(length, start) for _, start, length in (*plan.chunks, *forwards)]
+        trained = [roofline.Segment(length, start) for _, start, length in grads]
+        idle_block = bucket.chunk_rows - sum(segment.rows for segment in blocks)
+        idle_grad = bucket.grad_rows - sum(segment.rows for segment in trained)
+        if idle_block > 0:
+            blocks.append(_Padding(idle_block))
+        if idle_grad > 0:
+            trained.append(_Padding(idle_grad))
+        requests = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)} - {None}
+        lanes = {window.seq.lane.index for window in (*grads, *forwards)}
+        decodes = [segment.start for segment in plan.decodes]
+        return roofline.StepLoad(
+            decodes=decodes + [0] * (bucket.decode_rows - len(decodes)),
+            chunks=blocks,
+            grads=trained,
+            adapters=[self.rank] * (len(requests) + len(lanes)),
+            adapter_rows=planned.load.adapter_rows,
+            grad_rank=self.rank,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The sizes of a simulated engine, and what its requests are promised."""
+
+    limits: SchedulerConfig
+    num_pages: int
+    page_size: int = 16
+    max_grad_rows: int = 0  # 0: no finetuning
+    train_slots: int = 8
+    acc_pages: int | None = None  # by default two sequences of full length
+    objectives: tuple[Objective, ...] = (NO_OBJECTIVE,)  # the first one is every request's
+    finetune_floor: float = 0.0
+    sharing: str = "coserve"
+
+
+class Step(NamedTuple):
+    """One simulated step."""
+
+    at: float  # start, seconds
+    seconds: float
+    predicted: float
+    bucket: Bucket
+    decode: int  # rows of each kind
+    prefill: int
+    forward: int
+    backward: int
+
+    @property
+    def end(self) -> float:
+        return self.at + self.seconds
+
+
+@dataclass
+class Simulated:
+    """What came of a run; times in seconds of the virtual clock."""
+
+    requests: list[RequestRecord] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    duration: float = 0.0
+    preemptions: int = 0
+
+    def attainment(self, goals: dict[str, float]) -> float:
+        """Share of the requests that met every objective, as ``{"ttft": 5.0, "tpot": 0.05}``."""
+        met = [bool(r.token_times) and is_good(r, goals) for r in self.requests]
+        return sum(met) / len(met) if met else 1.0
+
+    def finetune_tokens(self, start: float = 0.0, end: float = float("inf")) -> int:
+        """Tokens whose backward was done in this time."""
+        return sum(step.backward for step in self.steps if start < step.end <= end)
+
+    def finetune_rate(self, start: float = 0.0, end: float | None = None) -> float:
+        """The same per second."""
+        end = self.duration if end is None else end
+        return self.finetune_tokens(start, end) / (end - start)
+
+    def errors(self) -> np.ndarray:
+        """Predicted over real seconds of each step, minus 1."""
+        return np.array([step.predicted / step.seconds - 1 for step in self.steps])
+
+
+class VirtualTraining:
+    """Jobs without arrays: batches follow each other as in the engine."""
+
+    held = False
+
+    def __init__(self, settings: Settings, pool: PagePool, jobs: Iterable[Job]):
+        per_seq = pool.pages_for(settings.limits.max_model_len)
+        self.queue = FinetuneQueue(
+            pool,
+            settings.train_slots,
+            2 * per_seq if settings.acc_pages is None else settings.acc_pages,
+            settings.limits.row_block,
+            settings.max_grad_rows,
+            clear=lambda pages: None,
+        )
+        self.queue.running = [Running(job, Lane(i, (), (), ())) for i, job in enumerate(jobs)]
+        self.steps_done: dict[str, int] = {}  # optimizer steps by adapter
+
+    def settle(self) -> None:
+        self.queue.running = [running for running in self.queue.running if not running.job.exhausted]
+
+    def after_dispatch(self) -> None:
+        """Batches that are wholly planned end in an optimizer step."""
+        for job, batch in self.queue.retire():
+            job.batch = None
+            self.steps_done[job.adapter] = self.steps_done.get(job.adapter, 0) + 1
+            for seq in batch.sequences:
+                self.queue.owner.pop(id(seq), None)
+
+
+class _Resident:
+    """Every adapter is on the device."""
+
+    def try_acquire(self, version: object, /) -> bool:
+        return True
+
+    def release(self, version: object, /) -> None: ...
+
+
+class _Flying(NamedTuple):
+    planned: Planned
+    sent: float
+    start: float
+    end: float
+
+
+class Simulator:
+    """One engine on a virtual clock.
+
+    Args:
+      look: called after every turn of the loop.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: Device,
+        jobs: Sequence[Job] = (),
+        look: "Callable[[Simulator], None]" = lambda simulator: None,
+    ):
+        limits = settings.limits
+        self.settings, self.device, self.look = settings, device, look
+        self.pool = PagePool(settings.num_pages, settings.page_size)
+        self.scheduler = Scheduler(limits, self.pool, _Resident())
+        rows = settings.max_grad_rows if jobs else 0
+        buckets = Buckets.make(limits.max_chunk_rows, limits.max_num_seqs, limits.row_block, rows)
+        budget = LatencyBudget(settings.objectives, settings.finetune_floor)
+        self.planner = Planner(self.scheduler, buckets, limits.max_model_len, budget, sharing(settings.sharing))
+        self.training = VirtualTraining(settings, self.pool, jobs) if jobs else None
+        if self.training is not None:
+            self.planner.finetuning = self.training
+            self.scheduler.reclaim = self.training.queue.give_way
+        for bucket in buckets:
+            nothing = Planned(NOTHING, StepLoad(bucket), 0.0)
+            self.planner.times.calibrate(bucket, False, self._calibrated(nothing))
+        self.now = self._free_at = self._last_done = 0.0
+        self._flying: deque[_Flying] = deque()
+        self._records: dict[str, RequestRecord] = {}
+        self.run = Simulated()
+
+    def _calibrated(self, nothing: Planned) -> float:
+        if isinstance(self.device, FittedDevice):
+            return self.device.times.base.get((nothing.load.bucket, False), float("inf"))
+        return self.device.seconds(nothing)
+
+    def __call__(self, requests: Sequence[BenchRequest], until: float | None = None) -> Simulated:
+        """Serves requests to their end, or until a time."""
+        coming = deque(sorted(requests, key=lambda request: request.arrival_s))
+        end = float("inf") if until is None else until
+        while self.now < end:
+            while coming and coming[0].arrival_s <= self.now:
+                self._add(coming.popleft())
+            if not (coming or self.scheduler.has_requests) and until is None:
+                break
+            if not self._turn():
+                if not coming:
+                    break
+                self.now = max(self.now, coming[0].arrival_s)
+            self.look(self)
+        self.run.duration = self.now
+        self.run.preemptions = self.scheduler.counts().preemptions
+        return self.run
+
+    def _add(self, request: BenchRequest) -> None:
+        number = len(self.run.requests)
+        record = RequestRecord(prompt_tokens=len(request.prompt_ids), start=request.arrival_s)
+        self.run.requests.append(record)
+        self._records[str(number)] = record
+        params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.output_tokens)
+        self.scheduler.add(
+            Request(
+                id=str(number),
+                prompt_ids=request.prompt_ids,
+                params=params,
+                adapter=request.adapter,
+                adapter_digest=(request.adapter or "").encode(),
+                tenant=request.tenant,
+                arrival=request.arrival_s,
+                objective=self.settings.objectives[0],
+            )
+        )
+
+    def _turn(self) -> bool:
+        """One turn of the loop: the next step is sent, the one before is read. False: nothing to do."""
+        planned = self.planner.plan(self.now)
+        if planned is not None:
+            start = max(self.now, self._free_at)
+            self._free_at = start + self.device.seconds(planned)
+            self._flying.append(_Flying(planned, self.now, start, self._free_at))
+            if self.training is not None:
+                self.training.after_dispatch()
+            if len(self._flying) < RUN_AHEAD:
+                return True
+        if not self._flying:
+            return False
+        self._read(self._flying.popleft())
+        return True
+
+    def _read(self, done: _Flying) -> None:
+        planned = done.planned
+        self.now = max(self.now, done.end)
+        self.planner.measured(planned.load, self.now - max(done.sent, self._last_done), self.now)
+        self._last_done = self.now
+        self.run.steps.append(_step(done))
+        plan = planned.plan
+        if plan.index == NO_REQUESTS:
+            return
+        count = len(plan.samples)
+        result = StepResult(tokens=[0] * count, finite=[True] * count, chunk_finite=[True] * len(plan.chunks))
+        for outcome in self.scheduler.commit(plan, result, self.now):
+            record = self._records[outcome.seq.request.id]
+            record.token_times.append(self.now)
+            if outcome.finish_reason is not None:
+                del self._records[outcome.seq.request.id]
+
+
+def _step(done: _Flying) -> Step:
+    plan, load, predicted = done.planned
+    grads, forwards = plan.finetune or FinetunePlan()
+    return Step(
+        at=done.start,
+        seconds=done.end - done.start,
+        predicted=predicted,
+        bucket=load.bucket,
+        decode=len(plan.decodes),
+        prefill=sum(chunk.length for chunk in plan.chunks),
+        forward=sum(window.length for window in forwards),
+        backward=sum(window.length for window in grads),
+    )
+
+
+def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: object) -> Job:
+    """A job over examples of these lengths that goes on for ever."""
+    examples = tuple(
+        Example(np.zeros(length, np.int32), np.ones(length, np.float32), index) for index, length in enumerate(lengths)
+    )
+    settings = FinetuneConfig(**{"max_steps": 10**9, **config})
+    return Job(adapter, settings, Dataset(examples), start=None, tenant=tenant)  # pyright: ignore[reportArgumentType]
