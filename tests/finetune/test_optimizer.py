@@ -74,7 +74,7 @@ def assert_close(got, wanted, tolerance=2e-5):
         ({"optimizer": "sgd", "momentum": 0.7}, lambda t, p: t.optim.SGD(p, lr=1e-2, momentum=0.7)),
         ({"optimizer": "sgd", "momentum": 0.0}, lambda t, p: t.optim.SGD(p, lr=1e-2)),
     ],
-    ids=str,
+    ids=["adamw", "adamw-betas", "adam", "sgd-momentum", "sgd"],
 )
 def test_fifty_steps_equal_those_of_torch(tree, fields, make, max_norm):
     config = FinetuneConfig(**BASE | fields | {"max_grad_norm": max_norm})
