@@ -122,8 +122,14 @@ class Work:
     kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
 
     def __mul__(self, times: float) -> "Work":
-        scaled = (x * times for x in (self.flops, self.bytes, self.link_bytes, self.kernels, self.collectives))
-        return Work(self.name, *scaled, self.kind)
+        return replace(
+            self,
+            flops=self.flops * times,
+            bytes=self.bytes * times,
+            link_bytes=self.link_bytes * times,
+            kernels=self.kernels * times,
+            collectives=self.collectives * times,
+        )
 
     def seconds(self, device: Device, efficiency: Efficiency = FLOOR) -> float:
         arithmetic = self.flops / (device.flops * getattr(efficiency, self.kind))

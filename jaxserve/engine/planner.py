@@ -182,7 +182,7 @@ class Planner:
         Args:
           alone: the step without windows; None: there are no requests in it.
         """
-        if alone is None or not (self.scheduler.backlog and self.budget.has_promises):
+        if alone is None or self.budget.credit > 0 or not (self.scheduler.backlog and self.budget.has_promises):
             policy = self.scheduler.policy
             queue.running.sort(key=lambda running: policy.served(running.job.tenant))
             queue.admit(reserve=len(self.scheduler.running))

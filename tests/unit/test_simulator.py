@@ -1,0 +1,107 @@
+"""Co-serving on a virtual clock: what the latency budget promises, seen from the requests."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxserve.bench.roofline import DEVICES
+from jaxserve.bench.simulator import RooflineDevice, Settings, Simulator, endless_job
+from jaxserve.bench.workload import BenchRequest
+from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.limits import SchedulerConfig
+from jaxserve.scheduler.request import Objective
+
+MODELS = Path(__file__).parents[2] / "configs" / "models"
+TTFT, TPOT = 5.0, 0.045
+GOALS = {"ttft": TTFT, "tpot": TPOT}
+LIMITS = SchedulerConfig(max_num_seqs=64, max_num_batched_tokens=2048, max_model_len=8192, row_block=64)
+
+
+@pytest.fixture(scope="module")
+def device():
+    config = json.loads((MODELS / "llama-3.1-8b" / "config.json").read_text())
+    return RooflineDevice(ModelConfig.from_dict(config), DEVICES["h200"])
+
+
+def load(rate, seconds, seed=0, start=0.0, prompt=1000, outputs=200):
+    rng = np.random.default_rng(seed)
+    times = start + np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
+    return [
+        BenchRequest(
+            arrival_s=float(time),
+            prompt_ids=(seed, i, *[7] * int(rng.integers(10, 2 * prompt))),
+            output_tokens=int(rng.integers(2, 2 * outputs)),
+        )
+        for i, time in enumerate(times)
+    ]
+
+
+def simulate(device, requests, until, jobs=1, **settings):
+    settings = {"num_pages": 20_000, "max_grad_rows": 1024, "objectives": (Objective(TTFT, TPOT),)} | settings
+    lengths = np.random.default_rng(1).integers(200, 4000, 200).tolist()
+    made = [endless_job(f"job-{i}", lengths, batch_size=4) for i in range(jobs)]
+    simulator = Simulator(Settings(limits=LIMITS, **settings), device, made)
+    return simulator, simulator(requests, until)
+
+
+@pytest.fixture(scope="module")
+def alone(device):
+    return simulate(device, [], 20.0)[1]
+
+
+def test_finetuning_fills_what_the_objectives_leave(device, alone):
+    _, run = simulate(device, load(3, 20), 25.0)
+    assert run.attainment(GOALS) >= 0.99
+    busy = simulate(device, load(3, 20), 25.0, jobs=0)[1]
+    needed = sum(step.seconds for step in busy.steps if step.end < 20) / 20  # of the device, by requests alone
+    assert run.finetune_rate(2, 20) > 0.8 * (1 - needed) * alone.finetune_rate(2, 20)
+    assert np.quantile(np.abs(run.errors()), 0.9) < 0.15
+
+
+def test_it_is_the_same_every_time(device):
+    one, other = (simulate(device, load(3, 5), 6.0)[1] for _ in range(2))
+    assert one.steps == other.steps
+    assert [r.token_times for r in one.requests] == [r.token_times for r in other.requests]
+
+
+def test_a_burst_stops_finetuning_and_it_is_back_soon_after(device):
+    calm, burst = load(1, 30), load(40, 3, seed=1, start=10.0)
+    _, run = simulate(device, calm + burst, 40.0)
+    assert run.attainment(GOALS) >= 0.99
+    usual, burst, after = run.finetune_rate(5, 10), run.finetune_rate(10.5, 13), run.finetune_rate(27, 32)
+    assert burst < 0.2 * usual
+    assert after > 0.7 * usual
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.2])
+def test_a_floor_keeps_finetuning_alive_in_an_overload(device, floor, alone):
+    _, run = simulate(device, load(60, 20), 20.0, finetune_floor=floor)
+    share = run.finetune_rate(5, 20) / alone.finetune_rate(5, 20)
+    assert share < 0.05 if floor == 0 else 0.1 < share < 0.3
+
+
+def test_when_pages_are_short_finetuning_gives_way_first(device):
+    _, run = simulate(device, load(8, 10), 14.0, num_pages=700)
+    assert run.finetune_tokens() > 0
+    without = simulate(device, load(8, 10), 14.0, num_pages=700, jobs=0)[1]
+    assert run.attainment(GOALS) >= without.attainment(GOALS) - 0.02
+
+
+def test_pages_slots_and_accumulators_are_all_given_back(device):
+    simulator, _ = simulate(device, load(5, 3), 40.0, jobs=3, num_pages=3000)
+    queue = simulator.training.queue
+    queue.check(simulator.settings.train_slots, 2 * simulator.pool.pages_for(LIMITS.max_model_len))
+    simulator.pool.check([seq.pages for seq in queue.active])
+    assert len(simulator.training.steps_done) == 3  # no job starves
+
+
+@pytest.mark.parametrize("name", ["temporal:8", "temporal-dynamic", "inference-only", "finetune-only"])
+def test_the_other_ways_to_share_do_what_they_say(device, name):
+    _, run = simulate(device, load(2, 10), 12.0, sharing=name)
+    mixed = [step for step in run.steps if step.backward and step.decode]
+    assert not mixed
+    assert (run.finetune_tokens() > 0) == (name != "inference-only")
+    served = [r for r in run.requests if r.token_times]
+    assert (len(served) > 0) == (name != "finetune-only")
