@@ -13,16 +13,16 @@ HEAVY = ("torch", "transformers", "peft", "jax")
 
 CODE = """
 import sys, time
-start = time.perf_counter()
+start = time.process_time()
 import {module}
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 import json
 print(json.dumps([seconds, [name for name in {heavy!r} if name in sys.modules]]))
 """
 
 
 def imported(module: str) -> tuple[float, list[str]]:
-    """Best of three seconds, and the heavy modules that came with it."""
+    """Best of three processor times in seconds (others may keep the machine busy), and the heavy modules that came with it."""
     code = CODE.format(module=module, heavy=HEAVY)
     runs = [
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
