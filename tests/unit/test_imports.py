@@ -22,7 +22,7 @@ print(json.dumps([seconds, [name for name in {heavy!r} if name in sys.modules]])
 
 
 def imported(module: str) -> tuple[float, list[str]]:
-    """Best of three processor times in seconds (others may keep the machine busy), and the heavy modules that came with it."""
+    """Least of three processor times in seconds, and the heavy modules that came with it."""
     code = CODE.format(module=module, heavy=HEAVY)
     runs = [
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
