@@ -36,7 +36,7 @@ def make_job(engine: "Engine", data: Source, adapter: str, config: FinetuneConfi
     dataset, validation = _datasets(engine, data, config)
     start = make_start(engine, adapter, config)
     trainer = engine.prepare_finetuning(scales=bool(start.vectors), dropout=config.dropout > 0)
-    folder = _folder(engine, adapter, config, dataset)
+    folder = _folder(engine, adapter, config, dataset, tenant)
     job = Job(adapter, config, dataset, start, validation=validation, tenant=tenant)
     try:
         with engine.core.compiles.preparing():
@@ -72,11 +72,13 @@ def _datasets(engine: "Engine", data: Source, config: FinetuneConfig) -> tuple[D
     return dataset, None
 
 
-def _folder(engine: "Engine", adapter: str, config: FinetuneConfig, dataset: Dataset) -> JobFolder | None:
+def _folder(engine: "Engine", adapter: str, config: FinetuneConfig, dataset: Dataset, tenant: str) -> JobFolder | None:
     if config.output_dir is None:
         return None
     identity = {
         "adapter": adapter,
+        "tenant": tenant,
+        "dtype": engine.config.dtype,
         "base_model": engine.base_digest.hex(),
         "data": dataset.digest,
         "config": config.digest(),

@@ -30,7 +30,14 @@ from jaxserve.finetune.data import Source
 from jaxserve.finetune.session import BatchResult
 from jaxserve.finetuning import FinetuneJob, make_job
 from jaxserve.models.config import ModelConfig
-from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_generation_config, load_params
+from jaxserve.models.loader import (
+    check_tokenizer,
+    dummy_params,
+    load_config,
+    load_generation_config,
+    load_params,
+    weights_fingerprint,
+)
 from jaxserve.outputs import Completion, Event, RequestOutput
 from jaxserve.primitives import LOSSES, TrainingCalls
 from jaxserve.sampling import SamplingParams
@@ -74,10 +81,11 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         generation_config: dict[str, Any] | None = None,
         name: str = "base",
+        weights: bytes = b"",
     ):
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.generation_config = generation_config or {}
-        self.base_digest = digest = _base_digest(model, config)
+        self.base_digest = digest = _base_digest(model, weights)
         sizes = core_config(config, model, params, mesh)
         self.core = EngineCore(model, params, mesh, sizes, self._eos_token_ids(), digest)
         self.adapters = AdapterStore(
@@ -121,9 +129,11 @@ class Engine:
             check_tokenizer(model, tokenizer)
         if config.load_format == "dummy":
             params = dummy_params(model, mesh, dtype, config.seed)
+            weights = f"dummy {config.seed}".encode()
         else:
             params = load_params(directory, model, mesh, dtype)
-        return cls(model, params, mesh, config, tokenizer, generation_config, name=directory.resolve().name)
+            weights = weights_fingerprint(directory, model)
+        return cls(model, params, mesh, config, tokenizer, generation_config, directory.resolve().name, weights)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """What generation_config.json says, else config.json."""
@@ -599,10 +609,10 @@ class Engine:
         return {**self.core.stats(), **self._totals, "adapters": len(self.adapters.list())}
 
 
-def _base_digest(model: ModelConfig, config: EngineConfig) -> bytes:
-    """Names the base model in cache keys: its description and dtype."""
+def _base_digest(model: ModelConfig, weights: bytes) -> bytes:
+    """Names the base model, whatever dtype it is served in: its description and its weights."""
     described = json.dumps(dataclasses.asdict(model), sort_keys=True, default=str)
-    return hashlib.sha256(f"{described} {config.dtype} {config.load_format} {config.seed}".encode()).digest()
+    return hashlib.sha256(described.encode() + weights).digest()
 
 
 def _stored_dtype(directory: Path) -> str:

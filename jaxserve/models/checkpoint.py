@@ -4,6 +4,7 @@ The safetensors library checks every file; the bytes are then read with plain re
 map stay resident and count as ours.
 """
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -21,6 +22,7 @@ from jaxserve.files import open_regular, read_json
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 PIECE_BYTES = 16 << 20
+SAMPLES, SAMPLE_BYTES = 64, 64  # of a tensor's bytes, for the fingerprint
 # transformers writes a language model's tensors under any of these; all mean "model."
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
 
@@ -86,6 +88,17 @@ class Checkpoint:
             _read_exactly(tensor.fd, tensor.offset + (start + first) * row_bytes, piece.reshape(-1).view(np.uint8))
             with np.errstate(over="ignore"):  # overflow is reported once the array is complete
                 out[first : first + count] = piece[:, columns] if piece.ndim > 1 else piece
+
+    def fingerprint(self) -> bytes:
+        """sha256 over every tensor's name, dtype, shape and bytes at SAMPLES places: other weights have another one,
+        and a large model's takes no time."""
+        hasher = hashlib.sha256()
+        for name, tensor in sorted(self.tensors.items()):
+            hasher.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+            size = int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(DTYPES[tensor.dtype]).itemsize
+            for place in np.linspace(0, max(size - SAMPLE_BYTES, 0), SAMPLES, dtype=np.int64).tolist():
+                hasher.update(os.pread(tensor.fd, min(SAMPLE_BYTES, size), tensor.offset + place))
+        return hasher.digest()
 
     def same(self, a: str, b: str) -> bool:
         """Whether two matrices hold equal numbers; reads a piece of each at a time."""

@@ -82,6 +82,12 @@ def load_params(model_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh, d
     return params
 
 
+def weights_fingerprint(model_dir: str | os.PathLike, config: ModelConfig) -> bytes:
+    """Names the weights of a model directory that ``load_params`` has taken: 32 bytes."""
+    with Checkpoint(directory(model_dir), FAMILIES[config.architecture].ignored) as checkpoint:
+        return checkpoint.fingerprint()
+
+
 def dummy_params(config: ModelConfig, mesh: Mesh, dtype: DTypeLike, seed: int = 0) -> dict[str, Any]:
     """Random weights made on the devices; the same model for any number of shards.
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve.errors import ModelError
 from jaxserve.models import loader
-from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_params
+from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_params, weights_fingerprint
 from jaxserve.models.params import padded_vocab
 from jaxserve.tokenizer import load_tokenizer
 from sharding import make_mesh
@@ -377,3 +377,14 @@ def test_loading_holds_little_more_than_the_arrays(tmp_path, stored, wanted):
     peak, arrays = map(int, done.stdout.split())
     assert arrays > 250e6
     assert peak < arrays + largest + 150e6
+
+
+def test_the_fingerprint_is_the_weights_own(tmp_path):
+    path = tiny_models.build(tmp_path / "m", "llama", tokenizer=False)
+    config = load_config(path)
+    before = weights_fingerprint(path, config)
+    assert weights_fingerprint(tiny_models.build(tmp_path / "same", "llama", tokenizer=False), config) == before
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
+    save_file(tensors, path / "model.safetensors")
+    assert weights_fingerprint(path, config) != before
