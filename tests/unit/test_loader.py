@@ -384,7 +384,7 @@ def test_the_fingerprint_is_the_weights_own(tmp_path):
     config = load_config(path)
     before = weights_fingerprint(path, config)
     assert weights_fingerprint(tiny_models.build(tmp_path / "same", "llama", tokenizer=False), config) == before
-    tensors = load_file(path / "model.safetensors")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * 2
-    save_file(tensors, path / "model.safetensors")
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
     assert weights_fingerprint(path, config) != before
