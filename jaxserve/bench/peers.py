@@ -56,9 +56,18 @@ class PeerRun:
 
 def require_transformers() -> None:
     """Raises ConfigError where PyTorch or transformers is absent."""
-    for name in ("torch", "transformers"):
+    _require("transformers", "torch", "transformers")
+
+
+def require_peft() -> None:
+    """Raises ConfigError where PyTorch, transformers or PEFT is absent."""
+    _require("peft", "torch", "transformers", "peft")
+
+
+def _require(peer: str, *names: str) -> None:
+    for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError([f"bench.against transformers: {name} is not installed; pip install torch transformers"])
+            raise ConfigError([f"bench.against {peer}: {name} is not installed; pip install {' '.join(names)}"])
 
 
 def write_dummy_checkpoint(config_dir: str | Path, directory: str | Path, dtype: str, seed: int) -> None:

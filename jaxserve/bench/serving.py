@@ -25,7 +25,7 @@ from jaxserve.sampling import SamplingParams
 if TYPE_CHECKING:
     from jaxserve import Engine
 
-PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "torch", "transformers")
+PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "torch", "transformers", "peft")
 WARM_UP_TOKENS = 4
 
 
@@ -49,6 +49,8 @@ def check(config: Config) -> None:
         raise ConfigError([f"bench.num_adapters {bench.num_adapters}: lora.enable_lora is off"])
     if bench.against == "base" and not adapters:
         raise ConfigError(["bench.against base compares adapters with the base alone; set bench.num_adapters"])
+    if bench.against == "peft":
+        raise ConfigError(["bench.against peft is for bench finetune; serving compares with transformers or base"])
     if bench.against == "transformers":
         if adapters:
             raise ConfigError(["bench.against transformers runs the base model; leave the adapters out"])
@@ -195,6 +197,16 @@ def named(name: str, comparison: Comparison) -> Comparison:
 
 
 def circumstances(config: Config, workload: Workload) -> dict[str, Any]:
+    """Date, machine, versions, settings and load."""
+    return {
+        **circumstances_of(config),
+        "num_prompts": len(workload.requests),
+        "num_clipped": workload.num_clipped,
+        "source": workload.source,
+    }
+
+
+def circumstances_of(config: Config) -> dict[str, Any]:
     """Date, machine, versions and settings."""
     import jax
 
@@ -207,9 +219,6 @@ def circumstances(config: Config, workload: Workload) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "versions": {"python": platform.python_version(), **versions(PACKAGES)},
-        "num_prompts": len(workload.requests),
-        "num_clipped": workload.num_clipped,
-        "source": workload.source,
         "config": config.model_dump(mode="json"),
     }
 

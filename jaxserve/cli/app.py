@@ -90,6 +90,15 @@ def serving(config: Config, model: Model = None) -> None:
     raise typer.Exit(main(config))
 
 
+@bench_app.command("finetune")
+@configured("model", "engine", "lora", "finetune", "bench")
+def bench_finetune(config: Config, model: Model = None) -> None:
+    """Train an adapter, alone or side by side with PEFT and PyTorch; print tokens per second."""
+    from jaxserve.bench.finetune import main
+
+    raise typer.Exit(main(config))
+
+
 @config_app.command("show")
 @configured(*Config.model_fields)
 def show(

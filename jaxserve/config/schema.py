@@ -278,6 +278,14 @@ class BenchSection(Section):
     """Random adapters made for the run."""
     adapter_rank: PositiveInt = 16
     """Their rank."""
+    finetune_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 32
+    """Of bench finetune: examples that are trained on, once each."""
+    finetune_batch: Annotated[int, Field(ge=1, le=65_536)] = 8
+    """Examples per optimizer step."""
+    finetune_shortest: Annotated[int, Field(ge=2)] = 64
+    """Tokens of the shortest example."""
+    finetune_longest: Annotated[int, Field(ge=2)] = 512
+    """Tokens of the longest one; never more than max_model_len."""
     adapter_targets: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """The linear layers they change, by short name (q_proj, down_proj, ...); by default all."""
     lora_assignment: Literal["round-robin", "random", "tenant"] = "round-robin"
@@ -286,7 +294,7 @@ class BenchSection(Section):
         tuple[Annotated[str, Field(pattern=r"^(ttft|tpot|itl|e2el):[0-9.]+$")], ...], Field(strict=False)
     ] = ()
     """Objectives a good request meets, in ms, as ttft:500 or tpot:50."""
-    against: Literal["none", "transformers", "base"] = "none"
+    against: Literal["none", "transformers", "base", "peft"] = "none"
     """Run the same requests side by side through transformers' generate, or through the base model without adapters."""
     repeats: PositiveInt = 1
     """Runs of each side, in turn; the fastest counts."""
