@@ -1,0 +1,354 @@
+"""How long a step must take: the floating point operations and bytes of its parts, on a named device.
+
+Plain arithmetic on a ModelConfig and the sizes of one step, without JAX. ``step_work`` lists the parts; ``seconds``
+adds them up: each takes the longer of its arithmetic and its memory traffic, and they follow each other. With ``FLOOR``
+that is the time no implementation of these parts can beat; ``EXPECTED`` is what good kernels reach of the device.
+
+Sizes are those of one device of ``tensor_parallel``; FLOPs count a multiplication and an addition as two.
+
+Letters: D hidden, F ffn, V vocab, H query heads, K kv heads, C head dim, L layers, W gradient rows, R drawn tokens.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxserve.models.config import ModelConfig
+
+PAGE_RANK = 16  # adapters are stored, and multiplied, in units of so many ranks
+HEAD_CHUNK = 64  # gradient rows whose logits exist at one time
+WIDE = 4  # bytes of what is summed in float32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """Data sheet numbers of one accelerator."""
+
+    name: str
+    memory: float  # bytes
+    bandwidth: float  # bytes per second
+    flops: float  # per second, dense, 16-bit operands
+    link: float  # bytes per second to the others of a node, one way
+
+
+DEVICES = {
+    "a100-80gb": Device(name="NVIDIA A100 80GB", memory=80e9, bandwidth=2.039e12, flops=312e12, link=300e9),
+    "h100": Device(name="NVIDIA H100 80GB", memory=80e9, bandwidth=3.35e12, flops=989e12, link=450e9),
+    "h200": Device(name="NVIDIA H200", memory=141e9, bandwidth=4.8e12, flops=989e12, link=450e9),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """Shares of the device's numbers that are reached, and what starting a kernel costs."""
+
+    matmul: float = 1.0
+    attention: float = 1.0
+    attention_backward: float = 1.0
+    bandwidth: float = 1.0
+    link: float = 1.0
+    launch: float = 0.0  # seconds from one kernel to the next
+    collective: float = 0.0  # seconds of a collective that moves nothing
+
+
+FLOOR = Efficiency()
+# Published for Hopper: cuBLAS 650-700 TFLOP/s in bfloat16, FlashAttention-3 and cuDNN 450-600 forward and 400-500
+# backward (of the five products, where the two kernels here do seven), copies at 85-90 % of the data sheet.
+EXPECTED = Efficiency(
+    matmul=0.68, attention=0.42, attention_backward=0.32, bandwidth=0.85, link=0.7, launch=1.5e-6, collective=10e-6
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows of one sequence, one after another."""
+
+    rows: int
+    start: int = 0  # tokens of the sequence before them
+
+    def keys(self, window: int | None) -> int:
+        """Keys that the rows see, added up over the rows."""
+        if window is None or self.start + self.rows <= window:
+            return self.rows * self.start + self.rows * (self.rows + 1) // 2
+        growing = max(min(window - self.start, self.rows), 0)
+        return growing * self.start + growing * (growing + 1) // 2 + (self.rows - growing) * window
+
+    def keys_read(self, window: int | None) -> int:
+        """Keys that at least one of them sees."""
+        seen = self.start + self.rows
+        return seen if window is None else min(seen, window + self.rows - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepLoad:
+    """What one step holds."""
+
+    decodes: Sequence[int] = ()  # of each decode row: tokens of its sequence before it
+    chunks: Sequence[Segment] = ()  # prefill chunks, and finetune windows that only go forward
+    grads: Sequence[Segment] = ()  # windows whose backward runs in this step
+    drawn: int | None = None  # tokens; by default one per decode row
+    adapters: Sequence[int] = ()  # ranks of the adapters in the batch
+    adapter_rows: int | None = None  # rows that have one; by default all where there are adapters
+    grad_rank: int = 16
+
+    @property
+    def chunk_rows(self) -> int:
+        return sum(segment.rows for segment in self.chunks)
+
+    @property
+    def grad_rows(self) -> int:
+        return sum(segment.rows for segment in self.grads)
+
+    @property
+    def rows(self) -> int:
+        return len(self.decodes) + self.chunk_rows + self.grad_rows
+
+    @property
+    def num_drawn(self) -> int:
+        return len(self.decodes) if self.drawn is None else self.drawn
+
+
+@dataclass(frozen=True)
+class Work:
+    """One part of a step on one device."""
+
+    name: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    link_bytes: float = 0.0
+    kernels: float = 0.0
+    collectives: float = 0.0
+    kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
+
+    def __mul__(self, times: float) -> "Work":
+        scaled = (x * times for x in (self.flops, self.bytes, self.link_bytes, self.kernels, self.collectives))
+        return Work(self.name, *scaled, self.kind)
+
+    def seconds(self, device: Device, efficiency: Efficiency = FLOOR) -> float:
+        arithmetic = self.flops / (device.flops * getattr(efficiency, self.kind))
+        memory = self.bytes / (device.bandwidth * efficiency.bandwidth)
+        link = self.link_bytes / (device.link * efficiency.link)
+        starts = self.kernels * efficiency.launch + self.collectives * efficiency.collective
+        return max(arithmetic, memory) + link + starts
+
+
+def seconds(work: Iterable[Work], device: Device, efficiency: Efficiency = FLOOR) -> float:
+    """The parts one after another."""
+    return sum(part.seconds(device, efficiency) for part in work)
+
+
+# sizes of a model
+
+
+def site_dims(model: ModelConfig) -> dict[str, tuple[int, tuple[int, ...]]]:
+    """(in, (out of each member)) of the linear layers, those that share an input together, unsharded."""
+    D, F = model.hidden_size, model.intermediate_size
+    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    return {"qkv_proj": (D, (q, kv, kv)), "o_proj": (q, (D,)), "gate_up_proj": (D, (F, F)), "down_proj": (F, (D,))}
+
+
+def linear_params(model: ModelConfig) -> int:
+    """Weights of all linear layers of all layers."""
+    return model.num_layers * sum(inputs * sum(outs) for inputs, outs in site_dims(model).values())
+
+
+def matmul_params(model: ModelConfig) -> int:
+    """Weights that a token is multiplied with, the head among them: the P of "2 P FLOPs per token"."""
+    return linear_params(model) + model.vocab_size * model.hidden_size
+
+
+def weight_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1) -> int:
+    """Bytes of the weights on one device; norms and biases, which are nothing beside the rest, left out."""
+    tables = 1 if model.tie_word_embeddings else 2
+    params = linear_params(model) + tables * model.vocab_size * model.hidden_size
+    return math.ceil(params / tensor_parallel) * itemsize
+
+
+def kv_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1) -> int:
+    """Bytes of one token's keys and values on one device."""
+    heads = max(model.num_kv_heads // tensor_parallel, 1)
+    return 2 * model.num_layers * heads * model.head_dim * itemsize
+
+
+def finetune_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1) -> int:
+    """The same of a token that is trained on: keys and values, and their gradients' float32 sums."""
+    return kv_bytes(model, itemsize, tensor_parallel) + kv_bytes(model, WIDE, tensor_parallel)
+
+
+def adapter_bytes(model: ModelConfig, rank: int, itemsize: int = 2, tensor_parallel: int = 1) -> int:
+    """Bytes of an adapter of all linear layers on one device; ranks are stored in pages of 16."""
+    return model.num_layers * sum(
+        _factor_elements(name, *dims, rank, tensor_parallel) * itemsize for name, dims in site_dims(model).items()
+    )
+
+
+def train_flops(model: ModelConfig) -> int:
+    """FLOPs per token that finetuning needs, attention left out: a forward and dx, no dW (4 P)."""
+    return 4 * matmul_params(model)
+
+
+# the parts of a step
+
+
+def step_work(
+    model: ModelConfig, load: StepLoad, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str = "full"
+) -> tuple[Work, ...]:
+    """Every part of one step on one device.
+
+    Args:
+      remat: what the backward computes again: none; elementwise (what lies between products); attention (all but
+        attention); full.
+    """
+    step = _Step(model, load, tensor_parallel, itemsize)
+    parts = [*step.linears("linear", load.rows), *step.attention(), step.between(load.rows), *step.head()]
+    if load.adapters:
+        parts.append(step.adapters(load.rows if load.adapter_rows is None else load.adapter_rows, load.adapters))
+    parts.append(step.all_reduces("all-reduce", load.rows))
+    if load.grads:
+        parts += step.backward(remat)
+    return tuple(part for part in parts if part.flops or part.bytes or part.link_bytes)
+
+
+def ideal_decode_seconds(model: ModelConfig, decodes: Sequence[int], device: Device, itemsize: int = 2) -> float:
+    """Every weight and every key and value read once, and nothing else: the floor decode steps are measured by."""
+    weights = matmul_params(model) * itemsize
+    return (weights + sum(context + 1 for context in decodes) * kv_bytes(model, itemsize)) / device.bandwidth
+
+
+@dataclass(frozen=True)
+class _Step:
+    model: ModelConfig
+    load: StepLoad
+    shards: int
+    itemsize: int
+
+    def linears(self, name: str, rows: int, bytes_out: int | None = None) -> list[Work]:
+        """The products of all layers: one part for each kind of matrix, since each is bound by what it is bound by."""
+        if not rows:
+            return []
+        parts = []
+        for site, (inputs, outs) in self._local_dims().items():
+            moved = (inputs * outs + rows * inputs) * self.itemsize + rows * outs * (bytes_out or self.itemsize)
+            parts.append(Work(f"{name} {site}", 2 * rows * inputs * outs, moved, kernels=1) * self.model.num_layers)
+        return parts
+
+    def _local_dims(self) -> dict[str, tuple[int, int]]:
+        row = ("o_proj", "down_proj")
+        return {
+            site: (inputs // self.shards, sum(outs)) if site in row else (inputs, sum(outs) // self.shards)
+            for site, (inputs, outs) in site_dims(self.model).items()
+        }
+
+    def attention(self) -> list[Work]:
+        decodes = [Segment(1, context) for context in self.load.decodes]
+        blocks = [*self.load.chunks, *self.load.grads]
+        parts = (("attention of decodes", decodes), ("attention of blocks", blocks))
+        return [self._attention(name, segments, 4, kernels=2) for name, segments in parts if segments]
+
+    def _attention(self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind="attention") -> Work:
+        """``flops`` per query head, key seen and element of the head: 4 forward, for two products."""
+        m, heads = self.model, self._kv_heads
+        keys = reads = 0
+        for window, layers in Counter(layer.window for layer in m.layers).items():
+            keys += layers * sum(segment.keys(window) for segment in segments)
+            reads += layers * sum(segment.keys_read(window) for segment in segments)
+        rows = m.num_layers * sum(segment.rows for segment in segments)
+        query_heads = m.num_heads // self.shards
+        moved = 2 * reads * heads + 2 * rows * query_heads + 2 * rows * heads  # K, V; q, out; K, V written
+        return Work(
+            name,
+            flops=flops * keys * query_heads * m.head_dim,
+            bytes=moved * m.head_dim * self.itemsize,
+            kernels=kernels * m.num_layers,
+            kind=kind,
+        )
+
+    @property
+    def _kv_heads(self) -> int:
+        return max(self.model.num_kv_heads // self.shards, 1)
+
+    def between(self, rows: int, passes: int = 1) -> Work:
+        """Norms, rotations, activations and residuals: what lies between two products goes to memory and back."""
+        m = self.model
+        heads = m.num_heads // self.shards + 2 * self._kv_heads
+        elements = 9 * m.hidden_size + 2 * heads * m.head_dim + 3 * m.intermediate_size // self.shards
+        return Work("between products", bytes=rows * elements * self.itemsize, kernels=7) * (m.num_layers * passes)
+
+    def head(self) -> list[Work]:
+        m, R = self.model, self.load.num_drawn
+        table = math.ceil(m.vocab_size / self.shards) * m.hidden_size
+        parts = [Work("embedding", bytes=2 * self.load.rows * m.hidden_size * self.itemsize, kernels=1)]
+        if R:
+            logits = R * math.ceil(m.vocab_size / self.shards) * WIDE
+            parts.append(Work("head", 2 * R * table, table * self.itemsize + logits, kernels=1))
+            parts.append(Work("sampling", bytes=4 * logits, kernels=8))
+        return parts
+
+    def adapters(self, rows: int, ranks: Sequence[int]) -> Work:
+        """Each adapter's factors are read once; two kernels for each site, the second adds to what the base wrote."""
+        flops = moved = 0
+        mean_rank = sum(map(_padded, ranks)) / len(ranks)
+        for site, (inputs, outs) in self._local_dims().items():
+            members = len(site_dims(self.model)[site][1])
+            flops += 2 * rows * mean_rank * (members * inputs + outs)
+            moved += sum(_padded(rank) * (members * inputs + outs) for rank in ranks) + rows * (inputs + 2 * outs)
+        return Work("adapters", flops, moved * self.itemsize, kernels=2 * 4) * self.model.num_layers
+
+    def all_reduces(self, name: str, rows: int, per_layer: int = 2) -> Work:
+        """The residual stream summed over the devices: a ring moves 2 (n - 1) / n of it over each link."""
+        moved = 2 * (self.shards - 1) / self.shards * rows * self.model.hidden_size * self.itemsize
+        layers = self.model.num_layers if self.shards > 1 else 0
+        return Work(name, link_bytes=moved, collectives=1) * (per_layer * layers)
+
+    # gradient rows
+
+    def backward(self, remat: str) -> list[Work]:
+        m, load, W = self.model, self.load, self.load.grad_rows
+        again = remat in ("attention", "full")
+        parts = self._loss()
+        if again:
+            parts += self.linears("linear again", W)
+        if remat == "full":
+            parts.append(self._attention("attention again", load.grads, 4, kernels=1))
+        if remat != "none":
+            parts.append(self.between(W))
+        parts += self.linears("linear backward", W, bytes_out=WIDE)
+        attention = self._attention(
+            "attention backward", load.grads, 10, kernels=3, kind="attention_backward"
+        )  # five products
+        sums = 4 * sum(segment.keys_read(None) for segment in load.grads) * self._kv_heads * m.head_dim * WIDE
+        parts.append(replace(attention, bytes=attention.bytes + sums * m.num_layers))
+        parts.append(self.between(W, passes=2))
+        parts.append(self._adapters_backward(W, again))
+        collectives = self.all_reduces("all-reduce backward", W, per_layer=4 if again else 2)
+        return [*parts, collectives]
+
+    def _loss(self) -> list[Work]:
+        """The head's two products, logits and dx, a chunk of rows at a time."""
+        m, W = self.model, self.load.grad_rows
+        vocab, chunks = math.ceil(m.vocab_size / self.shards), math.ceil(W / HEAD_CHUNK)
+        table = vocab * m.hidden_size
+        moved = 2 * chunks * table * self.itemsize + 4 * W * vocab * WIDE
+        return [Work("loss", 4 * W * table, moved, kernels=6 * chunks)]
+
+    def _adapters_backward(self, W: int, again: bool) -> Work:
+        """h and dh, dx, dA and dB; lanes are read and written in float32."""
+        rank = _padded(self.load.grad_rank)
+        flops = moved = 0
+        for site, (inputs, outs) in self._local_dims().items():
+            members = len(site_dims(self.model)[site][1])
+            size = rank * (members * inputs + outs)
+            flops += (3 + again) * 2 * W * size
+            moved += W * (4 * inputs + 3 * outs) * self.itemsize + size * (2 * self.itemsize + 2 * WIDE)
+        return Work("adapters backward", flops, moved, kernels=5 * 4) * self.model.num_layers
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // PAGE_RANK) * PAGE_RANK
+
+
+def _factor_elements(site: str, inputs: int, outs: tuple[int, ...], rank: int, shards: int) -> int:
+    """A of every member and B, of which the split one shrinks with the number of devices."""
+    a, b = _padded(rank) * len(outs) * inputs, _padded(rank) * sum(outs)
+    return a // shards + b if site in ("o_proj", "down_proj") else a + b // shards
