@@ -24,6 +24,7 @@ __all__ = [
 
 KERNEL_COLUMNS = 64  # the columns of a kernel's tile
 KERNEL_ROWS = 64  # its rows: those of wgmma
+KERNEL_MEMBERS = 4  # their ranks fill a tile
 
 
 def _refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **_: Any) -> str | None:
@@ -34,9 +35,17 @@ def _refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, *
         return f"the kernel takes dimensions that are multiples of {KERNEL_COLUMNS}, one is {odd[0]}"
     if plan.chunk_rows and plan.row_block != KERNEL_ROWS:
         return f"the kernel takes row blocks of {KERNEL_ROWS} rows, these have {plan.row_block}"
+    if len(dims) - 1 > KERNEL_MEMBERS:
+        return f"the kernel takes at most {KERNEL_MEMBERS} members, there are {len(dims) - 1}"
     if num_rows % SINGLE_ROWS:
         return f"the kernel takes a multiple of {SINGLE_ROWS} rows, there are {num_rows}"
     return None
+
+
+def _refuse_backward(*, lanes: Any, **facts: Any) -> str | None:
+    if lanes[0].dtype != jnp.float32:
+        return f"the kernel sums gradients in float32, the lanes are {lanes[0].dtype}"
+    return _refuse(**facts)
 
 
 IMPLEMENTATIONS = (
@@ -45,6 +54,7 @@ IMPLEMENTATIONS = (
     Implementation("reference", reference.lora_matmul),
 )
 BACKWARD_IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.lora_matmul.mosaic_backward", _refuse_backward),
     Implementation("xla", xla.lora_matmul_backward),
     Implementation("reference", reference.lora_matmul_backward),
 )
@@ -102,7 +112,8 @@ def lora_matmul_backward(
       implementation: a name of BACKWARD_IMPLEMENTATIONS, or None for the best that runs here.
     """
     assert plan.chunk_rows == x_WD.shape[0], f"{plan.chunk_rows=} {x_WD.shape=}"
-    chosen = choose("lora_matmul_backward", BACKWARD_IMPLEMENTATIONS, implementation, **_facts(x_WD, members, plan))
+    facts = {**_facts(x_WD, members, plan), "lanes": lanes}
+    chosen = choose("lora_matmul_backward", BACKWARD_IMPLEMENTATIONS, implementation, **facts)
     return chosen.function(x_WD, d_y_WE, a_PRD, members, plan, lane_J, lanes, add_to)
 
 

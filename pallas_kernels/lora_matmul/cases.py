@@ -157,6 +157,12 @@ KERNEL_CASES = (
         row_block=64,
     ),
     LoraCase(name="kernel-pair", ranks=(48, 16), chunks=((0, 64),), singles=(1,) * 8, **_WIDE | {"dims_out": (64, 64)}),
+    LoraCase(  # more items for a lane than are on their way at once, in an order of lanes that is not theirs
+        name="kernel-long",
+        ranks=(24, 16, 8),
+        chunks=((0, 330), (1, 64), (2, 50), (0, 40)),
+        **_WIDE | {"dim_in": 64, "dims_out": (64,)},
+    ),
     LoraCase(name="kernel-nobody", ranks=(16,), chunks=((BASE, 64),), singles=(BASE,) * 8, **_WIDE),
 )
 

@@ -74,7 +74,7 @@ def shrink_singles(
         def one(unit):
             item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
             columns = pl.ds(split * width, width)
-            plgpu.copy_gmem_to_smem(x_ref.at[_rows(part, block_ref[item]), columns], x_sm, full_bar)
+            plgpu.copy_gmem_to_smem(x_ref.at[rows_of(part, block_ref[item]), columns], x_sm, full_bar)
             plgpu.copy_gmem_to_smem(a_ref.at[page_ref[item], :, columns], a_sm.at[pl.ds(0, R)], full_bar)
             plgpu.barrier_wait(full_bar)
             out_ref[item, split] = mosaic.matmul(a_sm, x_sm.T)
@@ -99,7 +99,7 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
     """y += h B^T, in place."""
     splits, dtype = h_JS.shape[1], members[0].dtype
     dims = [b.shape[1] for b in members]
-    tiles = _Tiles(dims, min(sum(dims) * part.num_blocks // _cores(), SINGLES_WIDTH))
+    tiles = Tiles(dims, min(sum(dims) * part.num_blocks // _cores(), SINGLES_WIDTH))
     width = tiles.width
 
     def lora_expand_singles(h_ref, *refs, y_sm, b_sm, h_sm, y_full, b_full):
@@ -118,7 +118,7 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
 
         @pl.when(end > begin)
         def _():
-            place = y_ref.at[_rows(part, part.first_block + block), pl.ds(tile * width, width)]
+            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
             plgpu.copy_gmem_to_smem(place, y_sm, y_full)
             fetch(begin)
             ranks = pl.ds(tiles.member_of(tile) * PAGE_RANK, PAGE_RANK)
@@ -183,7 +183,7 @@ def shrink_blocks(
     dims = [w.shape[2 if rank_major else 1] for w in weights]
     R = weights[0].shape[1 if rank_major else 2]
     J, Q, dtype = plan.block_J.shape[0], part.block_rows, x_TD.dtype
-    tiles, weights_at = _Tiles(dims, 256), _columns_of(rank_major)
+    tiles, weights_at = Tiles(dims, 256), _columns_of(rank_major)
     width, stages = tiles.width, 2
     # splits of equal length, none over the border of two members, and about two for each core
     steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * _cores())), unit=1)
@@ -197,7 +197,7 @@ def shrink_blocks(
 
         def one(unit):
             item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
-            rows, page, first = _rows(part, block_ref[item]), page_ref[item], split * steps
+            rows, page, first = rows_of(part, block_ref[item]), page_ref[item], split * steps
 
             def fetch(step):
                 slot, tile = lax.rem(step, stages), first + step
@@ -263,7 +263,7 @@ def expand_blocks(
     dims = [w.shape[2 if rank_major else 1] for w in weights]
     R = weights[0].shape[1 if rank_major else 2]
     Q, dtype = part.block_rows, h_JQR.dtype
-    tiles, weights_at = _Tiles(dims, WIDTH), _columns_of(rank_major)
+    tiles, weights_at = Tiles(dims, WIDTH), _columns_of(rank_major)
     width = tiles.width
 
     def lora_expand_blocks(h_ref, *refs, y_sm, h_sm, w_sm, y_full, full_bar):
@@ -284,7 +284,7 @@ def expand_blocks(
 
         @pl.when(end > begin)
         def _():
-            place = y_ref.at[_rows(part, part.first_block + block), pl.ds(tile * width, width)]
+            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
             plgpu.copy_gmem_to_smem(place, y_sm, y_full)
             fetch(begin)
 
@@ -324,7 +324,7 @@ def expand_blocks(
 # what they share
 
 
-class _Tiles:
+class Tiles:
     """The columns of the members side by side, cut into tiles that each lie in one member."""
 
     def __init__(self, dims: Sequence[int], most: int):
@@ -357,7 +357,7 @@ def _columns_of(rank_major: bool) -> Callable[[jax.Array, Any], tuple]:
     return lambda page, columns: (page, slice(None), columns) if rank_major else (page, columns)
 
 
-def _rows(part: Part, block: jax.Array) -> Any:
+def rows_of(part: Part, block: jax.Array) -> Any:
     start = part.first_row + (block - part.first_block) * part.block_rows
     return pl.ds(pl.multiple_of(start, SINGLE_ROWS), part.block_rows)
 
