@@ -122,8 +122,8 @@ class Work:
     kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
 
     def __mul__(self, times: float) -> "Work":
-        scaled = (x * times for x in (self.flops, self.bytes, self.link_bytes, self.kernels, self.collectives))
-        return Work(self.name, *scaled, self.kind)
+        counted = ("flops", "bytes", "link_bytes", "kernels", "collectives")
+        return replace(self, **{name: getattr(self, name) * times for name in counted})
 
     def seconds(self, device: Device, efficiency: Efficiency = FLOOR) -> float:
         arithmetic = self.flops / (device.flops * getattr(efficiency, self.kind))

@@ -4,6 +4,7 @@ Shapes: T rows, D in, E out, P pages, Y lane pages, R ranks per page (of all mem
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -119,13 +120,13 @@ class LoraCase:
         return jnp.asarray(np.random.default_rng(seed + 200).standard_normal(shape), dtype)
 
 
-_MIXED = {"ranks": (4, 64, 17, 16, 33), "singles": (*[0] * 3, *[1] * 20, BASE, 2, *[3] * 8, *[4] * 9, *[BASE] * 6)}
+_MIXED_ROWS = (*[0] * 3, *[1] * 20, BASE, 2, *[3] * 8, *[4] * 9, *[BASE] * 6)
 CASES = (
     LoraCase(name="one-adapter", ranks=(16,), singles=(0,) * 5),
     LoraCase(name="rank-1", ranks=(1,), singles=(BASE, 0, BASE)),
     LoraCase(name="no-adapter", singles=(BASE,) * 6),
     LoraCase(name="idle-adapter", ranks=(8, 8), singles=(*[1] * 9, BASE)),
-    LoraCase(name="mixed-ranks", **_MIXED),
+    LoraCase(name="mixed-ranks", ranks=(4, 64, 17, 16, 33), singles=_MIXED_ROWS),
     LoraCase(name="blocks", ranks=(4, 40, 16), chunks=((1, 20), (BASE, 8), (0, 5), (2, 8))),
     LoraCase(
         name="blocks-and-singles", ranks=(4, 40, 16), chunks=((2, 3), (1, 16)), singles=(1, 1, BASE, *[0] * 9, 2, 1)
@@ -143,10 +144,10 @@ CASES = (
     ),
 )
 # what a kernel takes: columns in 64s, row blocks of 64 rows
-_WIDE = {"dim_in": 128, "dims_out": (128,), "row_block": 64}
+_wide = partial(LoraCase, dim_in=128, dims_out=(128,), row_block=64)
 KERNEL_CASES = (
-    LoraCase(name="kernel-singles", ranks=(16, 8, 40), singles=(0, 0, 1, BASE, 2, 2, 2, BASE), **_WIDE),
-    LoraCase(name="kernel-blocks", ranks=(16, 40), chunks=((1, 70), (BASE, 64), (0, 64)), **_WIDE),
+    _wide(name="kernel-singles", ranks=(16, 8, 40), singles=(0, 0, 1, BASE, 2, 2, 2, BASE)),
+    _wide(name="kernel-blocks", ranks=(16, 40), chunks=((1, 70), (BASE, 64), (0, 64))),
     LoraCase(
         name="kernel-members",
         ranks=(16, 24),
@@ -156,37 +157,37 @@ KERNEL_CASES = (
         dims_out=(256, 64, 64),
         row_block=64,
     ),
-    LoraCase(name="kernel-pair", ranks=(48, 16), chunks=((0, 64),), singles=(1,) * 8, **_WIDE | {"dims_out": (64, 64)}),
-    LoraCase(  # more items for a lane than are on their way at once, in an order of lanes that is not theirs
+    _wide(name="kernel-pair", ranks=(48, 16), chunks=((0, 64),), singles=(1,) * 8, dims_out=(64, 64)),
+    _wide(  # more items for a lane than are on their way at once, in an order of lanes that is not theirs
         name="kernel-long",
         ranks=(24, 16, 8),
         chunks=((0, 330), (1, 64), (2, 50), (0, 40)),
-        **_WIDE | {"dim_in": 64, "dims_out": (64,)},
+        dim_in=64,
+        dims_out=(64,),
     ),
-    LoraCase(name="kernel-nobody", ranks=(16,), chunks=((BASE, 64),), singles=(BASE,) * 8, **_WIDE),
+    _wide(name="kernel-nobody", ranks=(16,), chunks=((BASE, 64),), singles=(BASE,) * 8),
 )
 
-_LLAMA_8B = {"dim_in": 4096, "dims_out": (4096, 1024, 1024), "row_block": 64}
+_llama_8b = partial(LoraCase, dim_in=4096, dims_out=(4096, 1024, 1024), row_block=64)
 BENCH_CASES = (
-    LoraCase(name="decode-64-of-1", ranks=(16,), singles=(0,) * 64, **_LLAMA_8B),
-    LoraCase(name="decode-64-of-8", ranks=(16,) * 8, singles=tuple(np.repeat(range(8), 8)), **_LLAMA_8B),
-    LoraCase(name="decode-64-of-32", ranks=(16,) * 32, singles=tuple(np.repeat(range(32), 2)), **_LLAMA_8B),
-    LoraCase(name="decode-64-of-64", ranks=(16,) * 64, singles=tuple(range(64)), **_LLAMA_8B),
-    LoraCase(
-        name="decode-64-mixed-ranks", ranks=(8, 16, 32, 64) * 8, singles=tuple(np.repeat(range(32), 2)), **_LLAMA_8B
-    ),
-    LoraCase(
+    _llama_8b(name="decode-64-of-1", ranks=(16,), singles=(0,) * 64),
+    _llama_8b(name="decode-64-of-8", ranks=(16,) * 8, singles=tuple(np.repeat(range(8), 8))),
+    _llama_8b(name="decode-64-of-32", ranks=(16,) * 32, singles=tuple(np.repeat(range(32), 2))),
+    _llama_8b(name="decode-64-of-64", ranks=(16,) * 64, singles=tuple(range(64))),
+    _llama_8b(name="decode-64-mixed-ranks", ranks=(8, 16, 32, 64) * 8, singles=tuple(np.repeat(range(32), 2))),
+    _llama_8b(
         name="decode-64-gate-up",
         ranks=(16,) * 32,
         singles=tuple(np.repeat(range(32), 2)),
-        **_LLAMA_8B | {"dims_out": (14336, 14336)},
+        dims_out=(14336, 14336),
     ),
-    LoraCase(
+    _llama_8b(
         name="decode-64-down",
         ranks=(16,) * 32,
         singles=tuple(np.repeat(range(32), 2)),
-        **_LLAMA_8B | {"dim_in": 14336, "dims_out": (4096,)},
+        dim_in=14336,
+        dims_out=(4096,),
     ),
-    LoraCase(name="prefill-2048-of-4", ranks=(16,) * 4, chunks=tuple((a, 512) for a in range(4)), **_LLAMA_8B),
-    LoraCase(name="finetune-1024", ranks=(16, 16), chunks=((0, 1024),), **_LLAMA_8B),
+    _llama_8b(name="prefill-2048-of-4", ranks=(16,) * 4, chunks=tuple((a, 512) for a in range(4))),
+    _llama_8b(name="finetune-1024", ranks=(16, 16), chunks=((0, 1024),)),
 )

@@ -9,6 +9,8 @@ Weights are read by page and a row takes only what its own items add: a NaN adap
 
 Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), J items, S splits.
 """
+# a JAX before these kernels is checked against
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 import math
 from collections.abc import Callable, Sequence

@@ -6,6 +6,8 @@ no atomics, and the same bits however the items were dealt to steps.
 Shapes: W gradient rows, D in, E out, P bank pages, Y lane pages, R ranks per page (of all members together in A),
 J items, Q rows per block.
 """
+# a JAX before these kernels is checked against
+# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
