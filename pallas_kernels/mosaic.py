@@ -2,8 +2,6 @@
 
 Needs jax 0.11.2 or later, so kernels import this module when they are chosen (``dispatch.later``), never before.
 """
-# a JAX before these kernels is checked against
-# pyright: reportCallIssue=false, reportPrivateImportUsage=false, reportAttributeAccessIssue=false, reportArgumentType=false, reportReturnType=false
 
 import math
 from collections.abc import Callable
@@ -13,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jax.typing import DTypeLike
 
+plgpu: Any = mosaic_gpu  # untyped: other JAX versions have other names in it
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-MASKED = -1e30  # finite: exp2(MASKED - MASKED) is 1, never NaN
+MASKED = -(2.0**100)  # finite: exp2(MASKED - MASKED) is 1, never NaN; scaled without rounding: fused or not, the same
 WARPGROUP_ROWS = 64  # rows of a wgmma
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a wgmma's result
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column

@@ -9,8 +9,6 @@ Weights are read by page and a row takes only what its own items add: a NaN adap
 
 Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), J items, S splits.
 """
-# a JAX before these kernels is checked against
-# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,13 +19,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.dispatch import target
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Part, num_blocks
-from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index
+from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index, plgpu
 
 CORES = 132  # where the device does not say
 MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them

@@ -6,8 +6,6 @@ no atomics, and the same bits however the items were dealt to steps.
 Shapes: W gradient rows, D in, E out, P bank pages, Y lane pages, R ranks per page (of all members together in A),
 J items, Q rows per block.
 """
-# a JAX before these kernels is checked against
-# pyright: reportCallIssue=false, reportPrivateImportUsage=false
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,13 +14,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.lora_matmul.mosaic import RANK_COLUMNS, Tiles, expand_blocks, rows_of, shrink_blocks
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, LoraPlan, Part
-from pallas_kernels.mosaic import index
+from pallas_kernels.mosaic import index, plgpu
 
 WIDTH = 64  # columns of an owner's tile: narrow, so that one lane already keeps many cores busy
 STAGES = 4  # items on their way to an owner

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine.batch import LORA_ITEM_FIELDS, NUM_FLAGS, BatchLayout
+from jaxserve.engine.batch import ALWAYS, LORA_ITEM_FIELDS, BatchLayout
 from jaxserve.engine.buckets import Bucket
 
 LAYOUTS = [
@@ -56,7 +56,7 @@ def test_an_empty_step_is_padding_through_and_through(layout):
     assert (f["temperature_R"] == 0).all()
     assert (f["top_p_R"] == 1).all()
     assert (f["repetition_R"] == 1).all()
-    assert i["flags"].tolist() == [0] * NUM_FLAGS
+    assert np.flatnonzero(i["flags"]).tolist() == [ALWAYS]
     if layout.lora_items:
         assert not i["items_S"].any()
 
