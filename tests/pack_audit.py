@@ -2,13 +2,14 @@
 
 The packer's own check knows bounds; this one knows which index it has to be.
 
-Shapes: T rows, R drawn tokens, N row blocks and Q rows per block of the adapters, J work items, S adapter sites.
+Shapes: T rows, R drawn tokens, J work items of the adapters, S adapter sites.
 """
 
-from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS
+from jaxserve.engine.batch import FROM_DEVICE
 from jaxserve.engine.loop import EngineCore
 from jaxserve.engine.pack import Packed, Packer
 from jaxserve.scheduler.plan import Segment, StepPlan
+from pallas_kernels.lora_matmul import SINGLE_ROWS
 
 
 def watch(core: EngineCore) -> None:
@@ -42,7 +43,7 @@ def audit(packer: Packer, plan: StepPlan, packed: Packed) -> None:
         held = i["page_table_BM"][segment.seq.slot, : len(segment.seq.pages)].tolist()
         assert held == segment.seq.pages, f"page table of {segment.seq}"
     _audit_samples(plan, packed, rows, slots.num_slots)
-    if "row_NQ" in i and plan.finetune is None:
+    if packed.layout.lora_items and plan.finetune is None:
         _audit_adapters(packer, packed, rows)
     for row, (segment, _) in rows.items() if packed.layout.scaled else ():
         lead = slots.lead_page_B[segment.seq.slot]
@@ -55,7 +56,8 @@ def _rows(packer: Packer, plan: StepPlan, packed: Packed) -> dict[int, tuple[Seg
     for segment in plan.chunks:
         rows |= {first + k: (segment, segment.start + k) for k in range(segment.length)}
         first += -(-segment.length // packer.row_block) * packer.row_block
-    return rows | {packed.layout.bucket.block_rows + k: (s, s.start) for k, s in enumerate(plan.decodes)}
+    decodes = sorted(plan.decodes, key=lambda segment: packer.slots.lead_page_B[segment.seq.slot])
+    return rows | {packed.layout.bucket.block_rows + k: (s, s.start) for k, s in enumerate(decodes)}
 
 
 def _audit_samples(plan: StepPlan, packed: Packed, rows: dict[int, tuple[Segment, int]], num_slots: int) -> None:
@@ -72,28 +74,27 @@ def _audit_samples(plan: StepPlan, packed: Packed, rows: dict[int, tuple[Segment
 
 
 def _audit_adapters(packer: Packer, packed: Packed, rows: dict[int, tuple[Segment, int]]) -> None:
-    """Every row sits in exactly one block, of its own adapter; every block meets its adapter's pages once per site."""
-    i, slots = packed.fields, packer.slots
-    num_blocks, num_rows = i["row_NQ"].shape[0], packed.layout.bucket.rows
-    lead_of_block: dict[int, int] = {}
-    for row in range(num_rows):
-        lead = int(slots.lead_page_B[i["slot_T"][row]])
-        assert (lead != 0) == (row in rows and rows[row][0].seq.request.adapter is not None), f"adapter of row {row}"
-        place = int(i["place_T"][row])
-        if lead == 0:
-            assert place == num_blocks * LORA_ROWS, f"row {row} has no adapter and is in block {place // LORA_ROWS}"
-            continue
-        block, at = divmod(place, LORA_ROWS)
-        assert i["row_NQ"][block, at] == row, f"place of row {row}"
-        assert lead_of_block.setdefault(block, lead) == lead, f"block {block} has rows of two adapters"
-    filled = {(b, q) for b in range(num_blocks) for q in range(LORA_ROWS) if i["row_NQ"][b, q] < num_rows}
-    assert len(filled) == sum(i["place_T"] < num_blocks * LORA_ROWS), "a block has a row that is not its own"
-    assert (i["row_NQ"] <= num_rows).all(), "a row that does not exist"
-    for site in range(i["items_S"].shape[0]):
+    """Every row with an adapter meets each page of its adapter once per site that has it; other rows meet none."""
+    i, slots, bucket = packed.fields, packer.slots, packed.layout.bucket
+    chunk_blocks = bucket.block_rows // packer.row_block
+    for site in range(packed.layout.num_sites):
+        wanted, found = [], []
+        for row in range(bucket.rows):
+            lead = int(slots.lead_page_B[i["slot_T"][row]])
+            assert (lead != 0) == (row in rows and rows[row][0].seq.request.adapter is not None), (
+                f"adapter of row {row}"
+            )
+            if lead and site in slots.adapters[lead].sites:
+                wanted += [(row, page) for page in slots.adapters[lead].pages]
         count = int(i["items_S"][site])
-        items = list(zip(i["block_SJ"][site, :count].tolist(), i["page_SJ"][site, :count].tolist(), strict=True))
-        adapters = {block: slots.adapters[lead] for block, lead in sorted(lead_of_block.items())}
-        wanted = [(block, page) for block, a in adapters.items() if site in a.sites for page in a.pages]
-        assert items == wanted, f"items of site {site}"
-        assert not i["block_SJ"][site, count:].any(), "padding items"
-        assert not i["page_SJ"][site, count:].any(), "padding items"
+        items = [i[name][site, :count].tolist() for name in ("block_SJ", "page_SJ", "first_SJ", "stop_SJ")]
+        for block, page, first, stop in zip(*items, strict=True):
+            single = block >= chunk_blocks
+            size = SINGLE_ROWS if single else packer.row_block
+            start = bucket.block_rows + (block - chunk_blocks) * SINGLE_ROWS if single else block * packer.row_block
+            assert 0 <= first < stop <= size, f"an item of rows {first}..{stop} in a block of {size}"
+            found += [(row, page) for row in range(start + first, start + stop)]
+        assert sorted(found) == sorted(wanted), f"items of site {site}"
+        assert items[0] == sorted(items[0]), f"blocks out of order at site {site}"
+        for name in ("block_SJ", "page_SJ", "first_SJ", "stop_SJ"):
+            assert not i[name][site, count:].any(), "padding items"

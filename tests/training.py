@@ -14,7 +14,7 @@ from jaxserve.adapters.bank import SITE_NAMES, BankShape
 from jaxserve.adapters.scales import fused_inputs
 from jaxserve.adapters.weights import AdapterWeights, LoraPair, ScaleVector
 from jaxserve.engine.bank_writer import BankWriter
-from jaxserve.engine.batch import LORA_ROWS, BatchLayout
+from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.gradient import TrainShape, empty_scale_lanes
 from jaxserve.engine.lanes import adapter_lengths, factors_of, take_gradients
@@ -84,9 +84,9 @@ class Trainer:
         self.bank = BankShape(self.config, 1 + lanes * pages, tp, dtype)
         self.train = TrainShape(TRAIN_SLOTS, acc_pages=40, lane_pages=lanes * pages, remat=remat, num_lanes=lanes)
         self.bucket = Bucket(CHUNK, DECODE, W)
-        blocks = -(-self.bucket.rows // LORA_ROWS) + lanes
+        runs = self.bucket.block_rows // BLOCK + DECODE
         self.layout = BatchLayout(
-            self.bucket, NUM_SLOTS, PAGES_PER_SEQ, blocks, blocks * pages,
+            self.bucket, NUM_SLOTS, PAGES_PER_SEQ, runs * pages,
             train_slots=TRAIN_SLOTS, grad_items=W // BLOCK * pages, row_block=BLOCK, scaled=scaled,
             dropout=dropout,
         )  # fmt: skip

@@ -122,14 +122,8 @@ class Work:
     kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
 
     def __mul__(self, times: float) -> "Work":
-        return replace(
-            self,
-            flops=self.flops * times,
-            bytes=self.bytes * times,
-            link_bytes=self.link_bytes * times,
-            kernels=self.kernels * times,
-            collectives=self.collectives * times,
-        )
+        counted = ("flops", "bytes", "link_bytes", "kernels", "collectives")
+        return replace(self, **{name: getattr(self, name) * times for name in counted})
 
     def seconds(self, device: Device, efficiency: Efficiency = FLOOR) -> float:
         arithmetic = self.flops / (device.flops * getattr(efficiency, self.kind))

@@ -3,7 +3,7 @@
 Packing everything into two host arrays makes a step one cheap transfer instead of twenty.
 
 Shapes: T rows, W gradient rows, Tc chunk rows, B sequence slots (serving ones, then finetuning ones), M pages per
-sequence, R drawn tokens, N row blocks and Q rows per block of the adapters, J their work items, S adapter sites.
+sequence, R drawn tokens, N row blocks, J work items of the adapters, S adapter sites.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from pallas_kernels.token_sampling import SampleRows
 
 NOWHERE = np.iinfo(np.int32).max  # an index out of every range: nothing is written
 FROM_DEVICE = -1  # a token the host has not read yet: the device's own last token of that slot
-LORA_ROWS = 8  # rows per block of the multi-adapter matmul
+LORA_ITEM_FIELDS = ("block_SJ", "page_SJ", "first_SJ", "stop_SJ")
 LOSS_FLOATS = ("weight_W", "sampled_logprob_W", "advantage_W", "clip_low_W", "clip_high_W")
 NUM_FLAGS = 9
 RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS, FUSED_INPUTS, DROPOUT, ALWAYS = range(NUM_FLAGS)
@@ -32,10 +32,10 @@ RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS, FUSED_INPUTS, DROPO
 class LoraBatch:
     """Adapter work of a step; see ``pallas_kernels.lora_matmul.LoraPlan``. One item list per site."""
 
-    row_NQ: Int[Array, "N Q"]
-    place_T: Int[Array, "T"]
     block_SJ: Int[Array, "S J"]
     page_SJ: Int[Array, "S J"]
+    first_SJ: Int[Array, "S J"]
+    stop_SJ: Int[Array, "S J"]
     items_S: Int[Array, "S"]
 
 
@@ -81,7 +81,6 @@ class BatchLayout:
     bucket: Bucket
     num_slots: int  # that draw tokens
     pages_per_seq: int
-    lora_blocks: int = 0
     lora_items: int = 0
     num_sites: int = 4
     train_slots: int = 0  # behind the others
@@ -113,14 +112,9 @@ class BatchLayout:
             "sample_position_R": (R,),
             "flags": (NUM_FLAGS,),
         }
-        if self.lora_blocks:
-            fields |= {
-                "row_NQ": (self.lora_blocks, LORA_ROWS),
-                "place_T": (T,),
-                "block_SJ": (self.num_sites, self.lora_items),
-                "page_SJ": (self.num_sites, self.lora_items),
-                "items_S": (self.num_sites,),
-            }
+        if self.lora_items:
+            fields |= dict.fromkeys(LORA_ITEM_FIELDS, (self.num_sites, self.lora_items))
+            fields["items_S"] = (self.num_sites,)
         if self.scaled:
             fields["lead_page_T"] = (T,)
         if W := self.bucket.grad_rows:
@@ -166,9 +160,6 @@ class BatchLayout:
         int_views["flags"][ALWAYS] = 1
         float_views["repetition_R"][:] = 1
         float_views["top_p_R"][:] = 1
-        if self.lora_blocks:
-            int_views["row_NQ"][:] = self.bucket.rows
-            int_views["place_T"][:] = self.lora_blocks * LORA_ROWS
         if self.bucket.grad_rows:
             int_views["acc_table_BM"][:] = NOWHERE
             if self.scaled:
@@ -190,11 +181,7 @@ class BatchLayout:
             choice_R=i["choice_R"],
             position_R=i["sample_position_R"],
         )
-        lora = (
-            LoraBatch(*(i[k] for k in ("row_NQ", "place_T", "block_SJ", "page_SJ", "items_S")))
-            if self.lora_blocks
-            else None
-        )
+        lora = LoraBatch(**{name: i[name] for name in (*LORA_ITEM_FIELDS, "items_S")}) if self.lora_items else None
         grad = None
         if self.bucket.grad_rows:
             loss = LossRows(target_W=i["loss_target_W"], kind_W=i["loss_kind_W"], **{k: f[k] for k in LOSS_FLOATS})

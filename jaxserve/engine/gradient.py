@@ -207,12 +207,11 @@ class GradientRows:
         hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), tape.last)
         loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, self._head, spec.shard)
         (d_x_WD,) = pull_norm(d_hidden_WD)
-        train, acc = self.train, list(self.train.acc)
+        acc = list(self.train.acc)
         for index in reversed(range(spec.config.num_layers)):
             d_x_WD, lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
-            train = _with_lanes(train, lanes, index)
-        train = replace(train, acc=acc)
-        return train, {"loss_W": loss_W, "train_logprob_W": logprob_W}
+            self.train = _with_lanes(self.train, lanes, index)  # the next layer's sums are read there: no copy of any
+        return replace(self.train, acc=acc), {"loss_W": loss_W, "train_logprob_W": logprob_W}
 
     def _head(self, hidden_QD):
         """This shard's logits, and their pull-back to the hidden states."""

@@ -74,9 +74,9 @@ class Linear:
         """z: the base and the adapter, summed over shards."""
         z_TO = self.base(p[self.site], x_TI)
         if self.bank is not None and self.plan is not None:
-            dropped_TI = x_TI if self.drop is None else self.drop(x_TI)
-            z_TO = z_TO + lora_matmul(
-                dropped_TI, self.bank.a_PRD, self.bank.members, self.plan, implementation=self.implementation
+            dropped_TI, bank = x_TI if self.drop is None else self.drop(x_TI), self.bank
+            z_TO = lora_matmul(
+                dropped_TI, bank.a_PRD, bank.members, self.plan, add_to=z_TO, implementation=self.implementation
             )
         if self.site in decoder.ROW and self.parallel:
             z_TO = lax.psum(z_TO, AXIS)
@@ -131,16 +131,16 @@ class Linear:
             scaled_WO = z_WO if bias_O is None else z_WO + self.scales.bias_T[:, None].astype(z_WO.dtype) * bias_O[None]
             lanes = lanes.add_outputs(_wide_product(d_y_WO, scaled_WO), self.member_rows(), self.lane_N)
             d_z_WO = scaled(d_y_WO, self.scales.output_TO)
-        dropped_WI = x_WI if self.drop is None else self.drop(x_WI)
-        d_adapter_WI, factors = lora_matmul_backward(
-            dropped_WI, d_z_WO, self.bank.a_PRD, self.bank.members, self.plan, self.lane_page_J,
-            (lanes.factors.a_PRD, lanes.factors.members),
+        d_base_WI, lanes = self._base_backward(p[self.site], x_WI, d_z_WO, lanes)
+        d_base_WI = d_base_WI.astype(x_WI.dtype)
+        d_x_WI, factors = lora_matmul_backward(
+            x_WI if self.drop is None else self.drop(x_WI), d_z_WO, self.bank.a_PRD, self.bank.members, self.plan,
+            self.lane_page_J, (lanes.factors.a_PRD, lanes.factors.members),
+            add_to=d_base_WI if self.drop is None else None, implementation=self.implementation,
         )  # fmt: skip
         if self.drop is not None:
-            d_adapter_WI = self.drop(d_adapter_WI)  # a diagonal map is its own transpose
+            d_x_WI = d_base_WI + self.drop(d_x_WI)  # a diagonal map is its own transpose
         lanes = replace(lanes, factors=SiteBank(*factors))
-        d_base_WI, lanes = self._base_backward(p[self.site], x_WI, d_z_WO, lanes)
-        d_x_WI = d_base_WI.astype(x_WI.dtype) + d_adapter_WI
         if self.site in decoder.COLUMN and self.parallel:
             d_x_WI = lax.psum(d_x_WI, AXIS)
         return d_x_WI, lanes
@@ -211,30 +211,34 @@ class Linears:
         return self.of_all_rows(site, p["index"])(p, x_TI)
 
     def of_all_rows(self, site: str, layer) -> Linear:
-        lora = self.batch.lora
+        lora, block_rows = self.batch.lora, self.spec.layout.bucket.block_rows
         plan = None
         if lora is not None and self.bank is not None:
             at = SITE_NAMES.index(site)
             plan = LoraPlan(
-                row_NQ=lora.row_NQ,
-                place_T=lora.place_T,
                 block_J=lora.block_SJ[at],
                 page_J=lora.page_SJ[at] + layer * self.spec.bank.num_pages,
+                first_J=lora.first_SJ[at],
+                stop_J=lora.stop_SJ[at],
                 num_items=lora.items_S[at],
+                chunk_rows=block_rows,
+                row_block=self.spec.row_block,
             )
-        return self._linear(site, layer, plan, self.spec.layout.bucket.block_rows)
+        return self._linear(site, layer, plan, block_rows)
 
     def of_gradient_rows(self, site: str, layer) -> Linear:
-        """Their blocks are the step's row blocks, so nothing is gathered."""
+        """Their row blocks are trained as a whole: padding rows have no cotangent."""
         grad, at, W = self.batch.grad, SITE_NAMES.index(site), self.spec.layout.bucket.grad_rows
         assert grad is not None, "a step without gradient rows"
-        row_W = jnp.arange(W, dtype=jnp.int32)
+        block_J, row_block = grad.block_SJ[at], self.spec.row_block
         plan = LoraPlan(
-            row_NQ=row_W.reshape(-1, self.spec.row_block),
-            place_T=row_W,
-            block_J=grad.block_SJ[at],
+            block_J=block_J,
             page_J=grad.page_SJ[at] + layer * self.spec.bank.num_pages,
+            first_J=jnp.zeros_like(block_J),
+            stop_J=jnp.full_like(block_J, row_block),
             num_items=grad.items_S[at],
+            chunk_rows=W,
+            row_block=row_block,
         )
         linear = self._linear(site, layer, plan, W, slice(W))
         return replace(linear, lane_page_J=grad.lane_SJ[at], lane_N=grad.lane_N)

@@ -23,7 +23,7 @@ from jaxserve.adapters.scales import fused_inputs, is_scaled
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Key
 from jaxserve.engine.bank_writer import BankWriter
-from jaxserve.engine.batch import LORA_ROWS, BatchLayout
+from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
 from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state
@@ -44,7 +44,7 @@ from jaxserve.scheduler.plan import NO_REQUESTS, Outcome, StepPlan, StepResult
 from jaxserve.scheduler.request import Objective, Request, Sequence
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
-from pallas_kernels.lora_matmul import PAGE_RANK
+from pallas_kernels.lora_matmul import PAGE_RANK, SINGLE_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -206,14 +206,14 @@ class EngineCore:
 
     def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
         c, scaled = self.config, extended and self.extras.scales
-        partial_blocks = min(max(c.bank_pages - 1, 0), c.max_num_seqs)  # each adapter may leave one not full
-        blocks = min(-(-bucket.rows // LORA_ROWS) + partial_blocks, bucket.rows) if self.bank else 0
+        # decode rows stand side by side by adapter: a run of them ends with its block or its adapter
+        runs = min(-(-bucket.decode_rows // SINGLE_ROWS) + c.bank_pages - 1, bucket.decode_rows)
+        lora_items = (bucket.block_rows // c.row_block + runs) * c.adapter_pages if self.bank else 0
         layout = BatchLayout(
             bucket,
             c.max_num_seqs,
             c.pages_per_seq,
-            blocks,
-            blocks * c.adapter_pages,
+            lora_items,
             train_slots=TRAIN_SLOTS,
             grad_items=bucket.grad_rows // c.row_block * c.adapter_pages,
             row_block=c.row_block,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxserve.engine import batch as flags
-from jaxserve.engine.batch import FROM_DEVICE, LORA_ROWS, NOWHERE, BatchLayout
+from jaxserve.engine.batch import FROM_DEVICE, LORA_ITEM_FIELDS, NOWHERE, BatchLayout
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.gradient import TrainShape
 from jaxserve.engine.state import MAX_EDITS
@@ -20,6 +20,7 @@ from jaxserve.finetune.windows import Lane, WindowRows
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.plan import StepPlan
 from jaxserve.scheduler.request import Sequence
+from pallas_kernels.lora_matmul import SINGLE_ROWS, num_blocks
 from pallas_kernels.token_sampling import GREEDY_BELOW
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
@@ -132,10 +133,10 @@ class Packer:
             self._windows(plan.finetune.forwards, i, f, row)
             self._validation_targets(plan.finetune.forwards, i, row - bucket.grad_rows)
             self._gradients(plan.finetune.grads, i, f, layout)
-        self._decodes(plan, i, bucket)
+        decode_rows = self._decodes(plan, i, bucket)
         i["page_table_BM"][:] = self.slots.page_table_BM
-        self._samples(plan, i, f, bucket, chunk_ends)
-        if layout.lora_blocks:
+        self._samples(plan, i, f, chunk_ends, decode_rows)
+        if layout.lora_items:
             self._adapters(i, layout)
         self._check(i, layout)
         return Packed(layout, ints, floats, i)
@@ -218,23 +219,27 @@ class Packer:
             i["grad_lane_SJ"][site, items] = np.tile(lane.lane_pages, blocks)
             i["grad_items_S"][site] = items.stop
 
-    def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> None:
-        for row, segment in enumerate(plan.decodes, bucket.block_rows):
+    def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> list[int]:
+        """Lays decode rows side by side by adapter; returns each segment's row."""
+        slot_K = np.array([segment.seq.slot for segment in plan.decodes], int)
+        row_K = np.empty_like(slot_K)
+        order = np.argsort(self.slots.lead_page_B[slot_K], kind="stable")
+        row_K[order] = np.arange(bucket.block_rows, bucket.block_rows + len(order))
+        rows = row_K.tolist()
+        for row, segment in zip(rows, plan.decodes, strict=True):
             seq, start = segment.seq, segment.start
             self.slots.grow(seq)
             i["token_T"][row] = seq.tokens[start] if start < len(seq.tokens) else FROM_DEVICE
             i["position_T"][row] = start
             i["slot_T"][row] = seq.slot
+        return rows
 
-    def _samples(self, plan: StepPlan, i, f, bucket: Bucket, chunk_ends: Seq[int]) -> None:
+    def _samples(self, plan: StepPlan, i, f, chunk_ends: Seq[int], decode_rows: Seq[int]) -> None:
         count = len(plan.samples)
         if not count:
             return
         slot_R = np.fromiter((sample.seq.slot for sample in plan.samples), np.int32, count)
-        row_R = [
-            chunk_ends[s.segment_index] if s.kind == "chunk" else bucket.block_rows + s.segment_index
-            for s in plan.samples
-        ]
+        row_R = [(chunk_ends if s.kind == "chunk" else decode_rows)[s.segment_index] for s in plan.samples]
         i["sample_row_R"][:count] = row_R
         i["sample_slot_R"][:count] = slot_R
         i["sample_position_R"][:count] = i["position_T"][row_R] + 1
@@ -252,34 +257,31 @@ class Packer:
         i["flags"][flags.LOGPROBS] = (self.slots.ints["logprobs"][slot_R] > 0).any()
 
     def _adapters(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
-        """Groups the rows of each adapter into blocks and lists the (block, page) items of each site."""
-        lead_T = self.slots.lead_page_B[i["slot_T"]]
+        """Lists the work items of each site: a run of neighbours of one adapter in a block, and a page of it."""
+        lead_T, bucket = self.slots.lead_page_B[i["slot_T"]], layout.bucket
         if not lead_T.any():
             return
         if layout.scaled:
             i["lead_page_T"][:] = lead_T
-        order = np.argsort(lead_T, kind="stable")
-        leads, starts, counts = np.unique(lead_T[order], return_index=True, return_counts=True)
-        block, row_NQ, place_T = 0, i["row_NQ"].reshape(-1), i["place_T"]
-        for lead, start, count in zip(leads.tolist(), starts.tolist(), counts.tolist(), strict=True):
-            if lead == 0:
-                continue
-            place = block * LORA_ROWS
-            rows = order[start : start + count]
-            row_NQ[place : place + count] = rows
-            place_T[rows] = np.arange(place, place + count)
-            blocks, adapter = -(-count // LORA_ROWS), self.slots.adapters[lead]
-            i["flags"][flags.FUSED_INPUTS] |= adapter.fused_inputs
-            self._items(i, adapter, block, blocks)
-            block += blocks
-
-    def _items(self, i: dict[str, np.ndarray], adapter: AdapterRows, block: int, blocks: int) -> None:
-        items = blocks * len(adapter.pages)
-        for site in adapter.sites:
-            start = i["items_S"][site]
-            i["block_SJ"][site, start : start + items] = np.repeat(np.arange(block, block + blocks), len(adapter.pages))
-            i["page_SJ"][site, start : start + items] = np.tile(adapter.pages, blocks)
-            i["items_S"][site] = start + items
+        starts = [*range(0, bucket.block_rows, self.row_block), *range(bucket.block_rows, bucket.rows, SINGLE_ROWS)]
+        start_N = np.array(starts)
+        changes = np.flatnonzero(np.diff(lead_T)) + 1
+        first_K = np.union1d(start_N, changes)
+        stop_K = np.append(first_K[1:], bucket.rows)
+        has_adapter_K = lead_T[first_K] != 0
+        first_K, stop_K = first_K[has_adapter_K], stop_K[has_adapter_K]
+        block_K = np.searchsorted(start_N, first_K, side="right") - 1
+        adapters = [self.slots.adapters[lead] for lead in lead_T[first_K].tolist()]
+        i["flags"][flags.FUSED_INPUTS] |= any(adapter.fused_inputs for adapter in adapters)
+        counts = [len(adapter.pages) for adapter in adapters]
+        columns = np.stack([block_K, first_K - start_N[block_K], stop_K - start_N[block_K]])
+        block_I, first_I, stop_I = np.repeat(columns, counts, axis=1)
+        items = (block_I, np.concatenate([adapter.pages for adapter in adapters]), first_I, stop_I)
+        for site in range(layout.num_sites):
+            mine_I = np.repeat([site in adapter.sites for adapter in adapters], counts)
+            i["items_S"][site] = count = mine_I.sum()
+            for name, values in zip(LORA_ITEM_FIELDS, items, strict=True):
+                i[name][site, :count] = values[mine_I]
 
     def _check(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
         """Refuses an index the device would silently bend into range."""
@@ -293,12 +295,13 @@ class Packer:
             "sample_slot_R": (0, self.slots.num_slots + 1),
             "target_T": (-1, self.vocab_size),
         }
-        if "row_NQ" in i:
+        if layout.lora_items:
+            block_rows = max(self.row_block, SINGLE_ROWS)
             bounds |= {
-                "row_NQ": (0, bucket.rows + 1),
-                "place_T": (0, i["row_NQ"].size + 1),
-                "block_SJ": (0, len(i["row_NQ"])),
+                "block_SJ": (0, num_blocks(bucket.rows, bucket.block_rows, self.row_block)),
                 "page_SJ": (0, self.bank_pages),
+                "first_SJ": (0, block_rows),
+                "stop_SJ": (0, block_rows + 1),
             }
         if layout.scaled:
             bounds["lead_page_T"] = (0, self.bank_pages)

@@ -1,15 +1,63 @@
 """Multi-adapter LoRA: each row through its own adapter's A and B."""
 
-from jaxtyping import Array, Float
+from collections.abc import Sequence
+from typing import Any
 
-from pallas_kernels.dispatch import Implementation, choose
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
 from pallas_kernels.lora_matmul import reference, xla
-from pallas_kernels.lora_matmul.backward import lora_matmul_backward
-from pallas_kernels.lora_matmul.plan import PAGE_RANK, LoraPlan
+from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, num_blocks
 
-__all__ = ["IMPLEMENTATIONS", "PAGE_RANK", "LoraPlan", "lora_matmul", "lora_matmul_backward"]
+__all__ = [
+    "BACKWARD_IMPLEMENTATIONS",
+    "IMPLEMENTATIONS",
+    "PAGE_RANK",
+    "SINGLE_ROWS",
+    "LoraPlan",
+    "lora_matmul",
+    "lora_matmul_backward",
+    "num_blocks",
+]
 
-IMPLEMENTATIONS = (Implementation("xla", xla.lora_matmul), Implementation("reference", reference.lora_matmul))
+KERNEL_COLUMNS = 64  # the columns of a kernel's tile
+KERNEL_ROWS = 64  # its rows: those of wgmma
+KERNEL_MEMBERS = 4  # their ranks fill a tile
+
+
+def _refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **_: Any) -> str | None:
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"the kernel multiplies 16-bit numbers, x is {dtype}"
+    odd = [dim for dim in dims if dim % KERNEL_COLUMNS]
+    if odd:
+        return f"the kernel takes dimensions that are multiples of {KERNEL_COLUMNS}, one is {odd[0]}"
+    if plan.chunk_rows and plan.row_block != KERNEL_ROWS:
+        return f"the kernel takes row blocks of {KERNEL_ROWS} rows, these have {plan.row_block}"
+    if len(dims) - 1 > KERNEL_MEMBERS:
+        return f"the kernel takes at most {KERNEL_MEMBERS} members, there are {len(dims) - 1}"
+    if num_rows % SINGLE_ROWS:
+        return f"the kernel takes a multiple of {SINGLE_ROWS} rows, there are {num_rows}"
+    return None
+
+
+def _refuse_backward(*, lanes: Any, **facts: Any) -> str | None:
+    if lanes[0].dtype != jnp.float32:
+        return f"the kernel sums gradients in float32, the lanes are {lanes[0].dtype}"
+    return _refuse(**facts)
+
+
+IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.lora_matmul.mosaic", _refuse),
+    Implementation("xla", xla.lora_matmul),
+    Implementation("reference", reference.lora_matmul),
+)
+BACKWARD_IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.lora_matmul.mosaic_backward", _refuse_backward),
+    Implementation("xla", xla.lora_matmul_backward),
+    Implementation("reference", reference.lora_matmul_backward),
+)
 
 
 def lora_matmul(
@@ -18,6 +66,7 @@ def lora_matmul(
     members: tuple[Float[Array, "P E R"], ...],
     plan: LoraPlan,
     *,
+    add_to: Float[Array, "T E"] | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "T E"]:
     """Returns, for each row, sum over its adapter's pages of (x A^T) B^T; zeros for rows without an adapter.
@@ -30,6 +79,44 @@ def lora_matmul(
       a_PRD: the bank's A pages, PEFT's layout [rank, in].
       members: the bank's B pages, PEFT's layout [out, rank], scaling alpha / r folded in.
       plan: which rows, which pages.
+      add_to: of x's dtype, what the result is added to; a kernel does it in place, and rounds but once.
       implementation: a name of IMPLEMENTATIONS, or None for the best that runs here.
     """
-    return choose("lora_matmul", IMPLEMENTATIONS, implementation).function(x_TD, a_PRD, members, plan)
+    chosen = choose("lora_matmul", IMPLEMENTATIONS, implementation, **_facts(x_TD, members, plan))
+    return chosen.function(x_TD, a_PRD, members, plan, add_to)
+
+
+def lora_matmul_backward(
+    x_WD: Float[Array, "W D"],
+    d_y_WE: Float[Array, "W E"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P E R"], ...],
+    plan: LoraPlan,
+    lane_J: Int[Array, "J"],
+    lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
+    *,
+    add_to: Float[Array, "W D"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
+    """Backward for gradient rows. Returns dx, and the lanes with dA and each member's dB (of the bank's factor, scaling
+    included) added.
+
+    Items are added one after another to what the lanes hold, so a lane's bits depend on the order of its items and
+    not on how they were dealt to steps.
+
+    Args:
+      plan: of rows that all stand in row blocks.
+      lane_J: the lane page each work item's gradient belongs to; Y or more is dropped.
+      lanes: sums so far, in float32 or wider.
+      add_to: of x's dtype, what dx is added to; a kernel does it in place, and rounds but once.
+      implementation: a name of BACKWARD_IMPLEMENTATIONS, or None for the best that runs here.
+    """
+    assert plan.chunk_rows == x_WD.shape[0], f"{plan.chunk_rows=} {x_WD.shape=}"
+    facts = {**_facts(x_WD, members, plan), "lanes": lanes}
+    chosen = choose("lora_matmul_backward", BACKWARD_IMPLEMENTATIONS, implementation, **facts)
+    return chosen.function(x_WD, d_y_WE, a_PRD, members, plan, lane_J, lanes, add_to)
+
+
+def _facts(x: jax.Array, members: tuple[jax.Array, ...], plan: LoraPlan) -> dict[str, Any]:
+    dims = (x.shape[1], *(b.shape[1] for b in members))
+    return {"dtype": x.dtype, "dims": dims, "num_rows": x.shape[0], "plan": plan}

@@ -1,39 +1,44 @@
 """Named shapes of the op, shared by tests and benchmarks.
 
-Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), N blocks, Q rows per block,
-J work items.
+Shapes: T rows, D in, E out, P pages, Y lane pages, R ranks per page (of all members together in A), J work items.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from pallas_kernels.lora_matmul.plan import PAGE_RANK, LoraPlan
+from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan
+
+BASE = -1  # rows without an adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraCase:
-    """One call: rows by adapter, in random order among each other."""
+    """One call. An adapter is named by its place in ``ranks``; BASE is none."""
 
     name: str
-    ranks: tuple[int, ...]  # of each adapter
-    rows: tuple[int, ...]  # of each adapter
-    base_rows: int = 0  # rows without an adapter
+    ranks: tuple[int, ...] = ()  # of each adapter
+    chunks: tuple[tuple[int, int], ...] = ()  # (adapter, rows), each padded to whole row blocks
+    singles: tuple[int, ...] = ()  # the adapter of each single row
     dim_in: int = 32
     dims_out: tuple[int, ...] = (24,)  # of each member
     row_block: int = 8
-    spare_blocks: int = 1
     spare_items: int = 3
 
     def __str__(self) -> str:
         return self.name
 
     @property
+    def chunk_rows(self) -> int:
+        return sum(-(-rows // self.row_block) * self.row_block for _, rows in self.chunks)
+
+    @property
     def num_rows(self) -> int:
-        return sum(self.rows) + self.base_rows
+        return self.chunk_rows + len(self.singles)
 
     def pages(self) -> list[range]:
         """Bank pages of each adapter; page 0 is nobody's."""
@@ -41,10 +46,12 @@ class LoraCase:
         starts = np.cumsum([1, *counts])
         return [range(start, start + count) for start, count in zip(starts, counts, strict=False)]
 
-    def adapter_rows(self, seed: int = 0) -> np.ndarray:
-        """The adapter of each row [T]; -1: none."""
-        adapter_T = np.repeat([*range(len(self.rows)), -1], [*self.rows, self.base_rows])
-        return np.random.default_rng(seed).permutation(adapter_T)
+    def adapter_rows(self) -> np.ndarray:
+        """The adapter of each row [T]; BASE for padding."""
+        parts = []
+        for adapter, rows in self.chunks:
+            parts += [adapter] * rows + [BASE] * (-rows % self.row_block)
+        return np.array([*parts, *self.singles], int)
 
     def make(
         self, dtype: DTypeLike = np.float32, seed: int = 0
@@ -64,44 +71,123 @@ class LoraCase:
                     a_PRD[page, place] = rng.standard_normal((width, self.dim_in)) / self.dim_in**0.5
                     b_PER[page, :, :width] = rng.standard_normal((b_PER.shape[1], width)) / rank**0.5
         arrays = [jnp.asarray(array, dtype) for array in (x_TD, a_PRD, *members)]
-        return arrays[0], arrays[1], tuple(arrays[2:]), self.plan(self.adapter_rows(seed))
+        return arrays[0], arrays[1], tuple(arrays[2:]), self.plan()
 
-    def plan(self, adapter_T: np.ndarray) -> LoraPlan:
-        """Rows of one adapter side by side in blocks, each block once per page of its adapter."""
-        T, Q, pages = len(adapter_T), self.row_block, self.pages()
-        groups = [np.flatnonzero(adapter_T == adapter) for adapter in range(len(pages))]
-        num_blocks = sum(-(-count // Q) for count in self.rows) + self.spare_blocks
-        row_NQ, place_T, items = np.full((num_blocks, Q), T), np.full(T, num_blocks * Q), []
-        block = 0
-        for rows, mine in zip(groups, pages, strict=True):
-            for start in range(0, len(rows), Q):
-                part = rows[start : start + Q]
-                row_NQ[block, : len(part)] = part
-                place_T[part] = block * Q + np.arange(len(part))
-                items += [(block, page) for page in mine]
-                block += 1
-        num_items = len(items)
-        items += [(0, 0)] * max(self.spare_items, 1 - num_items)
-        block_J, page_J = np.array(items).T
-        fields = {"row_NQ": row_NQ, "place_T": place_T, "block_J": block_J, "page_J": page_J, "num_items": num_items}
-        return LoraPlan(**{name: jnp.asarray(array, jnp.int32) for name, array in fields.items()})
+    def plan(self) -> LoraPlan:
+        """An item for each run of neighbours of one adapter in a block, and for each page of the adapter."""
+        adapter_T, pages, items = self.adapter_rows(), self.pages(), []
+        blocks = [(start, self.row_block) for start in range(0, self.chunk_rows, self.row_block)]
+        blocks += [(start, SINGLE_ROWS) for start in range(self.chunk_rows, self.num_rows, SINGLE_ROWS)]
+        for block, (start, size) in enumerate(blocks):
+            mine = adapter_T[start : start + size]
+            ends = [*np.flatnonzero(np.diff(mine)) + 1, len(mine)]
+            for first, stop in zip([0, *ends], ends, strict=False):
+                items += [(block, page, first, stop) for page in (pages[mine[first]] if mine[first] != BASE else ())]
+        fields = np.array(items + [(0, 0, 0, 0)] * max(self.spare_items, 1 - len(items)), np.int32).T
+        block_J, page_J, first_J, stop_J = map(jnp.asarray, fields)
+        return LoraPlan(
+            block_J=block_J,
+            page_J=page_J,
+            first_J=first_J,
+            stop_J=stop_J,
+            num_items=jnp.int32(len(items)),
+            chunk_rows=self.chunk_rows,
+            row_block=self.row_block,
+        )
+
+    # for the backward, which knows row blocks alone
+
+    def lane_items(self) -> np.ndarray:
+        """The lane page of each work item [J]: adapters that are trained have one per page, the last adapter none."""
+        plan, pages = self.plan(), [page for mine in self.pages()[:-1] for page in mine]
+        lane_of = {page: lane for lane, page in enumerate(reversed(pages))}
+        return np.array([lane_of.get(int(page), self.num_lane_pages) for page in plan.page_J], np.int32)
+
+    @property
+    def num_lane_pages(self) -> int:
+        return max(sum(map(len, self.pages()[:-1])), 1)
+
+    def make_lanes(self, seed: int = 0) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        """Random sums so far: dA [Y, R, D] and one dB [Y, E, 16] per member, in float32."""
+        rng, Y = np.random.default_rng(seed + 100), self.num_lane_pages
+        shapes = [(PAGE_RANK * len(self.dims_out), self.dim_in), *((out, PAGE_RANK) for out in self.dims_out)]
+        a, *members = (jnp.asarray(rng.standard_normal((Y, *shape)), jnp.float32) for shape in shapes)
+        return a, tuple(members)
+
+    def make_cotangent(self, dtype: DTypeLike = np.float32, seed: int = 0) -> jax.Array:
+        """Random dy [T, E]."""
+        shape = (self.num_rows, sum(self.dims_out))
+        return jnp.asarray(np.random.default_rng(seed + 200).standard_normal(shape), dtype)
 
 
+_MIXED_ROWS = (*[0] * 3, *[1] * 20, BASE, 2, *[3] * 8, *[4] * 9, *[BASE] * 6)
 CASES = (
-    LoraCase(name="one-adapter", ranks=(16,), rows=(5,)),
-    LoraCase(name="rank-1", ranks=(1,), rows=(1,), base_rows=2),
-    LoraCase(name="no-adapter", ranks=(), rows=(), base_rows=6),
-    LoraCase(name="idle-adapter", ranks=(8, 8), rows=(0, 9), base_rows=1),
-    LoraCase(name="mixed-ranks", ranks=(4, 64, 17, 16, 33), rows=(3, 20, 1, 8, 9), base_rows=7),
-    LoraCase(name="members", ranks=(4, 40), rows=(9, 6), base_rows=4, dims_out=(32, 8, 8)),
-    LoraCase(name="one-row-each", ranks=(4, 8, 16, 24, 32, 48, 64, 40, 20), rows=(1,) * 9, dims_out=(24, 24)),
-    LoraCase(name="odd-sizes", ranks=(5, 70), rows=(7, 4), dim_in=20, dims_out=(7, 3), row_block=5),
+    LoraCase(name="one-adapter", ranks=(16,), singles=(0,) * 5),
+    LoraCase(name="rank-1", ranks=(1,), singles=(BASE, 0, BASE)),
+    LoraCase(name="no-adapter", singles=(BASE,) * 6),
+    LoraCase(name="idle-adapter", ranks=(8, 8), singles=(*[1] * 9, BASE)),
+    LoraCase(name="mixed-ranks", ranks=(4, 64, 17, 16, 33), singles=_MIXED_ROWS),
+    LoraCase(name="blocks", ranks=(4, 40, 16), chunks=((1, 20), (BASE, 8), (0, 5), (2, 8))),
+    LoraCase(
+        name="blocks-and-singles", ranks=(4, 40, 16), chunks=((2, 3), (1, 16)), singles=(1, 1, BASE, *[0] * 9, 2, 1)
+    ),
+    LoraCase(name="members", ranks=(4, 40), chunks=((0, 9),), singles=(*[1] * 6, *[BASE] * 4), dims_out=(32, 8, 8)),
+    LoraCase(name="one-row-each", ranks=(4, 8, 16, 24, 32, 48, 64, 40, 20), singles=tuple(range(9)), dims_out=(24, 24)),
+    LoraCase(
+        name="odd-sizes",
+        ranks=(5, 70),
+        chunks=((0, 7), (1, 1)),
+        singles=(1,) * 3,
+        dim_in=20,
+        dims_out=(7, 3),
+        row_block=5,
+    ),
+)
+# what a kernel takes: columns in 64s, row blocks of 64 rows
+_wide = partial(LoraCase, dim_in=128, dims_out=(128,), row_block=64)
+KERNEL_CASES = (
+    _wide(name="kernel-singles", ranks=(16, 8, 40), singles=(0, 0, 1, BASE, 2, 2, 2, BASE)),
+    _wide(name="kernel-blocks", ranks=(16, 40), chunks=((1, 70), (BASE, 64), (0, 64))),
+    LoraCase(
+        name="kernel-members",
+        ranks=(16, 24),
+        chunks=((1, 64), (0, 9)),
+        singles=(*[0] * 9, *[1] * 5, BASE, BASE),
+        dim_in=192,
+        dims_out=(256, 64, 64),
+        row_block=64,
+    ),
+    _wide(name="kernel-pair", ranks=(48, 16), chunks=((0, 64),), singles=(1,) * 8, dims_out=(64, 64)),
+    _wide(  # more items for a lane than are on their way at once, in an order of lanes that is not theirs
+        name="kernel-long",
+        ranks=(24, 16, 8),
+        chunks=((0, 330), (1, 64), (2, 50), (0, 40)),
+        dim_in=64,
+        dims_out=(64,),
+    ),
+    _wide(name="kernel-nobody", ranks=(16,), chunks=((BASE, 64),), singles=(BASE,) * 8),
 )
 
-_LLAMA_8B = {"dim_in": 4096, "dims_out": (4096, 1024, 1024)}
+_llama_8b = partial(LoraCase, dim_in=4096, dims_out=(4096, 1024, 1024), row_block=64)
 BENCH_CASES = (
-    LoraCase(name="decode-64-of-32", ranks=(16,) * 32, rows=(2,) * 32, **_LLAMA_8B),
-    LoraCase(name="decode-64-of-64", ranks=(16,) * 64, rows=(1,) * 64, **_LLAMA_8B),
-    LoraCase(name="decode-64-mixed-ranks", ranks=(8, 16, 32, 64) * 8, rows=(2,) * 32, **_LLAMA_8B),
-    LoraCase(name="prefill-2048-of-4", ranks=(16,) * 4, rows=(512,) * 4, **_LLAMA_8B),
+    _llama_8b(name="decode-64-of-1", ranks=(16,), singles=(0,) * 64),
+    _llama_8b(name="decode-64-of-8", ranks=(16,) * 8, singles=tuple(np.repeat(range(8), 8))),
+    _llama_8b(name="decode-64-of-32", ranks=(16,) * 32, singles=tuple(np.repeat(range(32), 2))),
+    _llama_8b(name="decode-64-of-64", ranks=(16,) * 64, singles=tuple(range(64))),
+    _llama_8b(name="decode-64-mixed-ranks", ranks=(8, 16, 32, 64) * 8, singles=tuple(np.repeat(range(32), 2))),
+    _llama_8b(
+        name="decode-64-gate-up",
+        ranks=(16,) * 32,
+        singles=tuple(np.repeat(range(32), 2)),
+        dims_out=(14336, 14336),
+    ),
+    _llama_8b(
+        name="decode-64-down",
+        ranks=(16,) * 32,
+        singles=tuple(np.repeat(range(32), 2)),
+        dim_in=14336,
+        dims_out=(4096,),
+    ),
+    _llama_8b(name="prefill-2048-of-4", ranks=(16,) * 4, chunks=tuple((a, 512) for a in range(4))),
+    _llama_8b(name="finetune-1024", ranks=(16, 16), chunks=((0, 1024),)),
 )

@@ -11,13 +11,16 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from one_by_one import one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import NoImplementation
-from pallas_kernels.lora_matmul import IMPLEMENTATIONS, PAGE_RANK, lora_matmul
-from pallas_kernels.lora_matmul.cases import BENCH_CASES, CASES
+from pallas_kernels.lora_matmul import lora_matmul, lora_matmul_backward
+from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, CASES, KERNEL_CASES
 
-NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+NAMES = ["xla", "reference"]
 MIXED = next(case for case in CASES if case.name == "mixed-ranks")
+BACKWARD_CASES = [dataclasses.replace(case, singles=()) for case in CASES if case.chunks]
+LONG = next(case for case in KERNEL_CASES if case.name == "kernel-long")
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1, "float16": 0.01, "float64": 1e-13}
 
 
@@ -30,24 +33,12 @@ def call(implementation, x_TD, a_PRD, members, plan):
     return np.asarray(jitted(implementation)(x_TD, a_PRD, members, plan))
 
 
-def one_by_one(case, x_TD, a_PRD, members, adapter_T):
-    """y[t] = sum over the adapter's pages of B (A x[t]), member by member."""
-    x_TD, a_PRD, *members = (np.asarray(array, np.float64) for array in (x_TD, a_PRD, *members))
-    y_TE = np.zeros((len(adapter_T), sum(case.dims_out)))
-    for t, adapter in enumerate(adapter_T):
-        for page in case.pages()[adapter] if adapter >= 0 else ():
-            h_R = a_PRD[page] @ x_TD[t]
-            parts = [b_PER[page] @ h_R[m * PAGE_RANK : (m + 1) * PAGE_RANK] for m, b_PER in enumerate(members)]
-            y_TE[t] += np.concatenate(parts)
-    return y_TE
-
-
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_each_row_goes_through_its_own_adapter(implementation, case):
     x_TD, a_PRD, members, plan = case.make()
     out = call(implementation, x_TD, a_PRD, members, plan)
-    expected = one_by_one(case, x_TD, a_PRD, members, case.adapter_rows())
+    expected = one_by_one(case, x_TD, a_PRD, members)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert (out[case.adapter_rows() < 0] == 0).all()
 
@@ -59,7 +50,7 @@ def test_other_dtypes_keep_their_precision(implementation, dtype):
         x_TD, a_PRD, members, plan = MIXED.make(np.dtype(getattr(ml_dtypes, dtype, dtype)))
         out = call(implementation, x_TD, a_PRD, members, plan)
     assert out.dtype == x_TD.dtype
-    expected = one_by_one(MIXED, x_TD, a_PRD, members, MIXED.adapter_rows())
+    expected = one_by_one(MIXED, x_TD, a_PRD, members)
     np.testing.assert_allclose(out.astype(np.float64), expected, atol=TOLERANCE[dtype])
 
 
@@ -95,18 +86,21 @@ def test_an_adapter_of_zeros_adds_exact_zeros(implementation):
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.ranks], ids=str)
 def test_a_rows_bits_depend_on_nothing_but_itself(case):
-    """Each adapter alone, its rows in another order, its pages elsewhere in a larger bank: the same bits."""
+    """Each adapter alone, its rows in another order and another kind of block, its pages elsewhere in a larger bank:
+    the same bits."""
     x_TD, a_PRD, members, plan = case.make()
     together, adapter_T = call("xla", x_TD, a_PRD, members, plan), case.adapter_rows()
     for adapter, pages in list(enumerate(case.pages()))[-2:]:
         rows = np.flatnonzero(adapter_T == adapter)[::-1]
         if not len(rows):
             continue
-        alone = dataclasses.replace(case, ranks=(case.ranks[adapter],), rows=(len(rows),), base_rows=0, spare_items=20)
+        alone = dataclasses.replace(
+            case, ranks=(case.ranks[adapter],), chunks=(), singles=(BASE, *[0] * len(rows)), spare_items=20
+        )
         kept = jnp.asarray([0, *pages, *pages])
         a, b = a_PRD[kept], tuple(member[kept] for member in members)
-        out = call("xla", x_TD[rows], a, b, alone.plan(np.zeros(len(rows), int)))
-        np.testing.assert_array_equal(out, together[rows])
+        out = call("xla", x_TD[jnp.asarray([0, *rows])], a, b, alone.plan())
+        np.testing.assert_array_equal(out[1:], together[rows])
 
 
 def test_a_larger_rank_padded_with_zeros_changes_no_bit():
@@ -116,11 +110,51 @@ def test_a_larger_rank_padded_with_zeros_changes_no_bit():
     np.testing.assert_array_equal(out, call("xla", x_TD, a_PRD, members, plan))
 
 
+@pytest.mark.parametrize("implementation", NAMES)
+def test_the_result_is_added_to_what_is_given(implementation):
+    x_TD, a_PRD, members, plan = MIXED.make()
+    base_TE = jnp.ones((MIXED.num_rows, sum(MIXED.dims_out)))
+    out = jitted(implementation)(x_TD, a_PRD, members, plan, add_to=base_TE)
+    np.testing.assert_array_equal(out, base_TE + call(implementation, x_TD, a_PRD, members, plan))
+
+
+def backward(implementation, case, make=lambda *args: args, dtype=jnp.float32, lanes=None):
+    x_WD, a_PRD, members, plan = make(*case.make(dtype))
+    lane_J, lanes = jnp.asarray(case.lane_items()), lanes or case.make_lanes()
+    op = jax.jit(partial(lora_matmul_backward, implementation=implementation))
+    return op(x_WD, case.make_cotangent(dtype), a_PRD, members, plan, lane_J, lanes, add_to=2 * x_WD)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+def test_gradients_are_those_of_the_adapters_one_by_one(implementation, case):
+    d_x_WD, lanes = backward(implementation, case)
+    expected_WD, *expected = one_by_one_backward(case, *case.make()[:3], case.make_cotangent(), case.make_lanes())
+    np.testing.assert_allclose(d_x_WD, 2 * case.make()[0] + expected_WD, atol=1e-4)
+    for sums, wanted in zip(jax.tree.leaves(lanes), expected, strict=True):
+        np.testing.assert_allclose(sums, wanted, atol=1e-4)
+
+
+def test_a_lanes_bits_do_not_depend_on_how_its_items_were_dealt_to_calls():
+    at_once = backward("xla", LONG)[1]
+    lanes = LONG.make_lanes()
+    for start, stop in ((0, 3), (3, 4), (4, 100)):
+        lanes = backward("xla", LONG, lambda *args, span=(start, stop): only(span, *args), lanes=lanes)[1]
+    jax.tree.map(np.testing.assert_array_equal, lanes, at_once)
+
+
+def only(span, x_WD, a_PRD, members, plan):
+    """A part of the items, whose rows are no items' in the other calls."""
+    keep_J = (np.arange(plan.block_J.shape[0]) >= span[0]) & (np.arange(plan.block_J.shape[0]) < span[1])
+    stop_J = jnp.where(keep_J, plan.stop_J, 0)
+    return x_WD, a_PRD, members, dataclasses.replace(plan, stop_J=stop_J)
+
+
 def test_an_unknown_implementation_is_refused_by_name():
     with pytest.raises(NoImplementation, match=r"no implementation 'cuda'.*reference.*xla"):
         lora_matmul(*MIXED.make(), implementation="cuda")
 
 
 def test_names_of_cases_are_unique():
-    names = [case.name for case in CASES + BENCH_CASES]
+    names = [case.name for case in CASES + KERNEL_CASES + BENCH_CASES]
     assert len(set(names)) == len(names)

@@ -4,14 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.engine.batch import LORA_ROWS, NUM_FLAGS, BatchLayout
+from jaxserve.engine.batch import ALWAYS, LORA_ITEM_FIELDS, BatchLayout
 from jaxserve.engine.buckets import Bucket
 
 LAYOUTS = [
     BatchLayout(Bucket(0, 8), 8, 10),
     BatchLayout(Bucket(64, 8), 8, 10),
-    BatchLayout(Bucket(64, 8), 16, 10, lora_blocks=5, lora_items=12),
-    BatchLayout(Bucket(0, 32), 32, 3, lora_blocks=40, lora_items=40, train_slots=2),
+    BatchLayout(Bucket(64, 8), 16, 10, lora_items=12),
+    BatchLayout(Bucket(0, 32), 32, 3, lora_items=40, train_slots=2),
 ]
 
 
@@ -40,9 +40,9 @@ def test_the_device_reads_what_the_host_wrote(layout):
     np.testing.assert_array_equal(batch.rows.top_k_R, int_views["top_k_R"])
     np.testing.assert_array_equal(batch.rows.choice_R, int_views["choice_R"])
     np.testing.assert_array_equal(batch.rows.position_R, int_views["sample_position_R"])
-    assert (batch.lora is None) == (layout.lora_blocks == 0)
+    assert (batch.lora is None) == (layout.lora_items == 0)
     if batch.lora is not None:
-        for name in ("row_NQ", "place_T", "block_SJ", "page_SJ", "items_S"):
+        for name in (*LORA_ITEM_FIELDS, "items_S"):
             np.testing.assert_array_equal(getattr(batch.lora, name), int_views[name])
 
 
@@ -56,10 +56,8 @@ def test_an_empty_step_is_padding_through_and_through(layout):
     assert (f["temperature_R"] == 0).all()
     assert (f["top_p_R"] == 1).all()
     assert (f["repetition_R"] == 1).all()
-    assert i["flags"].tolist() == [0] * NUM_FLAGS
-    if layout.lora_blocks:
-        assert (i["row_NQ"] == layout.bucket.rows).all()
-        assert (i["place_T"] == layout.lora_blocks * LORA_ROWS).all()
+    assert np.flatnonzero(i["flags"]).tolist() == [ALWAYS]
+    if layout.lora_items:
         assert not i["items_S"].any()
 
 

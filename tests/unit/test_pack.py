@@ -58,7 +58,7 @@ class Driver:
         self.scheduler = Scheduler(config, PagePool(NUM_PAGES, PAGE), Resident())
         self.buckets = Buckets.make(config.max_chunk_rows, NUM_SLOTS, ROW_BLOCK)
         slots = Slots(NUM_SLOTS, MAX_LEN // PAGE)
-        layouts = {(b, False): BatchLayout(b, NUM_SLOTS, MAX_LEN // PAGE, 8 + b.rows // 8, 40) for b in self.buckets}
+        layouts = {(b, False): BatchLayout(b, NUM_SLOTS, MAX_LEN // PAGE, 40) for b in self.buckets}
         self.packer = Packer(slots, layouts, ROW_BLOCK, NUM_PAGES, PAGE, VOCAB, BANK_PAGES)
 
     def add(self, i):
@@ -125,17 +125,17 @@ INDEX_FIELDS = (
     "sample_slot_R",
     "sample_position_R",
     "choice_R",
-    "row_NQ",
-    "place_T",
     "block_SJ",
     "page_SJ",
+    "first_SJ",
+    "stop_SJ",
 )
 OTHER_FIELDS = {"flags", "seed_R2", "top_k_R", "items_S", *(f"{name}_R" for name in INTS)}
 
 
 def test_every_field_is_an_index_or_known_not_to_be_one():
     bucket = next(iter(Buckets.make(16, 8, 4)))
-    fields = set(BatchLayout(bucket, 8, 4, 2, 2).int_fields)
+    fields = set(BatchLayout(bucket, 8, 4, 2).int_fields)
     assert fields <= set(INDEX_FIELDS) | OTHER_FIELDS, "a new index array needs its bounds, and its place here"
 
 
@@ -151,10 +151,6 @@ def in_use(name, plan, packed, packer):
         return np.argwhere(values >= 0)
     if name.endswith("_R"):
         return np.arange(len(plan.samples))[:, None]
-    if name == "row_NQ":
-        return np.argwhere(values < packed.layout.bucket.rows)
-    if name == "place_T":
-        return np.argwhere(values < i["row_NQ"].size)
     return np.array([(site, k) for site in range(4) for k in range(i["items_S"][site])])
 
 
@@ -201,7 +197,7 @@ def test_an_index_out_of_bounds_never_reaches_the_device(name):
             driver.packer._check(broken, packed.layout)
 
 
-@pytest.mark.parametrize("name", ["sample_row_R", "row_NQ", "place_T", "block_SJ", "page_SJ"])
+@pytest.mark.parametrize("name", ["sample_row_R", "block_SJ", "page_SJ", "first_SJ", "stop_SJ"])
 def test_an_index_past_its_arrays_end_never_reaches_the_device(name):
     driver = Driver(2)
     plan, packed = next((p, q) for p, q in driver.steps(8) if p.samples and q.fields["items_S"].any())

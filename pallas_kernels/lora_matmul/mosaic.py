@@ -1,0 +1,377 @@
+"""The adapters' product on Hopper in two kernels: shrink, h = x A^T, and expand, y += h B^T, in place.
+
+Row blocks have the 64 rows of wgmma. Single rows come eight to a block, and there the weights' own rows, ranks and
+outputs, take wgmma's 64: h^T = A x^T and y^T += B h^T. Little work is spread over the whole device by cutting the long
+sum of a shrink into splits, which are added up in order: for single rows by the expand itself, since there every kernel
+counts, for row blocks between the two.
+
+Weights are read by page and a row takes only what its own items add: a NaN adapter reaches no other row.
+
+Shapes: T rows, D in, E out, P pages, R ranks per page (of all members together in A), J items, S splits.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import mosaic
+from pallas_kernels.dispatch import target
+from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Part, num_blocks
+from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index, plgpu
+
+CORES = 132  # where the device does not say
+MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them
+RANK_COLUMNS = 64  # h is stored so wide: wgmma takes both operands in one swizzle, and x comes in the widest
+WIDTH = 128  # columns of an expand's tile of row blocks
+SINGLES_WIDTH = 1024  # most columns of an expand's tile of single rows
+
+
+def run(
+    x_TD: Float[Array, "T D"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P E R"], ...],
+    plan: LoraPlan,
+    add_to: Float[Array, "T E"] | None = None,
+    *,
+    interpret: bool,
+) -> Float[Array, "T E"]:
+    T, E = x_TD.shape[0], sum(b.shape[1] for b in members)
+    y_ref = jax.new_ref(jnp.zeros((T, E), x_TD.dtype) if add_to is None else add_to)
+    first_N1 = plan.first_items(num_blocks(T, plan.chunk_rows, plan.row_block))
+    for part in plan.parts(T):
+        if part.block_rows == SINGLE_ROWS:
+            h_JS = shrink_singles(x_TD, a_PRD, plan, first_N1, part, interpret)
+            expand_singles(h_JS, members, plan, first_N1, part, y_ref, interpret)
+        else:
+            h_JQR = shrink_blocks(x_TD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
+            expand_blocks(h_JQR, members, plan, first_N1, part, y_ref, interpret, rank_major=False)
+    return jax.freeze(y_ref)
+
+
+# single rows
+
+
+def shrink_singles(
+    x_TD, a_PRD, plan: LoraPlan, first_N1: Int[Array, "N1"], part: Part, interpret: bool
+) -> Float[Array, "J S 64 8"]:
+    """h^T of each item's block, in splits to be added up; rows past the page's ranks hold anything."""
+    R, D = a_PRD.shape[1:]
+    J, width = plan.block_J.shape[0], _divisor(D, MAX_SPLIT)
+    splits = D // width
+    workers = _workers(J * splits, per_core=3)
+
+    def lora_shrink_singles(x_ref, a_ref, block_ref, page_ref, first_ref, out_ref, *, x_sm, a_sm, full_bar):
+        begin = first_ref[part.first_block]
+
+        def one(unit):
+            item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
+            columns = pl.ds(split * width, width)
+            plgpu.copy_gmem_to_smem(x_ref.at[rows_of(part, block_ref[item]), columns], x_sm, full_bar)
+            plgpu.copy_gmem_to_smem(a_ref.at[page_ref[item], :, columns], a_sm.at[pl.ds(0, R)], full_bar)
+            plgpu.barrier_wait(full_bar)
+            out_ref[item, split] = mosaic.matmul(a_sm, x_sm.T)
+
+        _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
+
+    return mosaic.kernel(
+        lora_shrink_singles,
+        out=jax.ShapeDtypeStruct((J, splits, WARPGROUP_ROWS, SINGLE_ROWS), jnp.float32),
+        scratch={
+            "x_sm": mosaic.operand(SINGLE_ROWS, width, dtype=x_TD.dtype),
+            "a_sm": mosaic.operand(WARPGROUP_ROWS, width, dtype=x_TD.dtype),
+            "full_bar": plgpu.Barrier(num_arrivals=2),
+        },
+        grid={"worker": workers},
+        threads=1,
+        interpret=interpret,
+    )(x_TD, a_PRD, plan.block_J, plan.page_J, first_N1)
+
+
+def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: Any, interpret: bool) -> None:
+    """y += h B^T, in place."""
+    splits, dtype = h_JS.shape[1], members[0].dtype
+    dims = [b.shape[1] for b in members]
+    tiles = Tiles(dims, min(sum(dims) * part.num_blocks // _cores(), SINGLES_WIDTH))
+    width = tiles.width
+
+    def lora_expand_singles(h_ref, *refs, y_sm, b_sm, h_sm, y_full, b_full):
+        *b_refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
+        block, tile = lax.axis_index("block"), lax.axis_index("tile")
+        begin, end = first_ref[part.first_block + block], first_ref[part.first_block + block + 1]
+
+        def fetch(item):
+            slot = lax.rem(item - begin, 2)
+            tiles.each(
+                tile,
+                lambda member, rows: plgpu.copy_gmem_to_smem(
+                    b_refs[member].at[page_ref[item], rows], b_sm.at[slot], b_full.at[slot]
+                ),
+            )
+
+        @pl.when(end > begin)
+        def _():
+            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
+            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
+            fetch(begin)
+            ranks = pl.ds(tiles.member_of(tile) * PAGE_RANK, PAGE_RANK)
+
+            def add_item(item, sum_EQ):
+                slot = lax.rem(item - begin, 2)
+                pl.when(item + 1 < end)(lambda: fetch(item + 1))
+                h_RQ = lax.fori_loop(
+                    0,
+                    splits,
+                    lambda s, h: h + plgpu.load(h_ref.at[item, s], layout=plgpu.Layout.WGMMA, optimized=False),
+                    full((WARPGROUP_ROWS, SINGLE_ROWS), 0),
+                )
+                h_sm.T[...] = h_RQ.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_wait(b_full.at[slot])
+                part_EQ = mosaic.matmul(b_sm.at[slot], h_sm.at[:, ranks].T)
+                row_EQ = index(1, (width, SINGLE_ROWS))
+                return jnp.where((row_EQ >= from_ref[item]) & (row_EQ < to_ref[item]), sum_EQ + part_EQ, sum_EQ)
+
+            sum_EQ = lax.fori_loop(begin, end, add_item, full((width, SINGLE_ROWS), 0))
+            plgpu.barrier_wait(y_full)
+            y_EQ = plgpu.load(y_sm.T, layout=plgpu.Layout.WGMMA, optimized=False)
+            y_sm.T[...] = (y_EQ.astype(jnp.float32) + sum_EQ).astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_sm, place)
+            plgpu.wait_smem_to_gmem(0)
+
+    mosaic.kernel(
+        lora_expand_singles,
+        scratch={
+            "y_sm": mosaic.operand(SINGLE_ROWS, width, dtype=dtype),
+            "b_sm": mosaic.operand(2, width, PAGE_RANK, dtype=dtype),
+            "h_sm": mosaic.operand(SINGLE_ROWS, WARPGROUP_ROWS, dtype=dtype, filled=PAGE_RANK),
+            "y_full": plgpu.Barrier(),
+            "b_full": plgpu.Barrier(num_barriers=2),
+        },
+        grid={"block": part.num_blocks, "tile": tiles.count},
+        threads=1,
+        interpret=interpret,
+    )(h_JS, *members, plan.page_J, plan.first_J, plan.stop_J, first_N1, y_ref)
+
+
+# row blocks
+
+
+def shrink_blocks(
+    x_TD,
+    weights: tuple[jax.Array, ...],
+    plan: LoraPlan,
+    first_N1: Int[Array, "N1"],
+    part: Part,
+    interpret: bool,
+    *,
+    rank_major: bool,
+) -> Float[Array, "J 64 64"]:
+    """The products of each item's rows with its page, rounded; zeros past the ranks.
+
+    Args:
+      weights: [P, R, D] if ``rank_major``; else [P, D', 16] of each member, and the members' D' side by side are D.
+    """
+    dims = [w.shape[2 if rank_major else 1] for w in weights]
+    R = weights[0].shape[1 if rank_major else 2]
+    J, Q, dtype = plan.block_J.shape[0], part.block_rows, x_TD.dtype
+    tiles, weights_at = Tiles(dims, 256), _columns_of(rank_major)
+    width, stages = tiles.width, 2
+    # splits of equal length, none over the border of two members, and about two for each core
+    steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * _cores())), unit=1)
+    splits = tiles.count // steps
+    workers = _workers(J * splits, per_core=2)
+    swizzle = {} if rank_major else {"filled": R}  # both operands in one
+
+    def lora_shrink_blocks(x_ref, *refs, x_sm, w_sm, full_bar):
+        *w_refs, block_ref, page_ref, first_ref, out_ref = refs
+        begin = first_ref[part.first_block]
+
+        def one(unit):
+            item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
+            rows, page, first = rows_of(part, block_ref[item]), page_ref[item], split * steps
+
+            def fetch(step):
+                slot, tile = lax.rem(step, stages), first + step
+                plgpu.copy_gmem_to_smem(x_ref.at[rows, pl.ds(tile * width, width)], x_sm.at[slot], full_bar.at[slot])
+                tiles.each(
+                    tile,
+                    lambda member, columns: plgpu.copy_gmem_to_smem(
+                        w_refs[member].at[weights_at(page, columns)], w_sm.at[slot], full_bar.at[slot]
+                    ),
+                )
+
+            def multiply(acc):
+                for step in range(min(stages, steps)):
+                    fetch(step)
+
+                def add_tile(step, _):
+                    slot = lax.rem(step, stages)
+                    plgpu.barrier_wait(full_bar.at[slot])
+                    w = w_sm.at[slot]
+                    plgpu.wgmma(acc, x_sm.at[slot], w.T if rank_major else w)
+                    plgpu.wgmma_wait(0)
+                    pl.when(step + stages < steps)(lambda: fetch(step + stages))
+
+                lax.fori_loop(0, steps, add_tile, None)
+                return acc[...]
+
+            out_ref[item, split] = pl.run_scoped(multiply, plgpu.ACC((Q, R), jnp.float32))
+
+        _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
+
+    w_shape = (stages, R, width) if rank_major else (stages, width, R)
+    parts_JSQR = mosaic.kernel(
+        lora_shrink_blocks,
+        out=jax.ShapeDtypeStruct((J, splits, Q, R), jnp.float32),
+        scratch={
+            "x_sm": mosaic.operand(stages, Q, width, dtype=dtype, **swizzle),
+            "w_sm": mosaic.operand(*w_shape, dtype=dtype),
+            "full_bar": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        },
+        grid={"worker": workers},
+        threads=1,
+        interpret=interpret,
+    )(x_TD, *weights, plan.block_J, plan.page_J, first_N1)
+    ends = [end // steps for end in tiles.ends]
+    h_JQR = jnp.concatenate(
+        [parts_JSQR[:, s:e].sum(axis=1) for s, e in zip([0, *ends], ends, strict=False)], axis=2
+    ).astype(dtype)
+    return jnp.pad(h_JQR, ((0, 0), (0, 0), (0, RANK_COLUMNS - h_JQR.shape[2])))
+
+
+def expand_blocks(
+    h_JQR: Float[Array, "J 64 64"],
+    weights: tuple[jax.Array, ...],
+    plan: LoraPlan,
+    first_N1: Int[Array, "N1"],
+    part: Part,
+    y_ref: Any,
+    interpret: bool,
+    *,
+    rank_major: bool,
+) -> None:
+    """y += h W, in place; ``weights`` are as in ``shrink_blocks``, and a member has its own 16 columns of h."""
+    dims = [w.shape[2 if rank_major else 1] for w in weights]
+    R = weights[0].shape[1 if rank_major else 2]
+    Q, dtype = part.block_rows, h_JQR.dtype
+    tiles, weights_at = Tiles(dims, WIDTH), _columns_of(rank_major)
+    width = tiles.width
+
+    def lora_expand_blocks(h_ref, *refs, y_sm, h_sm, w_sm, y_full, full_bar):
+        *w_refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
+        block, tile = lax.axis_index("block"), lax.axis_index("tile")
+        begin, end = first_ref[part.first_block + block], first_ref[part.first_block + block + 1]
+
+        def fetch(item):
+            slot = lax.rem(item - begin, 2)
+            ranks = pl.ds(tiles.member_of(tile) * PAGE_RANK, R)
+            plgpu.copy_gmem_to_smem(h_ref.at[item, :, ranks], h_sm.at[slot], full_bar.at[slot])
+            tiles.each(
+                tile,
+                lambda member, columns: plgpu.copy_gmem_to_smem(
+                    w_refs[member].at[weights_at(page_ref[item], columns)], w_sm.at[slot], full_bar.at[slot]
+                ),
+            )
+
+        @pl.when(end > begin)
+        def _():
+            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
+            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
+            fetch(begin)
+
+            def add_item(item, sum_QE):
+                slot = lax.rem(item - begin, 2)
+                pl.when(item + 1 < end)(lambda: fetch(item + 1))
+                plgpu.barrier_wait(full_bar.at[slot])
+                w = w_sm.at[slot]
+                part_QE = mosaic.matmul(h_sm.at[slot], w if rank_major else w.T)
+                row_QE = index(0, (Q, width))
+                return jnp.where((row_QE >= from_ref[item]) & (row_QE < to_ref[item]), sum_QE + part_QE, sum_QE)
+
+            sum_QE = lax.fori_loop(begin, end, add_item, full((Q, width), 0))
+            plgpu.barrier_wait(y_full)
+            y_QE = plgpu.load(y_sm, layout=plgpu.Layout.WGMMA, optimized=False)
+            y_sm[...] = (y_QE.astype(jnp.float32) + sum_QE).astype(y_sm.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(y_sm, place)
+            plgpu.wait_smem_to_gmem(0)
+
+    w_shape = (2, R, width) if rank_major else (2, width, R)
+    mosaic.kernel(
+        lora_expand_blocks,
+        scratch={
+            "y_sm": mosaic.operand(Q, width, dtype=y_ref.dtype),
+            "h_sm": mosaic.operand(2, Q, R, dtype=dtype),
+            "w_sm": mosaic.operand(*w_shape, dtype=dtype, filled=R),
+            "y_full": plgpu.Barrier(),
+            "full_bar": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        },
+        grid={"block": part.num_blocks, "tile": tiles.count},
+        threads=1,
+        interpret=interpret,
+    )(h_JQR, *weights, plan.page_J, plan.first_J, plan.stop_J, first_N1, y_ref)
+
+
+# what they share
+
+
+class Tiles:
+    """The columns of the members side by side, cut into tiles that each lie in one member."""
+
+    def __init__(self, dims: Sequence[int], most: int):
+        self.width = _divisor(math.gcd(*dims), most)
+        self.counts = [dim // self.width for dim in dims]
+        self.ends = [sum(self.counts[: i + 1]) for i in range(len(dims))]
+
+    @property
+    def count(self) -> int:
+        return self.ends[-1]
+
+    def each(self, tile: jax.Array, do: Callable[[int, Any], None]) -> None:
+        """``do(member, columns of the member)``, of the member that the tile lies in."""
+        for member, (end, count) in enumerate(zip(self.ends, self.counts, strict=True)):
+            columns = pl.ds((tile - (end - count)) * self.width, self.width)
+            inside = (tile >= end - count) & (tile < end)
+            pl.when(inside)(partial(do, member, columns)) if len(self.counts) > 1 else do(member, columns)
+
+    def member_of(self, tile: jax.Array) -> jax.Array:
+        return sum(((tile >= end).astype(jnp.int32) for end in self.ends[:-1]), jnp.int32(0))
+
+
+def _divisor(size: int, most: int, unit: int = 64) -> int:
+    """The largest divisor of ``size`` that is a multiple of ``unit`` and at most ``most``."""
+    return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
+
+
+def _columns_of(rank_major: bool) -> Callable[[jax.Array, Any], tuple]:
+    """Where a page's columns are in a pool of A or of B."""
+    return lambda page, columns: (page, slice(None), columns) if rank_major else (page, columns)
+
+
+def rows_of(part: Part, block: jax.Array) -> Any:
+    start = part.first_row + (block - part.first_block) * part.block_rows
+    return pl.ds(pl.multiple_of(start, SINGLE_ROWS), part.block_rows)
+
+
+def _share(units: jax.Array, workers: int, one: Callable[[jax.Array], None]) -> None:
+    """Does ``one(unit)`` for this worker's share of the units."""
+    worker = lax.axis_index("worker")
+    mine = lax.div(units - worker + workers - 1, workers)
+    lax.fori_loop(0, mine, lambda i, _: one(worker + i * workers), None)
+
+
+def _cores() -> int:
+    device = target()
+    return (device and device.cores) or CORES
+
+
+def _workers(units: int, per_core: int) -> int:
+    return min(units, per_core * _cores())

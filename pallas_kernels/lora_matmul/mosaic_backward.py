@@ -1,0 +1,165 @@
+"""The adapters' backward on Hopper: h and dh by the forward's shrink, dx by its expand, and the sums of dA and dB.
+
+A lane page's gradient has one owner per 64 of its columns, who adds its items one after another to what the lane holds:
+no atomics, and the same bits however the items were dealt to steps.
+
+Shapes: W gradient rows, D in, E out, P bank pages, Y lane pages, R ranks per page (of all members together in A),
+J items, Q rows per block.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import mosaic
+from pallas_kernels.lora_matmul.mosaic import RANK_COLUMNS, Tiles, expand_blocks, rows_of, shrink_blocks
+from pallas_kernels.lora_matmul.plan import PAGE_RANK, LoraPlan, Part
+from pallas_kernels.mosaic import index, plgpu
+
+WIDTH = 64  # columns of an owner's tile: narrow, so that one lane already keeps many cores busy
+STAGES = 4  # items on their way to an owner
+
+
+class ByLane(NamedTuple):
+    """The items lane by lane, in order; those of lane page y are item_J[first[y] : first[y + 1]]."""
+
+    item_J: Int[Array, "J"]
+    first_Y1: Int[Array, "Y1"]
+
+
+def run(
+    x_WD: Float[Array, "W D"],
+    d_y_WE: Float[Array, "W E"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P E R"], ...],
+    plan: LoraPlan,
+    lane_J: Int[Array, "J"],
+    lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
+    add_to: Float[Array, "W D"] | None = None,
+    *,
+    interpret: bool,
+) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
+    (part,) = plan.parts(x_WD.shape[0])
+    first_N1 = plan.first_items(part.num_blocks)
+    d_x_ref = jax.new_ref(jnp.zeros_like(x_WD) if add_to is None else add_to)
+    d_a_ref, *d_b_refs = map(jax.new_ref, (lanes[0], *lanes[1]))
+    h_JQR = shrink_blocks(x_WD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
+    d_h_JQR = shrink_blocks(d_y_WE, members, plan, first_N1, part, interpret, rank_major=False)
+    expand_blocks(d_h_JQR, (a_PRD,), plan, first_N1, part, d_x_ref, interpret, rank_major=True)
+    by_lane = _by_lane(plan, lane_J, lanes[0].shape[0])
+    _add_products(x_WD, _of_items(d_h_JQR, plan), plan, by_lane, part, [d_a_ref], interpret, rank_major=True)
+    _add_products(d_y_WE, _of_items(h_JQR, plan), plan, by_lane, part, d_b_refs, interpret, rank_major=False)
+    return jax.freeze(d_x_ref), (jax.freeze(d_a_ref), tuple(map(jax.freeze, d_b_refs)))
+
+
+def _by_lane(plan: LoraPlan, lane_J: Int[Array, "J"], num_lane_pages: int) -> ByLane:
+    """A stable counting sort: it makes two small fusions, and the layers of a step share them."""
+    lane_J = jnp.where(plan.real_J(), jnp.minimum(lane_J, num_lane_pages), num_lane_pages)
+    index_J = jnp.arange(lane_J.shape[0], dtype=jnp.int32)
+    earlier_JJ = (lane_J[:, None] == lane_J[None]) & (index_J[:, None] < index_J[None])
+    place_J = jnp.sum((lane_J[:, None] < lane_J[None]) | earlier_JJ, axis=0, dtype=jnp.int32)
+    item_J = jnp.sum(jnp.where(place_J[None] == index_J[:, None], index_J[None], 0), axis=1, dtype=jnp.int32)
+    lane_Y1 = jnp.arange(num_lane_pages + 1, dtype=jnp.int32)
+    return ByLane(item_J, jnp.sum(lane_J[None] < lane_Y1[:, None], axis=1, dtype=jnp.int32))
+
+
+def _of_items(h_JQR: Float[Array, "J Q R"], plan: LoraPlan) -> Float[Array, "J Q R"]:
+    """Zeros in the rows that are not the item's."""
+    row_Q = jnp.arange(h_JQR.shape[1], dtype=jnp.int32)[None]
+    mine_JQ = (row_Q >= plan.first_J[:, None]) & (row_Q < plan.stop_J[:, None])
+    return jnp.where(mine_JQ[..., None], h_JQR, jnp.zeros_like(h_JQR))
+
+
+def _add_products(
+    x_WD: Float[Array, "W D"],
+    h_JQR: Float[Array, "J Q 64"],
+    plan: LoraPlan,
+    by_lane: ByLane,
+    part: Part,
+    lane_refs: Sequence[Any],
+    interpret: bool,
+    *,
+    rank_major: bool,
+) -> None:
+    """Adds x^T h of every item to its lane page, in place.
+
+    Args:
+      lane_refs: [Y, R, D] if ``rank_major``; else [Y, D', 16] of each member, and the members' D' side by side are D.
+    """
+    Y = lane_refs[0].shape[0]
+    dims = [ref.shape[2 if rank_major else 1] for ref in lane_refs]
+    R = lane_refs[0].shape[1 if rank_major else 2]
+    Q, dtype = part.block_rows, x_WD.dtype
+    tiles = Tiles(dims, WIDTH)
+    width = tiles.width
+    columns = RANK_COLUMNS if rank_major else R  # of h that take part
+    swizzle = {} if rank_major else {"filled": R}  # both operands in one
+
+    def add_products(x_ref, h_ref, block_ref, from_ref, to_ref, item_ref, first_ref, *refs):
+        lanes, (x_sm, h_sm, sum_sm, sum_full, full) = refs[: len(lane_refs)], refs[len(lane_refs) :]
+        tile, lane = lax.axis_index("tile"), lax.axis_index("lane")
+        begin, end = first_ref[lane], first_ref[lane + 1]
+        ranks = pl.ds(0 if rank_major else tiles.member_of(tile) * PAGE_RANK, columns)
+        filled_sm = sum_sm.at[pl.ds(0, R)] if rank_major else sum_sm
+
+        def each_place(do: Callable[[Any], None]) -> None:
+            tiles.each(
+                tile, lambda member, at: do(lanes[member].at[(lane, slice(None), at) if rank_major else (lane, at)])
+            )
+
+        def fetch(place):
+            slot, item = lax.rem(place - begin, STAGES), item_ref[place]
+            x = x_ref.at[rows_of(part, block_ref[item]), pl.ds(tile * width, width)]
+            plgpu.copy_gmem_to_smem(x, x_sm.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(h_ref.at[item, :, ranks], h_sm.at[slot], full.at[slot])
+
+        @pl.when(end > begin)
+        def _():
+            each_place(lambda place: plgpu.copy_gmem_to_smem(place, filled_sm, sum_full))
+            for ahead in range(STAGES):
+                pl.when(begin + ahead < end)(lambda ahead=ahead: fetch(begin + ahead))
+            plgpu.barrier_wait(sum_full)
+
+            def add_item(place, total):
+                slot, item = lax.rem(place - begin, STAGES), item_ref[place]
+                plgpu.barrier_wait(full.at[slot])
+                x, h = x_sm.at[slot], h_sm.at[slot]
+                whole = (from_ref[item] == 0) & (to_ref[item] == Q)
+                pl.when(jnp.logical_not(whole))(lambda: _keep_rows(x, from_ref[item], to_ref[item]))
+                total += mosaic.matmul(h.T, x) if rank_major else mosaic.matmul(x.T, h)
+                pl.when(place + STAGES < end)(lambda: fetch(place + STAGES))
+                return total
+
+            start = plgpu.load(sum_sm, layout=plgpu.Layout.WGMMA, optimized=False)
+            sum_sm[...] = lax.fori_loop(begin, end, add_item, start)
+            plgpu.commit_smem()
+            each_place(lambda place: plgpu.copy_smem_to_gmem(filled_sm, place))
+            plgpu.wait_smem_to_gmem(0)
+
+    add_products.__name__ = "lora_add_d_a" if rank_major else "lora_add_d_b"
+    mosaic.kernel(
+        add_products,
+        scratch=[
+            mosaic.operand(STAGES, Q, width, dtype=dtype, **swizzle),
+            mosaic.operand(STAGES, Q, columns, dtype=dtype),
+            plgpu.SMEM((RANK_COLUMNS, width) if rank_major else (width, R), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        ],
+        grid={"tile": tiles.count, "lane": Y},
+        threads=1,
+        interpret=interpret,
+    )(x_WD, h_JQR, plan.block_J, plan.first_J, plan.stop_J, *by_lane, *lane_refs)
+
+
+def _keep_rows(x_sm: Any, first: jax.Array, stop: jax.Array) -> None:
+    """Sets the other rows to zero: what they hold must not reach the sums, not even as 0 * NaN."""
+    x = plgpu.load(x_sm, layout=plgpu.Layout.WGMMA, optimized=False)
+    row = index(0, x.shape)
+    x_sm[...] = jnp.where((row >= first) & (row < stop), x, jnp.zeros_like(x))
+    plgpu.commit_smem()
