@@ -1,8 +1,16 @@
 """Chooses an implementation of an op, and says why the others were refused."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
+
+import jax
+
+MOSAIC_VERSION = (0, 11, 2)  # of JAX; before it Mosaic kernels are written another way
+HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
+MOSAIC, INTERPRETED = "mosaic", "mosaic_interpreted"
 
 
 @dataclass(frozen=True)
@@ -18,6 +26,21 @@ class NoImplementation(ValueError):
     """Every implementation refused; the message carries all reasons."""
 
 
+@dataclass(frozen=True)
+class Target:
+    """The device that a program is made for: not always one of this machine."""
+
+    platform: str
+    kind: str
+    cores: int | None = None
+
+
+def target() -> Target | None:
+    """The device of the mesh that the code being traced runs on (``shard_map``); None: no mesh, so nobody knows."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return None if device is None else Target(device.platform, device.device_kind, device.num_cores)
+
+
 def choose(
     op: str, implementations: tuple[Implementation, ...], forced: str | None = None, **facts: Any
 ) -> Implementation:
@@ -30,7 +53,7 @@ def choose(
         named = {implementation.name: implementation for implementation in implementations}
         if forced not in named:
             raise NoImplementation(f"{op}: no implementation {forced!r}; there are {sorted(named)}")
-        reason = named[forced].refuse(**facts)
+        reason = named[forced].refuse(**facts, forced=True)
         if reason:
             raise NoImplementation(f"{op}: {forced} refused: {reason}")
         return named[forced]
@@ -43,4 +66,41 @@ def choose(
 
 def explain(implementations: tuple[Implementation, ...], **facts: Any) -> dict[str, str | None]:
     """The reason of each implementation against these facts; None where it would run."""
-    return {implementation.name: implementation.refuse(**facts) for implementation in implementations}
+    return {implementation.name: implementation.refuse(**facts, forced=False) for implementation in implementations}
+
+
+def mosaic_pair(module: str, refuse: Callable[..., str | None]) -> tuple[Implementation, Implementation]:
+    """A Pallas Mosaic GPU kernel, on a Hopper GPU and in the interpreter that reports data races.
+
+    Args:
+      module: has ``run(*arguments, interpret=..., **settings)``. Imported by the first call: other JAX versions can't.
+      refuse: the kernel's own reasons; takes the op's facts.
+    """
+
+    def run(interpret: bool) -> Callable[..., Any]:
+        return lambda *args, **settings: import_module(module).run(*args, **settings, interpret=interpret)
+
+    def refuse_hardware(*, forced: bool, **facts: Any) -> str | None:
+        return _old_jax() or _not_hopper(target(), forced) or refuse(**facts)
+
+    def refuse_interpreter(*, forced: bool, **facts: Any) -> str | None:
+        return _old_jax() or (None if forced else "the interpreter is for tests, which name it") or refuse(**facts)
+
+    return (
+        Implementation(MOSAIC, run(interpret=False), refuse_hardware),
+        Implementation(INTERPRETED, run(interpret=True), refuse_interpreter),
+    )
+
+
+def _old_jax() -> str | None:
+    if jax.__version_info__ < MOSAIC_VERSION:
+        return f"Pallas Mosaic GPU kernels need jax {'.'.join(map(str, MOSAIC_VERSION))}, this is {jax.__version__}"
+    return None
+
+
+def _not_hopper(target: Target | None, forced: bool) -> str | None:
+    if target is None:
+        return None if forced else "no mesh says which device this is for, and nobody named the kernel"
+    if target.platform != "gpu" or not HOPPER.search(target.kind):
+        return f"the kernel is for Hopper GPUs (H100, H200), this is for {target.kind} ({target.platform})"
+    return None
