@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.pallas import mosaic_gpu
 from jax.typing import DTypeLike
 
+plgpu: Any = mosaic_gpu  # untyped: other JAX versions have other names in it
 LOG2E = math.log2(math.e)
 LN2 = math.log(2)
-MASKED = -1e30  # finite: exp2(MASKED - MASKED) is 1, never NaN
+MASKED = -(2.0**100)  # finite: exp2(MASKED - MASKED) is 1, never NaN; scaled without rounding: fused or not, the same
 WARPGROUP_ROWS = 64  # rows of a wgmma
 ROW = plgpu.Layout.WGMMA.reduce(1)  # one value per row of a wgmma's result
 COLUMN = plgpu.Layout.WGMMA.reduce(0)  # one value per column
@@ -67,7 +68,9 @@ def matmul(a: Any, b: Any, dtype: DTypeLike = jnp.float32) -> jax.Array:
     return pl.run_scoped(run, plgpu.ACC((a.shape[0], b.shape[1]), dtype))
 
 
-def accumulate(outs: tuple[jax.Array, ...], run: Callable[[Callable], None], a_sms: Any = None) -> tuple[jax.Array, ...]:
+def accumulate(
+    outs: tuple[jax.Array, ...], run: Callable[[Callable], None], a_sms: Any = None
+) -> tuple[jax.Array, ...]:
     """Adds matrix products to arrays in registers, and waits for them.
 
     Args:

@@ -10,6 +10,8 @@ M pages per sequence.
 """
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +20,11 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import LOG2E, WARPGROUP_ROWS, along
 from pallas_kernels.ragged_paged_attention import mosaic_d_keys, mosaic_d_queries
-from pallas_kernels.ragged_paged_attention.work import BlockWork, KeyWork
+from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
+from pallas_kernels.ragged_paged_attention.mosaic_pages import operand_sizes
+from pallas_kernels.ragged_paged_attention.work import block_work, key_work, num_cores
 
 NEVER = 1e30  # a log-sum-exp that makes every probability 0
-Accumulators = tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,23 +88,56 @@ class Rows:
     position_W: Int[Array, "W"]  # -1: padding
 
 
-def block_backward(
-    rows: Rows,
+def run(
+    d_out_WHC: Float[Array, "W H C"],
+    q_WHC: Float[Array, "W H C"],
+    out_WHC: Float[Array, "W H C"],
+    lse_WH: Float[Array, "W H"],
     k_PKGC: Float[Array, "P K G C"],
     v_PKGC: Float[Array, "P K G C"],
-    page_table_BM: Int[Array, "B M"],
-    acc_table_BM: Int[Array, "B M"],
+    layout: AttentionLayout,
     accumulators: Accumulators,
-    queries: BlockWork,
-    keys: KeyWork,
-    shape: BackwardShape,
+    acc_table_BM: Int[Array, "B M"],
     *,
-    workers: int,
+    interpret: bool,
+    **settings: Any,
+) -> tuple[Float[Array, "W H C"], Accumulators]:
+    """The op; ``settings`` are its scale, softcap and window."""
+    arrays = d_out_WHC, q_WHC, out_WHC, lse_WH, k_PKGC, v_PKGC, layout, accumulators, acc_table_BM
+    return _pull(*arrays, **settings, cores=num_cores(interpret), interpret=interpret)
+
+
+@partial(jax.jit, static_argnames=("scale", "softcap", "window", "cores", "interpret"))  # traced once for all layers
+def _pull(
+    d_out_WHC: Float[Array, "W H C"],
+    q_WHC: Float[Array, "W H C"],
+    out_WHC: Float[Array, "W H C"],
+    lse_WH: Float[Array, "W H"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    layout: AttentionLayout,
+    accumulators: Accumulators,
+    acc_table_BM: Int[Array, "B M"],
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    cores: int,
     interpret: bool,
 ) -> tuple[Float[Array, "W H C"], Accumulators]:
-    """Returns dQ and the accumulators with dK and dV added."""
-    d_q_WHC = mosaic_d_queries.d_queries(rows, k_PKGC, v_PKGC, page_table_BM, queries, shape, interpret=interpret)
+    shape = BackwardShape(**operand_sizes(q_WHC, k_PKGC), scale=scale, softcap=softcap, window=window)
+    rows = Rows(
+        q_WHC=q_WHC,
+        d_out_WHC=d_out_WHC,
+        lse_HW=jnp.where(jnp.isfinite(lse_WH), lse_WH * LOG2E, NEVER).T,
+        delta_HW=jnp.sum(d_out_WHC.astype(jnp.float32) * out_WHC.astype(jnp.float32), axis=-1).T,
+        position_W=layout.position_T,
+    )
+    pools = k_PKGC, v_PKGC, layout.page_table_BM
+    by_rows = block_work(layout, window=window, group=shape.group, block_keys=shape.block_keys)
+    by_keys = key_work(layout, window=window, page_size=shape.page_size, tile_keys=shape.tile_keys)
+    d_q_WHC = mosaic_d_queries.d_queries(rows, *pools, by_rows, shape, interpret=interpret)
     accumulators = mosaic_d_keys.add_d_keys(
-        rows, k_PKGC, v_PKGC, page_table_BM, acc_table_BM, accumulators, keys, shape, workers=workers, interpret=interpret
+        rows, *pools, acc_table_BM, accumulators, by_keys, shape, workers=cores, interpret=interpret
     )
     return d_q_WHC, accumulators

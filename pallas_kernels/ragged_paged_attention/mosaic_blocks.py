@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import LN2, LOG2E, MASKED, ROW, along, full, index
+from pallas_kernels.mosaic import LN2, LOG2E, MASKED, ROW, along, full, index, plgpu
 from pallas_kernels.ragged_paged_attention.mosaic_pages import Pages, num_copies
 from pallas_kernels.ragged_paged_attention.work import BlockWork
 
@@ -70,20 +69,20 @@ def block_attention(
     out_THC, lse_HT = mosaic.kernel(
         _block_attention(shape),
         out=(jax.ShapeDtypeStruct((T, H, C), q_THC.dtype), jax.ShapeDtypeStruct((H, T), jnp.float32)),
-        scratch=dict(
-            q_sm=mosaic.operand(COMPUTE, Q, C, dtype=shape.dtype),
-            k_sm=mosaic.operand(stages, S, C, dtype=shape.dtype),
-            v_sm=mosaic.operand(stages, S, C, dtype=shape.dtype),
-            lse_sm=plgpu.SMEM((COMPUTE, Q), jnp.float32),
-            weight_sm=mosaic.operand(COMPUTE, Q, S, dtype=shape.dtype) if interpret else None,
-            q_full=plgpu.Barrier(num_barriers=COMPUTE),
-            k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-            k_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            v_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            turn=plgpu.Barrier(num_arrivals=COMPUTE),
-            v_tail=plgpu.Barrier(num_arrivals=copies),
-        ),
+        scratch={
+            "q_sm": mosaic.operand(COMPUTE, Q, C, dtype=shape.dtype),
+            "k_sm": mosaic.operand(stages, S, C, dtype=shape.dtype),
+            "v_sm": mosaic.operand(stages, S, C, dtype=shape.dtype),
+            "lse_sm": plgpu.SMEM((COMPUTE, Q), jnp.float32),
+            "weight_sm": mosaic.operand(COMPUTE, Q, S, dtype=shape.dtype) if interpret else None,
+            "q_full": plgpu.Barrier(num_barriers=COMPUTE),
+            "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+            "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            "turn": plgpu.Barrier(num_arrivals=COMPUTE),
+            "v_tail": plgpu.Barrier(num_arrivals=copies),
+        },
         grid={"tile": tiles, "head": shape.num_kv_heads},
         threads=COMPUTE + 1,
         interpret=interpret,

@@ -15,18 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import COLUMN, along, full, index
+from pallas_kernels.mosaic import COLUMN, along, full, index, plgpu
+from pallas_kernels.ragged_paged_attention.layout import Accumulators
 from pallas_kernels.ragged_paged_attention.mosaic_pages import Pages, num_copies
 from pallas_kernels.ragged_paged_attention.work import KeyWork
 
 Q = S = mosaic.WARPGROUP_ROWS
 COMPUTE, COPY = 2, 2  # two warpgroups compute, the one after them copies
 SUM_COLUMNS = 32  # of dK or dV that go through shared memory at a time
-Accumulators = tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]
 
 
 def add_d_keys(
@@ -48,23 +47,23 @@ def add_d_keys(
     d_k_ref, d_v_ref = map(jax.new_ref, accumulators)
     mosaic.kernel(
         _kernel(shape, workers),
-        scratch=dict(
-            k_sm=mosaic.operand(tile_keys, C, dtype=dtype),
-            v_sm=mosaic.operand(tile_keys, C, dtype=dtype),
-            q_sm=mosaic.operand(stages, Q, C, dtype=dtype),
-            d_out_sm=mosaic.operand(stages, Q, C, dtype=dtype),
-            lse_sm=plgpu.SMEM((stages, Q), jnp.float32),
-            delta_sm=plgpu.SMEM((stages, Q), jnp.float32),
-            position_sm=plgpu.SMEM((stages, Q), jnp.int32),
-            sum_sm=mosaic.operand(COMPUTE, S, SUM_COLUMNS, dtype=jnp.float32),
-            left_sm=mosaic.operand(COMPUTE, S, Q, dtype=dtype) if interpret else None,
-            keys_full=plgpu.Barrier(num_arrivals=2 * copies),
-            keys_free=plgpu.Barrier(num_arrivals=COMPUTE),
-            rows_full=plgpu.Barrier(num_arrivals=5, num_barriers=stages),
-            rows_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
-            sum_full=plgpu.Barrier(num_arrivals=num_copies(shape.page_size, S), num_barriers=COMPUTE),
-            tail=plgpu.Barrier(num_arrivals=copies),
-        ),
+        scratch={
+            "k_sm": mosaic.operand(tile_keys, C, dtype=dtype),
+            "v_sm": mosaic.operand(tile_keys, C, dtype=dtype),
+            "q_sm": mosaic.operand(stages, Q, C, dtype=dtype),
+            "d_out_sm": mosaic.operand(stages, Q, C, dtype=dtype),
+            "lse_sm": plgpu.SMEM((stages, Q), jnp.float32),
+            "delta_sm": plgpu.SMEM((stages, Q), jnp.float32),
+            "position_sm": plgpu.SMEM((stages, Q), jnp.int32),
+            "sum_sm": mosaic.operand(COMPUTE, S, SUM_COLUMNS, dtype=jnp.float32),
+            "left_sm": mosaic.operand(COMPUTE, S, Q, dtype=dtype) if interpret else None,
+            "keys_full": plgpu.Barrier(num_arrivals=2 * copies),
+            "keys_free": plgpu.Barrier(num_arrivals=COMPUTE),
+            "rows_full": plgpu.Barrier(num_arrivals=5, num_barriers=stages),
+            "rows_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=stages),
+            "sum_full": plgpu.Barrier(num_arrivals=num_copies(shape.page_size, S), num_barriers=COMPUTE),
+            "tail": plgpu.Barrier(num_arrivals=copies),
+        },
         grid={"worker": workers},
         threads=COMPUTE + 1,
         interpret=interpret,

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import ROW, along, full, index
+from pallas_kernels.mosaic import ROW, along, full, index, plgpu
 from pallas_kernels.ragged_paged_attention.mosaic_pages import Pages, num_copies
 from pallas_kernels.ragged_paged_attention.work import BlockWork
 
@@ -42,19 +41,19 @@ def d_queries(
     return mosaic.kernel(
         _kernel(shape),
         out=jax.ShapeDtypeStruct(rows.q_WHC.shape, rows.q_WHC.dtype),
-        scratch=dict(
-            q_sm=mosaic.operand(COMPUTE, Q, C, dtype=dtype),
-            d_out_sm=mosaic.operand(COMPUTE, Q, C, dtype=dtype),
-            k_sm=mosaic.operand(k_stages, S, C, dtype=dtype),
-            v_sm=mosaic.operand(v_stages, S, C, dtype=dtype),
-            left_sm=mosaic.operand(COMPUTE, Q, S, dtype=dtype) if interpret else None,
-            rows_full=plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
-            k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=k_stages),
-            v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=v_stages),
-            k_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=k_stages),
-            v_free=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=v_stages),
-            tail=plgpu.Barrier(num_arrivals=copies),
-        ),
+        scratch={
+            "q_sm": mosaic.operand(COMPUTE, Q, C, dtype=dtype),
+            "d_out_sm": mosaic.operand(COMPUTE, Q, C, dtype=dtype),
+            "k_sm": mosaic.operand(k_stages, S, C, dtype=dtype),
+            "v_sm": mosaic.operand(v_stages, S, C, dtype=dtype),
+            "left_sm": mosaic.operand(COMPUTE, Q, S, dtype=dtype) if interpret else None,
+            "rows_full": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE),
+            "k_full": plgpu.Barrier(num_arrivals=copies, num_barriers=k_stages),
+            "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=v_stages),
+            "k_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=k_stages),
+            "v_free": plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=v_stages),
+            "tail": plgpu.Barrier(num_arrivals=copies),
+        },
         grid={"tile": work.unit_X2.shape[0], "head": shape.num_kv_heads},
         threads=COMPUTE + 1,
         interpret=interpret,
@@ -92,7 +91,9 @@ def _kernel(shape: Any):
 
             def pull(i, d_q_QC, edge: bool):
                 """Adds key block i; at an edge some keys are not for every row."""
-                own, k_slot, v_slot = map(mosaic.opaque, (warpgroup, lax.rem(i - first, k_stages), lax.rem(i - first, v_stages)))
+                own, k_slot, v_slot = map(
+                    mosaic.opaque, (warpgroup, lax.rem(i - first, k_stages), lax.rem(i - first, v_stages))
+                )
                 plgpu.barrier_wait(k_full.at[k_slot])
                 plgpu.barrier_wait(v_full.at[v_slot])
 

@@ -4,8 +4,8 @@ A row's query heads of one kv head are a few columns, so keys and head dim take 
 S^T = K q^T and the output is O^T = V^T P^T. One warpgroup copies pages, one computes; each thread block walks its share
 of all rows' key blocks (``work.DecodeWork``) and writes partial sums, which a second kernel adds up.
 
-Shapes: R decode rows, K kv heads, g query heads of one kv head, N columns (g padded to 8), C head dim, P pages, G tokens
-per page, B sequences, M pages per sequence, S keys per block, I partial sums, X workers.
+Shapes: R decode rows, K kv heads, g query heads of one kv head, N columns (g padded to 8), C head dim, P pages,
+G tokens per page, B sequences, M pages per sequence, S keys per block, I partial sums, X workers.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.mosaic import COLUMN, LN2, LOG2E, MASKED, along, full, index
+from pallas_kernels.mosaic import COLUMN, LN2, LOG2E, MASKED, along, full, index, plgpu
 from pallas_kernels.ragged_paged_attention.mosaic_pages import Pages, num_copies
 from pallas_kernels.ragged_paged_attention.work import DecodeWork
 
@@ -82,15 +81,15 @@ def decode_attention(
             jax.ShapeDtypeStruct((partials, shape.width, N), jnp.float32),
             jax.ShapeDtypeStruct((partials, 2, N), jnp.float32),
         ),
-        scratch=dict(
-            q_sm=mosaic.operand(shape.stages, N, shape.width, dtype=shape.dtype, filled=C),
-            k_sm=mosaic.operand(shape.stages, shape.block_keys, shape.width, dtype=shape.dtype, filled=C),
-            v_sm=mosaic.operand(shape.stages, shape.block_keys, shape.width, dtype=shape.dtype, filled=C),
-            weight_sm=plgpu.SMEM((N, shape.block_keys), shape.dtype),
-            k_full=plgpu.Barrier(num_arrivals=copies + 1, num_barriers=shape.stages),
-            v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=shape.stages),
-            free=plgpu.Barrier(num_barriers=shape.stages),
-        ),
+        scratch={
+            "q_sm": mosaic.operand(shape.stages, N, shape.width, dtype=shape.dtype, filled=C),
+            "k_sm": mosaic.operand(shape.stages, shape.block_keys, shape.width, dtype=shape.dtype, filled=C),
+            "v_sm": mosaic.operand(shape.stages, shape.block_keys, shape.width, dtype=shape.dtype, filled=C),
+            "weight_sm": plgpu.SMEM((N, shape.block_keys), shape.dtype),
+            "k_full": plgpu.Barrier(num_arrivals=copies + 1, num_barriers=shape.stages),
+            "v_full": plgpu.Barrier(num_arrivals=copies, num_barriers=shape.stages),
+            "free": plgpu.Barrier(num_barriers=shape.stages),
+        },
         grid={"worker": workers},
         threads=2,
         interpret=interpret,
@@ -98,7 +97,7 @@ def decode_attention(
     out_RHC, lse_RKN = mosaic.kernel(
         _combine(shape),
         out=(jax.ShapeDtypeStruct((R, H, C), q_RHC.dtype), jax.ShapeDtypeStruct((R, K, N), jnp.float32)),
-        scratch=dict(out_sm=plgpu.SMEM((N, shape.width), q_RHC.dtype)),
+        scratch={"out_sm": plgpu.SMEM((N, shape.width), q_RHC.dtype)},
         grid={"place": R, "head": K},
         threads=1,
         interpret=interpret,
@@ -225,10 +224,12 @@ def _combine(shape: DecodeShape):
         def add_partial(worker, carry):
             top_N, total_N, out_CN = carry
             partial = place * K + head + worker
-            new_N = plgpu.load(top_total_ref.at[partial, 0], layout=COLUMN, optimized=False)
+            new_N, part_total_N = (
+                plgpu.load(top_total_ref.at[partial, i], layout=COLUMN, optimized=False) for i in (0, 1)
+            )
             new_top_N = jnp.maximum(top_N, new_N)
             decay_N, weight_N = jnp.exp2(top_N - new_top_N), jnp.exp2(new_N - new_top_N)
-            total_N = total_N * decay_N + plgpu.load(top_total_ref.at[partial, 1], layout=COLUMN, optimized=False) * weight_N
+            total_N = total_N * decay_N + part_total_N * weight_N
             part_CN = plgpu.load(out_part_ref.at[partial], layout=plgpu.Layout.WGMMA, optimized=False)
             return (
                 new_top_N,

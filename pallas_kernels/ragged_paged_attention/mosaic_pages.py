@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic
+from pallas_kernels.mosaic import plgpu
 
 
 class Pages:
@@ -42,7 +42,7 @@ class Pages:
             plgpu.copy_gmem_to_smem(pool_ref.at[(*place, columns)], keys_sm.at[rows], done)
 
     def fetch_clean(self, pool_ref: Any, keys_sm: Any, done: Any, first: jax.Array, tail: Any) -> None:
-        """``fetch`` that leaves zeros past the last key, where a page may hold anything, NaN too, and 0 x NaN is NaN."""
+        """``fetch`` with zeros past the last key, where a page may hold anything, NaN too, and 0 x NaN is NaN."""
         rows = keys_sm.shape[0]
         there = self.last + 1 - first
         pl.when(there >= rows)(lambda: self.fetch(pool_ref, keys_sm, done, first))
@@ -59,3 +59,9 @@ class Pages:
 def num_copies(page_size: int, rows: int) -> int:
     """Copies, and arrivals, of a block of keys."""
     return rows // min(page_size, rows)
+
+
+def operand_sizes(q_THC: jax.Array, pool_PKGC: jax.Array) -> dict[str, Any]:
+    """What every kernel is compiled for."""
+    (K, G, C), H = pool_PKGC.shape[1:], q_THC.shape[1]
+    return {"num_kv_heads": K, "group": H // K, "head_dim": C, "page_size": G, "dtype": q_THC.dtype}

@@ -1,0 +1,67 @@
+"""Attention on Hopper: row blocks by one kernel, decode rows by another.
+
+Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per page.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
+from pallas_kernels.ragged_paged_attention.mosaic_blocks import BlockShape, block_attention
+from pallas_kernels.ragged_paged_attention.mosaic_decode import DecodeShape, decode_attention
+from pallas_kernels.ragged_paged_attention.mosaic_pages import operand_sizes
+from pallas_kernels.ragged_paged_attention.work import block_work, decode_work, num_cores
+
+
+def run(
+    q_THC: Float[Array, "T H C"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    layout: AttentionLayout,
+    *,
+    interpret: bool,
+    **settings: Any,
+) -> tuple[Float[Array, "T H C"], Float[Array, "T H"]]:
+    """The op; ``settings`` are its scale, softcap and window."""
+    return _attend(q_THC, k_PKGC, v_PKGC, layout, **settings, cores=num_cores(interpret), interpret=interpret)
+
+
+@partial(jax.jit, static_argnames=("scale", "softcap", "window", "cores", "interpret"))  # traced once for all layers
+def _attend(
+    q_THC: Float[Array, "T H C"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    layout: AttentionLayout,
+    *,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    cores: int,
+    interpret: bool,
+) -> tuple[Float[Array, "T H C"], Float[Array, "T H"]]:
+    # the work lists are the same in every layer with this window: the compiler keeps one copy
+    sizes, settings = operand_sizes(q_THC, k_PKGC), {"scale": scale, "softcap": softcap}
+    pools, first_decode = (k_PKGC, v_PKGC, layout.page_table_BM), layout.chunk_rows
+    parts = []
+    if first_decode:
+        shape = BlockShape(**sizes, **settings, window=window)
+        work = block_work(layout, window=window, group=shape.group, block_keys=shape.block_keys)
+        parts.append(block_attention(q_THC, *pools, work, shape, interpret=interpret))
+    if first_decode < q_THC.shape[0]:
+        shape = DecodeShape(**sizes, **settings)
+        work = decode_work(
+            layout,
+            window=window,
+            num_kv_heads=shape.num_kv_heads,
+            block_keys=shape.block_keys,
+            workers=cores * shape.workers_per_core,
+        )
+        parts.append(decode_attention(q_THC[first_decode:], *pools, work, shape, interpret=interpret))
+    if len(parts) < 2:
+        return parts[0] if parts else (q_THC, jnp.zeros(q_THC.shape[:2], jnp.float32))
+    (out_THC, lse_TH), (decode_RHC, decode_lse_RH) = parts  # the first ones have places for the decode rows
+    return out_THC.at[first_decode:].set(decode_RHC), lse_TH.at[first_decode:].set(decode_lse_RH)
