@@ -65,9 +65,13 @@ def decode_attention(
     work: DecodeWork,
     shape: DecodeShape,
     *,
+    out_THC: Float[Array, "T H C"] | None = None,
     interpret: bool,
-) -> tuple[Float[Array, "R H C"], Float[Array, "R H"]]:
-    """Returns each decode row's attention, and the log-sum-exp of its scores."""
+) -> tuple[Float[Array, "T H C"], Float[Array, "R H"]]:
+    """Returns each decode row's attention, in place in the last rows of ``out_THC``, and the log-sum-exp of its scores.
+
+    Without ``out_THC`` there are no other rows.
+    """
     R, H, C = q_RHC.shape
     K, N = shape.num_kv_heads, shape.columns
     workers = work.lead_X.shape[0]
@@ -94,22 +98,25 @@ def decode_attention(
         threads=2,
         interpret=interpret,
     )(q_RKNC, k_PKGC, v_PKGC, page_table_BM, *lists, work.lead_X, work.share_1)
-    out_RHC, lse_RKN = mosaic.kernel(
-        _combine(shape),
-        out=(jax.ShapeDtypeStruct((R, H, C), q_RHC.dtype), jax.ShapeDtypeStruct((R, K, N), jnp.float32)),
+    written = () if out_THC is None else (jax.new_ref(out_THC),)
+    made = () if written else (jax.ShapeDtypeStruct((R, H, C), q_RHC.dtype),)
+    *outs, lse_RKN = mosaic.kernel(
+        _combine(shape, R),
+        out=(*made, jax.ShapeDtypeStruct((R, K, N), jnp.float32)),
         scratch={"out_sm": plgpu.SMEM((N, shape.width), q_RHC.dtype)},
         grid={"place": R, "head": K},
         threads=1,
         interpret=interpret,
-    )(out_ICN, top_total_I2N, work.row_R, work.stop_R1, work.share_1)
-    return out_RHC, lse_RKN[:, :, : shape.group].reshape(R, H)
+    )(out_ICN, top_total_I2N, work.row_R, work.stop_R1, work.share_1, *written)
+    (out_THC,) = map(jax.freeze, written) if written else outs
+    return out_THC, lse_RKN[:, :, : shape.group].reshape(R, H)
 
 
 def _partial_sums(shape: DecodeShape, num_rows: int):
     K, S, N, width, stages = shape.num_kv_heads, shape.block_keys, shape.columns, shape.width, shape.stages
     row_scale = shape.scale * LOG2E
 
-    def body(
+    def attention_decode_parts(
         q_ref, k_ref, v_ref, table_ref, sequence_ref, position_ref, low_ref, row_ref, stop_ref, lead_ref, share_ref,
         out_ref, top_total_ref, *, q_sm, k_sm, v_sm, weight_sm, k_full, v_full, free,
     ):  # fmt: skip
@@ -209,13 +216,13 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
 
             lax.while_loop(lambda at: at[0] < end, attend, (begin, *start()))
 
-    return body
+    return attention_decode_parts
 
 
-def _combine(shape: DecodeShape):
+def _combine(shape: DecodeShape, num_rows: int):
     K, N, width = shape.num_kv_heads, shape.columns, shape.width
 
-    def body(out_part_ref, top_total_ref, row_ref, stop_ref, share_ref, out_ref, lse_ref, *, out_sm):
+    def attention_decode_sum(out_part_ref, top_total_ref, row_ref, stop_ref, share_ref, out_ref, lse_ref, *, out_sm):
         place, head, share = lax.axis_index("place"), lax.axis_index("head"), share_ref[0]
         blocks = stop_ref[place + 1] - stop_ref[place]
         begin = stop_ref[place] * K + head * blocks
@@ -249,8 +256,8 @@ def _combine(shape: DecodeShape):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             out_sm.at[pl.ds(0, shape.group)],
-            out_ref.at[row, pl.ds(head * shape.group, shape.group), pl.ds(0, width)],
+            out_ref.at[out_ref.shape[0] - num_rows + row, pl.ds(head * shape.group, shape.group), pl.ds(0, width)],
         )
         plgpu.wait_smem_to_gmem(0)
 
-    return body
+    return attention_decode_sum

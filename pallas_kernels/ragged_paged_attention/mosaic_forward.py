@@ -46,11 +46,11 @@ def _attend(
     # the work lists are the same in every layer with this window: the compiler keeps one copy
     sizes, settings = operand_sizes(q_THC, k_PKGC), {"scale": scale, "softcap": softcap}
     pools, first_decode = (k_PKGC, v_PKGC, layout.page_table_BM), layout.chunk_rows
-    parts = []
+    out_THC, lse_TH = None, jnp.zeros(q_THC.shape[:2], jnp.float32)
     if first_decode:
         shape = BlockShape(**sizes, **settings, window=window)
         work = block_work(layout, window=window, group=shape.group, block_keys=shape.block_keys)
-        parts.append(block_attention(q_THC, *pools, work, shape, interpret=interpret))
+        out_THC, lse_TH = block_attention(q_THC, *pools, work, shape, interpret=interpret)
     if first_decode < q_THC.shape[0]:
         shape = DecodeShape(**sizes, **settings)
         work = decode_work(
@@ -60,8 +60,8 @@ def _attend(
             block_keys=shape.block_keys,
             workers=cores * shape.workers_per_core,
         )
-        parts.append(decode_attention(q_THC[first_decode:], *pools, work, shape, interpret=interpret))
-    if len(parts) < 2:
-        return parts[0] if parts else (q_THC, jnp.zeros(q_THC.shape[:2], jnp.float32))
-    (out_THC, lse_TH), (decode_RHC, decode_lse_RH) = parts  # the first ones have places for the decode rows
-    return out_THC.at[first_decode:].set(decode_RHC), lse_TH.at[first_decode:].set(decode_lse_RH)
+        out_THC, lse_RH = decode_attention(
+            q_THC[first_decode:], *pools, work, shape, out_THC=out_THC, interpret=interpret
+        )
+        lse_TH = lse_TH.at[first_decode:].set(lse_RH)
+    return q_THC if out_THC is None else out_THC, lse_TH  # no rows: no kernel
