@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import training
 from dense_attention import backward_inputs, dense, dense_backward
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
@@ -138,6 +139,28 @@ def test_what_lies_past_a_sequence_or_in_other_pages_changes_no_bit(implementati
     (d_k_before, _), acc_table = sums
     others = np.setdiff1d(np.arange(len(d_k_before)), acc_table)
     np.testing.assert_array_equal(poisoned[1][0][others], d_k_before[others])
+
+
+@needs_mosaic
+@pytest.mark.slow
+def test_an_engines_finetuning_step_goes_through_the_kernels(monkeypatch):
+    """Two windows of a sequence, forward and backward: the losses and gradients of the XLA implementation."""
+    for size in ("BLOCK", "W", "CHUNK"):
+        monkeypatch.setattr(training, size, 64)
+
+    def train(implementation):
+        trainer = training.Trainer("llama", "bfloat16", "attention", lanes=1, pages=1, head_dim=64)
+        trainer.spec = dataclasses.replace(trainer.spec, attention=implementation)
+        rng = np.random.default_rng(0)
+        adapter = training.random_adapter(trainer.config, rng)
+        lane = trainer.lane(0, adapter)
+        sequence = trainer.sequence(lane, rng.integers(1, trainer.config.vocab_size, 100), np.ones(100), 64, 0)
+        trainer.train_on([sequence], rng)
+        return sequence.losses[1:], trainer.gradients(lane, adapter)
+
+    (losses, gradients), (expected_losses, expected_gradients) = train(INTERPRETED), train("xla")
+    np.testing.assert_allclose(losses, expected_losses, atol=0.03)
+    assert training.relative(gradients, expected_gradients) < 0.1
 
 
 LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64, "row_block": 64, "scale": 128**-0.5}
