@@ -72,6 +72,22 @@ def facts(case, dtype="bfloat16", **more):
 
 
 @needs_mosaic
+def test_the_interpreter_reports_a_race(capsys):
+    """Two warpgroups write the same shared memory and nobody waits: what the other tests' silence is worth."""
+    from pallas_kernels import mosaic
+
+    def race(x_ref, out_ref, *, shared_sm):
+        shared_sm[...] = x_ref[...]
+        out_ref[...] = shared_sm[...]
+
+    vector = jax.ShapeDtypeStruct((128,), jnp.float32)
+    scratch = {"shared_sm": mosaic.plgpu.SMEM(vector.shape, vector.dtype)}
+    kernel = mosaic.kernel(race, out=vector, scratch=scratch, grid={"block": 1}, threads=2, interpret=True)
+    jax.block_until_ready(jax.jit(kernel)(jnp.zeros(128)))
+    assert "RACE DETECTED" in capsys.readouterr().out
+
+
+@needs_mosaic
 @pytest.mark.parametrize("implementation", [INTERPRETED, ON_DEVICE])
 @pytest.mark.parametrize("case", FORWARD)
 def test_it_is_dense_attention_over_each_rows_own_pages(implementation, case):
