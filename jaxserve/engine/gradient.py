@@ -312,9 +312,8 @@ class GradientRows:
 
         def run_backward(kept, d_out):
             (q_WHC, out_WHC, lse_WH, acc), (k_PKGC, v_PKGC) = kept, kv
-            d_q_WHC, acc = ragged_paged_attention_backward(
-                d_out[:W], q_WHC, out_WHC, lse_WH, k_PKGC, v_PKGC, self.layout, acc, table_BM, **settings
-            )
+            arrays = d_out[:W], q_WHC, out_WHC, lse_WH, k_PKGC, v_PKGC, self.layout, acc, table_BM
+            d_q_WHC, acc = ragged_paged_attention_backward(*arrays, **settings, implementation=self.spec.attention)
             (d_k_WKC, d_v_WKC), acc = take_rows(acc, self.acc_page_W, self.acc_offset_W)
             rest = ((0, d_out.shape[0] - W), (0, 0), (0, 0))
             pads = (jnp.pad(d.astype(d_out.dtype), rest) for d in (d_q_WHC, d_k_WKC, d_v_WKC))

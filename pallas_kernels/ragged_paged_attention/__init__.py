@@ -4,12 +4,18 @@ from typing import Any
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
 from pallas_kernels.ragged_paged_attention import reference, xla
-from pallas_kernels.ragged_paged_attention.backward import ragged_paged_attention_backward, take_rows
+from pallas_kernels.ragged_paged_attention.backward import (
+    BACKWARD_IMPLEMENTATIONS,
+    ragged_paged_attention_backward,
+    take_rows,
+)
+from pallas_kernels.ragged_paged_attention.kernel_limits import refuse
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 __all__ = [
+    "BACKWARD_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "AttentionLayout",
     "ragged_paged_attention",
@@ -18,6 +24,7 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.ragged_paged_attention.mosaic_forward", refuse),
     Implementation("xla", xla.ragged_paged_attention),
     Implementation("reference", reference.ragged_paged_attention),
 )
@@ -47,5 +54,7 @@ def ragged_paged_attention(
     Padding rows are exact zeros with a log-sum-exp of -inf. Sums are kept in float32 or wider.
     """
     settings: dict[str, Any] = {"scale": scale, "softcap": softcap, "window": window}
-    chosen = choose("ragged_paged_attention", IMPLEMENTATIONS, implementation)
+    chosen = choose(
+        "ragged_paged_attention", IMPLEMENTATIONS, implementation, q_THC=q_THC, k_PKGC=k_PKGC, layout=layout
+    )
     return chosen.function(q_THC, k_PKGC, v_PKGC, layout, **settings)

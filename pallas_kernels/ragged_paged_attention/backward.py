@@ -5,22 +5,23 @@ added to the accumulators; because windows run right to left, after its own turn
 the cotangent of that row's key and value, and is set back to zero. A page of the accumulators that nobody owns is
 therefore always zero.
 
-Probabilities are recomputed from the saved log-sum-exp (FlashAttention-2, Dao 2023, algorithm 2).
-
-Shapes: W gradient rows, N blocks, Q rows per block, H query heads, K kv heads, g = H / K, C head dim, P pages,
-A accumulator pages, G tokens per page, S keys per span, M pages per sequence.
+Shapes: W gradient rows, H query heads, K kv heads, C head dim, P pages, A accumulator pages, G tokens per page,
+B sequences, M pages per sequence.
 """
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.numerics import row_sum
-from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
-from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages
+from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
+from pallas_kernels.ragged_paged_attention import reference, xla_backward
+from pallas_kernels.ragged_paged_attention.kernel_limits import refuse
+from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
 
-Accumulators = tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]
+BACKWARD_IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.ragged_paged_attention.mosaic_backward", refuse),
+    Implementation("xla", xla_backward.ragged_paged_attention_backward),
+    Implementation("reference", reference.ragged_paged_attention_backward),
+)
 
 
 def ragged_paged_attention_backward(
@@ -37,61 +38,30 @@ def ragged_paged_attention_backward(
     scale: float,
     softcap: float | None = None,
     window: int | None = None,
+    implementation: str | None = None,
 ) -> tuple[Float[Array, "W H C"], Accumulators]:
     """Returns dQ and the accumulators with this window's dK and dV added.
 
     Args:
+      d_out_WHC: cotangent of the output; anything finite in padding rows.
+      out_WHC, lse_WH: what the forward returned for these rows.
       layout: of the gradient rows alone; all of them in blocks (chunk_rows == W).
       accumulators: pools like K and V, in float32 or wider.
-      acc_table_BM: the accumulator page of each of a sequence's pages; an entry of A or more is dropped.
+      acc_table_BM: the accumulator page of each of a sequence's pages; an entry of A or more is dropped. No page is in
+        it twice, but for dropped ones and past a sequence's length.
+      implementation: a name of BACKWARD_IMPLEMENTATIONS, or None for the best that runs here.
     """
-    W, H, C = q_WHC.shape
-    K, G = k_PKGC.shape[1:3]
-    Q, group = layout.row_block, H // K
-    N, wide = W // Q, accumulators[0].dtype
-
-    def by_block(x_WHX):
-        x = x_WHX.reshape(N, Q, K, group, *x_WHX.shape[2:])
-        return jnp.moveaxis(x, 1, 2).reshape(N, K, Q * group, *x_WHX.shape[2:])
-
-    q_NKRC, d_out_NKRC = by_block(q_WHC), by_block(d_out_WHC)
-    # rows that saw nothing have a log-sum-exp of -inf; any finite stand-in keeps exp() finite, the mask does the rest
-    lse_NKR = by_block(jnp.where(jnp.isfinite(lse_WH), lse_WH, 0))
-    delta_NKR = by_block(row_sum(d_out_WHC.astype(wide) * out_WHC.astype(wide)))
-    position_NR = jnp.repeat(layout.position_T.reshape(N, Q), group, axis=1)
-    low_NR = jnp.zeros_like(position_NR) if window is None else jnp.maximum(position_NR - (window - 1), 0)
-    sequence_N = layout.sequence_T.reshape(N, Q)[:, 0]
-    per_span = min(max(SPAN_KEYS // G, 1), layout.page_table_BM.shape[1])
-    pages_NM = _padded(layout.page_table_BM.at[sequence_N].get(mode="clip"), per_span, 0)
-    acc_NM = _padded(acc_table_BM.at[sequence_N].get(mode="clip"), per_span, accumulators[0].shape[0])
-    span = per_span * G
-
-    def add_span(index, carry):
-        d_q_NKRC, d_k_AKGC, d_v_AKGC = carry
-        ids_NJ, acc_NJ = (lax.dynamic_slice_in_dim(x, index * per_span, per_span, axis=1) for x in (pages_NM, acc_NM))
-        key_S = index * span + jnp.arange(span, dtype=jnp.int32)
-        seen_NRS = (key_S[None, None] <= position_NR[..., None]) & (key_S[None, None] >= low_NR[..., None])
-        in_range_NS = (key_S[None] <= position_NR.max(1)[:, None])[:, None, :, None]
-        k_NKSC, v_NKSC = (jnp.where(in_range_NS, gather_pages(pool, ids_NJ), 0) for pool in (k_PKGC, v_PKGC))
-        raw_NKRS = _dot(q_NKRC, k_NKSC, 3, 3, wide) * scale
-        capped_NKRS = raw_NKRS if softcap is None else softcap * jnp.tanh(raw_NKRS / softcap)
-        weight_NKRS = jnp.where(seen_NRS[:, None], jnp.exp(capped_NKRS - lse_NKR[..., None]), 0)
-        d_weight_NKRS = _dot(d_out_NKRC, v_NKSC, 3, 3, wide)
-        d_score_NKRS = weight_NKRS * (d_weight_NKRS - delta_NKR[..., None])
-        if softcap is not None:
-            d_score_NKRS = d_score_NKRS * (1 - (capped_NKRS / softcap) ** 2)
-        d_score_NKRS = (d_score_NKRS * scale).astype(q_NKRC.dtype)
-        d_q_NKRC = d_q_NKRC + _dot(d_score_NKRS, k_NKSC, 3, 2, wide)
-        d_k_NKSC = _dot(d_score_NKRS, q_NKRC, 2, 2, wide)
-        d_v_NKSC = _dot(weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC, 2, 2, wide)
-        return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKSC)
-
-    spans = jnp.max(position_NR) // span + 1
-    first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if window else 0
-    start = (jnp.zeros((N, K, Q * group, C), wide), *accumulators)
-    d_q_NKRC, d_k_AKGC, d_v_AKGC = lax.fori_loop(first, spans, add_span, start)
-    d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
-    return d_q_WHC.astype(q_WHC.dtype), (d_k_AKGC, d_v_AKGC)
+    chosen = choose(
+        "ragged_paged_attention_backward",
+        BACKWARD_IMPLEMENTATIONS,
+        implementation,
+        q_THC=q_WHC,
+        k_PKGC=k_PKGC,
+        layout=layout,
+        accumulators=accumulators,
+    )
+    arrays = d_out_WHC, q_WHC, out_WHC, lse_WH, k_PKGC, v_PKGC, layout, accumulators, acc_table_BM
+    return chosen.function(*arrays, scale=scale, softcap=softcap, window=window)
 
 
 def take_rows(
@@ -99,25 +69,9 @@ def take_rows(
 ) -> tuple[tuple[Float[Array, "W K C"], Float[Array, "W K C"]], Accumulators]:
     """Reads the rows' finished sums and sets them back to zero. A page of A or more reads zero."""
 
-    def take(pool_AKGC):
+    def take(pool_AKGC: jax.Array) -> tuple[jax.Array, jax.Array]:
         rows_WKC = pool_AKGC.at[page_W, :, offset_W].get(mode="fill", fill_value=0)
         return rows_WKC, pool_AKGC.at[page_W, :, offset_W].set(0, mode="drop")
 
     (d_k_WKC, d_k), (d_v_WKC, d_v) = take(accumulators[0]), take(accumulators[1])
     return (d_k_WKC, d_v_WKC), (d_k, d_v)
-
-
-def _padded(table_NM: Int[Array, "N M"], multiple: int, value: int) -> Int[Array, "N M"]:
-    return jnp.pad(table_NM, ((0, 0), (0, -table_NM.shape[1] % multiple)), constant_values=value)
-
-
-def _scatter(pool_AKGC: jax.Array, ids_NJ: Int[Array, "N J"], new_NKSC: jax.Array) -> jax.Array:
-    """Adds each block's span to its pages; blocks of one sequence meet in the same pages, in block order."""
-    N, K, S, C = new_NKSC.shape
-    J = ids_NJ.shape[1]
-    new_NJKGC = new_NKSC.reshape(N, K, J, S // J, C).transpose(0, 2, 1, 3, 4)
-    return pool_AKGC.at[ids_NJ].add(new_NJKGC, mode="drop")
-
-
-def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, wide: jnp.dtype) -> jax.Array:
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)

@@ -104,6 +104,31 @@ CASES = (
     AttentionCase(name="padding-only", decodes=(PADDING, PADDING), padding_blocks=1),
 )
 
+
+def _for_kernels(name: str, **sizes: Any) -> AttentionCase:
+    return AttentionCase(name=f"kernel-{name}", **{"head_dim": 64, "row_block": 64, "scale": 0.125, **sizes})
+
+
+_RAGGED: dict[str, Any] = {"chunks": ((100, 80), (0, 5), (192, 64)), "decodes": (0, 15, PADDING, 200, 128, 127)}
+_ONE_KV_HEAD: dict[str, Any] = {**_RAGGED, "num_kv_heads": 1}
+_FEW: dict[str, Any] = {"chunks": ((100, 80),), "decodes": (130, 5)}
+KERNEL_CASES = (  # shapes that the Mosaic kernels take; the first ones are small
+    _for_kernels("small", chunks=((60, 70),), decodes=(0, PADDING, 130), padding_blocks=1),
+    _for_kernels("96-group-3-window", **_FEW, head_dim=96, num_heads=3, num_kv_heads=1, page_size=64, window=40),
+    _for_kernels(
+        "128-softcap", chunks=((0, 5),), decodes=(129,), head_dim=128, num_kv_heads=4, page_size=128, softcap=3.0
+    ),
+    _for_kernels("padding-only", decodes=(PADDING, PADDING), padding_blocks=1),
+    _for_kernels("ragged", **_RAGGED, padding_blocks=1),
+    _for_kernels("group-8", **_ONE_KV_HEAD, num_heads=8, page_size=32),
+    _for_kernels("group-7", **_ONE_KV_HEAD, num_heads=7, page_size=64),
+    _for_kernels("96-group-5", **_ONE_KV_HEAD, num_heads=5, head_dim=96),
+    _for_kernels("128-window-softcap", **_RAGGED, head_dim=128, page_size=64, window=40, softcap=3.0),
+    _for_kernels("128-pages-of-128", **_RAGGED, head_dim=128, num_kv_heads=4, page_size=128),
+    _for_kernels("256-window-softcap", **_FEW, head_dim=256, window=90, softcap=3.0),
+    _for_kernels("256-group-6", **_FEW, head_dim=256, num_heads=6, num_kv_heads=1, page_size=128),
+)
+
 _LLAMA_8B = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 64, "row_block": 64, "scale": 128**-0.5}
 BENCH_CASES = (
     AttentionCase(name="decode-64x1024", decodes=(1023,) * 64, **_LLAMA_8B),

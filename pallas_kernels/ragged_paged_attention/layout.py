@@ -1,13 +1,16 @@
 """Which rows belong to which sequence, for attention over a paged K/V pool.
 
-Shapes: T rows, B sequences, M pages per sequence, G tokens per page, Q rows per block.
+Shapes: T rows, B sequences, M pages per sequence, G tokens per page, Q rows per block, A accumulator pages, K kv heads,
+C head dim.
 """
 
 from dataclasses import dataclass
 from functools import partial
 
 import jax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
+
+Accumulators = tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]  # of dK and dV, by page
 
 
 @partial(
@@ -20,7 +23,7 @@ class AttentionLayout:
     """Rows [0, chunk_rows) come in blocks of ``row_block`` rows of one sequence; every later row stands alone.
 
     A row with position p sees the keys of its sequence at positions <= p. Padding rows have position -1 and get
-    zeros. Inside a block the valid rows come first.
+    zeros. Inside a block the valid rows come first, at consecutive positions; a sequence's blocks stand side by side.
     """
 
     position_T: Int[Array, "T"]  # place in the sequence; -1: padding row

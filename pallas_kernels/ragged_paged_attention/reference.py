@@ -1,13 +1,17 @@
-"""The definition: each row against its whole context, gathered and dense.
+"""The definition: each row against its whole context, gathered and dense; its backward is autodiff's.
 
-Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per page, B sequences, M pages per sequence.
+Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per page, B sequences, M pages per sequence,
+W gradient rows, A accumulator pages.
 """
 
+from dataclasses import replace
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels.numerics import wide_dtype
-from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
+from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
 
 
 def ragged_paged_attention(
@@ -43,3 +47,33 @@ def ragged_paged_attention(
     out_TKGC = out_TKGC / jnp.where(total_TKG == 0, 1, total_TKG)[..., None]
     lse_TKG = top_TKG + jnp.log(total_TKG)
     return out_TKGC.reshape(T, H, C).astype(q_THC.dtype), lse_TKG.reshape(T, H)
+
+
+def ragged_paged_attention_backward(
+    d_out_WHC: Float[Array, "W H C"],
+    q_WHC: Float[Array, "W H C"],
+    out_WHC: Float[Array, "W H C"],
+    lse_WH: Float[Array, "W H"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    layout: AttentionLayout,
+    accumulators: Accumulators,
+    acc_table_BM: Int[Array, "B M"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Float[Array, "W H C"], Accumulators]:
+    wide, table_BM = accumulators[0].dtype, layout.page_table_BM
+    own_pages = jnp.arange(table_BM.size, dtype=jnp.int32).reshape(table_BM.shape)  # shared ones, once per sequence
+    own_layout = replace(layout, page_table_BM=own_pages)
+
+    def attend(q, k, v):
+        return ragged_paged_attention(q, k, v, own_layout, scale=scale, softcap=softcap, window=window)[0]
+
+    k, v = (pool.at[table_BM.reshape(-1)].get(mode="clip").astype(wide) for pool in (k_PKGC, v_PKGC))
+    _, pull = jax.vjp(attend, q_WHC.astype(wide), k, v)
+    d_q_WHC, *d_pools = pull(d_out_WHC.astype(wide))
+    acc_pages = acc_table_BM.reshape(-1)
+    d_k, d_v = (acc.at[acc_pages].add(d, mode="drop") for acc, d in zip(accumulators, d_pools, strict=True))
+    return d_q_WHC.astype(q_WHC.dtype), (d_k, d_v)

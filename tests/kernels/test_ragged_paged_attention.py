@@ -11,12 +11,18 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from dense_attention import backward_inputs, dense, dense_backward
 
 from pallas_kernels.dispatch import NoImplementation
-from pallas_kernels.ragged_paged_attention import IMPLEMENTATIONS, AttentionLayout, ragged_paged_attention
-from pallas_kernels.ragged_paged_attention.cases import BENCH_CASES, CASES, AttentionCase
+from pallas_kernels.ragged_paged_attention import (
+    AttentionLayout,
+    ragged_paged_attention,
+    ragged_paged_attention_backward,
+)
+from pallas_kernels.ragged_paged_attention.cases import BENCH_CASES, CASES, KERNEL_CASES, AttentionCase
 
-NAMES = [implementation.name for implementation in IMPLEMENTATIONS]
+NAMES = ["xla", "reference"]  # the kernels have their own shapes, and tests
+BACKWARD_CASES = [dataclasses.replace(case, decodes=()) for case in CASES if case.chunks]
 MIXED = next(case for case in CASES if case.name == "mixed")
 TOLERANCE = {"float32": 2e-6, "bfloat16": 0.03, "float16": 4e-3, "float64": 1e-14}
 
@@ -26,34 +32,14 @@ def jitted(**settings):
     return jax.jit(partial(ragged_paged_attention, **settings))
 
 
+@lru_cache
+def jitted_backward(**settings):
+    return jax.jit(partial(ragged_paged_attention_backward, **settings))
+
+
 def call(implementation, case, q, k, v, layout):
     out, lse = jitted(**case.settings, implementation=implementation)(q, k, v, layout)
     return np.asarray(out), np.asarray(lse)
-
-
-def dense(case, q_THC, k_PKGC, v_PKGC, layout):
-    """Row by row, from the definition."""
-    q_THC, k_PKGC, v_PKGC = (np.asarray(x, np.float64) for x in (q_THC, k_PKGC, v_PKGC))
-    T, H, C = q_THC.shape
-    out_THC, lse_TH = np.zeros((T, H, C)), np.full((T, H), -np.inf)
-    for t, position in enumerate(np.asarray(layout.position_T)):
-        if position < 0:
-            continue
-        pages_M = np.asarray(layout.page_table_BM)[layout.sequence_T[t]]
-        low = 0 if case.window is None else max(position - case.window + 1, 0)
-        k_KSC, v_KSC = (
-            pool[pages_M].swapaxes(0, 1).reshape(pool.shape[1], -1, C)[:, low : position + 1]
-            for pool in (k_PKGC, v_PKGC)
-        )
-        for h in range(H):
-            head = h // (H // k_KSC.shape[0])
-            score_S = k_KSC[head] @ q_THC[t, h] * case.scale
-            if case.softcap is not None:
-                score_S = case.softcap * np.tanh(score_S / case.softcap)
-            weight_S = np.exp(score_S - score_S.max())
-            out_THC[t, h] = weight_S @ v_KSC[head] / weight_S.sum()
-            lse_TH[t, h] = score_S.max() + np.log(weight_S.sum())
-    return out_THC, lse_TH
 
 
 @pytest.mark.parametrize("implementation", NAMES)
@@ -141,6 +127,15 @@ def test_a_rows_bits_depend_on_nothing_but_itself(case):
     np.testing.assert_array_equal(lse, together[1][rows])
 
 
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
+def test_the_backward_is_that_of_dense_attention(implementation, case):
+    args = backward_inputs(case, np.float32)
+    d_q, accumulators = jitted_backward(**case.settings, implementation=implementation)(*args)
+    for got, expected in zip((d_q, *accumulators), dense_backward(case, *args), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_chunk_rows_come_in_whole_blocks():
     index = jnp.zeros(4, jnp.int32)
     with pytest.raises(ValueError, match="chunk_rows 4 must be a multiple of row_block 3"):
@@ -153,6 +148,6 @@ def test_an_unknown_implementation_is_refused_by_name():
 
 
 def test_names_of_cases_are_unique():
-    names = [case.name for case in CASES + BENCH_CASES]
+    names = [case.name for case in CASES + KERNEL_CASES + BENCH_CASES]
     assert len(set(names)) == len(names)
     assert all(isinstance(case, AttentionCase) for case in BENCH_CASES)

@@ -1,0 +1,96 @@
+"""The backward that runs anywhere: a loop over spans of keys; memory does not grow with the context.
+
+Probabilities are recomputed from the saved log-sum-exp (FlashAttention-2, Dao 2023, algorithm 2).
+
+Shapes: W gradient rows, N blocks, Q rows per block, H query heads, K kv heads, g = H / K, C head dim, P pages,
+A accumulator pages, G tokens per page, S keys per span, M pages per sequence.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.numerics import row_sum
+from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
+from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages
+
+
+def ragged_paged_attention_backward(
+    d_out_WHC: Float[Array, "W H C"],
+    q_WHC: Float[Array, "W H C"],
+    out_WHC: Float[Array, "W H C"],
+    lse_WH: Float[Array, "W H"],
+    k_PKGC: Float[Array, "P K G C"],
+    v_PKGC: Float[Array, "P K G C"],
+    layout: AttentionLayout,
+    accumulators: Accumulators,
+    acc_table_BM: Int[Array, "B M"],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> tuple[Float[Array, "W H C"], Accumulators]:
+    W, H, C = q_WHC.shape
+    K, G = k_PKGC.shape[1:3]
+    Q, group = layout.row_block, H // K
+    N, wide = W // Q, accumulators[0].dtype
+
+    def by_block(x_WHX):
+        x = x_WHX.reshape(N, Q, K, group, *x_WHX.shape[2:])
+        return jnp.moveaxis(x, 1, 2).reshape(N, K, Q * group, *x_WHX.shape[2:])
+
+    q_NKRC, d_out_NKRC = by_block(q_WHC), by_block(d_out_WHC)
+    # rows that saw nothing have a log-sum-exp of -inf; any finite stand-in keeps exp() finite, the mask does the rest
+    lse_NKR = by_block(jnp.where(jnp.isfinite(lse_WH), lse_WH, 0))
+    delta_NKR = by_block(row_sum(d_out_WHC.astype(wide) * out_WHC.astype(wide)))
+    position_NR = jnp.repeat(layout.position_T.reshape(N, Q), group, axis=1)
+    low_NR = jnp.zeros_like(position_NR) if window is None else jnp.maximum(position_NR - (window - 1), 0)
+    sequence_N = layout.sequence_T.reshape(N, Q)[:, 0]
+    per_span = min(max(SPAN_KEYS // G, 1), layout.page_table_BM.shape[1])
+    pages_NM = _padded(layout.page_table_BM.at[sequence_N].get(mode="clip"), per_span, 0)
+    acc_NM = _padded(acc_table_BM.at[sequence_N].get(mode="clip"), per_span, accumulators[0].shape[0])
+    span = per_span * G
+
+    def add_span(index, carry):
+        d_q_NKRC, d_k_AKGC, d_v_AKGC = carry
+        ids_NJ, acc_NJ = (lax.dynamic_slice_in_dim(x, index * per_span, per_span, axis=1) for x in (pages_NM, acc_NM))
+        key_S = index * span + jnp.arange(span, dtype=jnp.int32)
+        seen_NRS = (key_S[None, None] <= position_NR[..., None]) & (key_S[None, None] >= low_NR[..., None])
+        in_range_NS = (key_S[None] <= position_NR.max(1)[:, None])[:, None, :, None]
+        k_NKSC, v_NKSC = (jnp.where(in_range_NS, gather_pages(pool, ids_NJ), 0) for pool in (k_PKGC, v_PKGC))
+        raw_NKRS = _dot(q_NKRC, k_NKSC, 3, 3, wide) * scale
+        capped_NKRS = raw_NKRS if softcap is None else softcap * jnp.tanh(raw_NKRS / softcap)
+        weight_NKRS = jnp.where(seen_NRS[:, None], jnp.exp(capped_NKRS - lse_NKR[..., None]), 0)
+        d_weight_NKRS = _dot(d_out_NKRC, v_NKSC, 3, 3, wide)
+        d_score_NKRS = weight_NKRS * (d_weight_NKRS - delta_NKR[..., None])
+        if softcap is not None:
+            d_score_NKRS = d_score_NKRS * (1 - (capped_NKRS / softcap) ** 2)
+        d_score_NKRS = (d_score_NKRS * scale).astype(q_NKRC.dtype)
+        d_q_NKRC = d_q_NKRC + _dot(d_score_NKRS, k_NKSC, 3, 2, wide)
+        d_k_NKSC = _dot(d_score_NKRS, q_NKRC, 2, 2, wide)
+        d_v_NKSC = _dot(weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC, 2, 2, wide)
+        return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKSC)
+
+    spans = jnp.max(position_NR) // span + 1
+    first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if window else 0
+    start = (jnp.zeros((N, K, Q * group, C), wide), *accumulators)
+    d_q_NKRC, d_k_AKGC, d_v_AKGC = lax.fori_loop(first, spans, add_span, start)
+    d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
+    return d_q_WHC.astype(q_WHC.dtype), (d_k_AKGC, d_v_AKGC)
+
+
+def _padded(table_NM: Int[Array, "N M"], multiple: int, value: int) -> Int[Array, "N M"]:
+    return jnp.pad(table_NM, ((0, 0), (0, -table_NM.shape[1] % multiple)), constant_values=value)
+
+
+def _scatter(pool_AKGC: jax.Array, ids_NJ: Int[Array, "N J"], new_NKSC: jax.Array) -> jax.Array:
+    """Adds each block's span to its pages; blocks of one sequence meet in the same pages, in block order."""
+    N, K, S, C = new_NKSC.shape
+    J = ids_NJ.shape[1]
+    new_NJKGC = new_NKSC.reshape(N, K, J, S // J, C).transpose(0, 2, 1, 3, 4)
+    return pool_AKGC.at[ids_NJ].add(new_NJKGC, mode="drop")
+
+
+def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, wide: jnp.dtype) -> jax.Array:
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
