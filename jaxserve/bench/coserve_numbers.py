@@ -141,6 +141,8 @@ def text_block(found: Mapping[str, Any]) -> str:
     lines += [_burst_line(name, part, bool(found["jobs"])) for name, part in found["bursts"].items()]
     lines += [_job_line(job) for job in found["jobs"]]
     lines.append(f"compilations    {served['recompiles']} after the start")
+    for given in found["answers"]:
+        lines += [given["prompt"].center(WIDTH, "-"), *(f"{name:<15} {text}" for name, text in given["texts"].items())]
     return "\n".join([*lines, "=" * WIDTH])
 
 

@@ -22,6 +22,7 @@ from jaxserve.bench.coserve_numbers import (
 from jaxserve.bench.html import Limit, Plot, Series, Span
 from jaxserve.bench.replay import ServedRequest
 
+REPORT = "report.html"
 NUM_BINS = 120  # of a plot over time, about
 KINDS = {  # of a step's tokens: label and colour, from the bottom of a plot to its top
     "decode": ("decode", 1),
@@ -39,7 +40,7 @@ def write(directory: str | Path, done: Coserved, title: str) -> dict[str, Any]:
     (place / "results.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     write_csv(place / "requests.csv", REQUEST_COLUMNS, request_rows(done))
     write_csv(place / "steps.csv", STEP_COLUMNS, step_rows(done.run))
-    (place / "report.html").write_text(report(done, found, title), encoding="utf-8")
+    (place / REPORT).write_text(report(done, found, title), encoding="utf-8")
     return found
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxserve.assets import locate
-from jaxserve.bench.coserve_numbers import Coserved, numbers, recent, so_far, text_block
-from jaxserve.bench.coserve_page import write
+from jaxserve.bench.coserve_numbers import BASE, Answer, Coserved, numbers, recent, so_far, text_block
+from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.load import Bursts, read_prompts, with_prompts
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.runner import GREEDY
@@ -25,7 +25,7 @@ from jaxserve.sampling import SamplingParams
 if TYPE_CHECKING:
     from jaxserve import Engine, FinetuneJob
 
-BASE = "base"
+ANSWER_TOKENS = 40
 RECENT_SECONDS = 2.0  # what "tokens/s" of the display looks back on
 UNUSED = ("against", "repeats", "num_adapters", "adapter_rank", "adapter_targets", "save_detailed")
 VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
@@ -41,6 +41,11 @@ class Planned(NamedTuple):
 
 def main(config: Config, json_lines: bool) -> int:
     """Runs it; 0, 1 where a request or a job did not succeed, 128 + the number of a signal that ended it."""
+    return run(config, json_lines, "Co-serving: requests and finetuning in the same steps")
+
+
+def run(config: Config, json_lines: bool, title: str, prompts: Sequence[str] = ()) -> int:
+    """The same; in the end the base model and each adapter answer ``prompts``."""
     jobs = check(config)
     progress = make_progress(json_lines, config.coserve.progress_seconds)
     with progress.stage("compiling the step's shapes"):
@@ -52,10 +57,27 @@ def main(config: Config, json_lines: bool) -> int:
         handles = start(engine, jobs)
     with Stopping() as stopping:
         done = coserve(config, engine, workload, handles, directories(jobs), bursts, progress, stopping)
-    result = leave(config, engine, done, "Co-serving: requests and finetuning in the same steps")
-    progress.finish(result, text_block(result))
+    if prompts and not stopping():
+        done = replace(done, answers=answer(engine, prompts, [job.adapter for job in jobs]))
+    result = leave(config, engine, done, title)
+    text = text_block(result)
+    if config.coserve.results_dir is not None:
+        text += f"\nreport: {Path(config.coserve.results_dir) / REPORT}"
+    progress.finish(result, text)
     failed = result["requests"]["failed"] or any(job.status != "succeeded" for job in handles.values())
     return stopping.status or int(bool(failed))
+
+
+def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) -> list[Answer]:
+    """Greedy answers of the base model and of each adapter as it is now."""
+    assert engine.tokenizer is not None, "there are prompts to be rendered"
+    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+    chats = [engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    texts = {
+        name or BASE: [output.outputs[0].text.strip() for output in engine.generate(chats, params, adapter=name)]
+        for name in (None, *adapters)
+    }
+    return [Answer(prompt=p, texts={name: each[i] for name, each in texts.items()}) for i, p in enumerate(prompts)]
 
 
 def check(config: Config) -> list[Planned]:
