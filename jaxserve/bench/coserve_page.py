@@ -127,10 +127,9 @@ def _losses(done: Coserved) -> list[Series]:
         learnt, validation = done.run.learnt[adapter], job.validation_losses
         label = f"{adapter}, training"
         series.append(Series(label=label, x=[s.step for s in learnt], y=[s.loss for s in learnt], color=color))
-        for kind, dashed in (("line", True), ("dots", False)):
-            x, y = [step for step, _ in validation], [loss for _, loss in validation]
-            name = f"{adapter}, validation" if kind == "line" else f"{adapter} validated"
-            series.append(Series(label=name, x=x, y=y, color=color, kind=kind, dashed=dashed))
+        x, y = [step for step, _ in validation], [loss for _, loss in validation]
+        series.append(Series(label=f"{adapter}, validation", x=x, y=y, color=color, dashed=True))
+        series.append(Series(label=f"{adapter} validated", x=x, y=y, color=color, kind="dots"))
     return [each for each in series if len(each.y)]
 
 

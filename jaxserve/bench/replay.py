@@ -121,6 +121,10 @@ class Replay(Runner):
     def jobs_are_over(self) -> bool:
         return all(job.status in OVER for job in self.jobs.values())
 
+    def __call__(self) -> MixedRun:
+        super().__call__()
+        return self.run
+
     def _loop(self) -> None:
         with self._watched_plans():
             while self._goes_on():

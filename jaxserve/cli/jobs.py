@@ -1,4 +1,4 @@
-"""``jaxserve jobs``: the jobs whose directories lie below a directory, and what to ask of the processes that run them."""
+"""``jaxserve jobs``: the jobs whose directories lie below a directory, and requests to the processes that run them."""
 
 import json
 import os
