@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from jaxserve.errors import ConfigError
+
 _HERE = Path(__file__).parent
 
 STORYTELLER = _HERE / "storyteller"  # a Hugging Face model directory
@@ -12,3 +14,18 @@ PROMPTS = (  # to show what finetuning changes: none of them is in the data
     "Tell me a story about the queen.",
     "Good evening!",
 )
+_SCHEME = "demo:"
+
+
+def locate(name: str) -> str:
+    """The path that a user's path stands for: demo:storyteller, demo:pirate and demo:cards are files of the package.
+
+    Raises:
+      ConfigError: another name after ``demo:``.
+    """
+    if not name.startswith(_SCHEME):
+        return name
+    known = {"storyteller": STORYTELLER, **DATASETS}
+    if name.removeprefix(_SCHEME) not in known:
+        raise ConfigError([f"{name}: no such part of the package; there are {', '.join(_SCHEME + n for n in known)}"])
+    return str(known[name.removeprefix(_SCHEME)])

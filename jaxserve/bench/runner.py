@@ -81,18 +81,21 @@ class Runner:
         before = self.engine.stats()
         self.began, cpu = self.clock(), time.process_time()
         with self.parts.watch(self.engine):
-            while self.waiting or self.alive:
-                self._send_due()
-                if self.alive:
-                    self._step()
-                elif self.waiting:
-                    self.sleep(max(self.waiting[0].arrival_s - self._now(), 0.0))
+            self._loop()
         self.run.duration, self.run.cpu_seconds = self._now(), time.process_time() - cpu
         after = self.engine.stats()
         self.run.recompiles = after["recompiles"] - before["recompiles"]
         self.run.preemptions = after["preemptions"] - before["preemptions"]
         self.run.prefix_hits = after["prefix_hits"] - before["prefix_hits"]
         return self.run
+
+    def _loop(self) -> None:
+        while self.waiting or self.alive:
+            self._send_due()
+            if self.alive:
+                self._step()
+            elif self.waiting:
+                self.sleep(max(self.waiting[0].arrival_s - self._now(), 0.0))
 
     def _now(self) -> float:
         return self.clock() - self.began
@@ -105,7 +108,7 @@ class Runner:
 
     def _send(self, request: BenchRequest) -> None:
         start = request.arrival_s if self.limit is None else self._now()
-        record = RequestRecord(prompt_tokens=len(request.prompt_ids), start=start)
+        record = self._record(request, start)
         self.run.requests.append(record)
         params = replace(self.params, max_tokens=request.output_tokens)
         try:
@@ -116,6 +119,9 @@ class Runner:
             record.error = str(error)
         else:
             self.alive[request_id] = record
+
+    def _record(self, request: BenchRequest, start: float) -> RequestRecord:
+        return RequestRecord(prompt_tokens=len(request.prompt_ids), start=start)
 
     def _step(self) -> None:
         before, start = self.engine.core.host_seconds, self.clock()

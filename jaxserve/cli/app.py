@@ -1,7 +1,7 @@
 """The commands. What is heavy (jax, the engine) is imported by the command that needs it.
 
-Exit status: 0 done, 1 the engine failed, 2 wrong usage, configuration or request, 4 a model or adapter that cannot be
-served.
+Exit status: 0 done, 1 the engine, a request or a job failed, 2 wrong usage, configuration, data or request, 4 a model
+or adapter that cannot be served, 130 Ctrl-C.
 """
 
 import dataclasses
@@ -9,17 +9,22 @@ import json
 import sys
 from collections.abc import Sequence
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer.core import TyperGroup
 
 import jaxserve
+from jaxserve.assets import locate
 from jaxserve.cli.flags import configured
 from jaxserve.config import Config, dump_config
-from jaxserve.errors import AdapterError, ConfigError, InvalidRequest, JaxServeError, ModelError
+from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
+from jaxserve.finetune.errors import CheckpointMismatch, DataError
 
 if TYPE_CHECKING:
     from jaxserve import Engine
+    from jaxserve.finetune.job import JobEvent
 
 app = typer.Typer(
     help="LLM inference and LoRA finetuning on the same accelerators, in JAX.",
@@ -29,12 +34,31 @@ app = typer.Typer(
     rich_markup_mode=None,  # its tables cut long flags off
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class ListByDefault(TyperGroup):
+    """``jobs DIR`` is ``jobs list DIR``."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
 config_app = typer.Typer(help="Look at a configuration.", no_args_is_help=True)
 bench_app = typer.Typer(help="Measure.", no_args_is_help=True)
+jobs_app = typer.Typer(
+    help="Finetuning jobs by their directories: `jaxserve jobs DIR` lists those below DIR.",
+    no_args_is_help=True,
+    cls=ListByDefault,
+)
 app.add_typer(config_app, name="config")
+app.add_typer(jobs_app, name="jobs")
 app.add_typer(bench_app, name="bench")
 
 Model = Annotated[str | None, typer.Argument(metavar="MODEL", help="Directory of a Hugging Face model.")]
+JsonLines = Annotated[bool, typer.Option("--json", help="One JSON object a line.")]
+JobDirectory = Annotated[Path, typer.Argument(metavar="DIR", help="Directory of the job.")]
 Adapter = Annotated[str | None, typer.Option(help="Adapter that answers; by default the base model does.")]
 
 
@@ -111,6 +135,95 @@ def show(
 
 
 @app.command()
+@configured("model", "engine", "lora", "finetune", "job")
+def finetune(
+    config: Config,
+    model: Model = None,
+    data: Annotated[str | None, typer.Argument(metavar="DATA", help="Training data, JSONL.")] = None,
+    json_lines: JsonLines = False,
+) -> None:
+    """Train an adapter; started again after a kill, go on from the last checkpoint."""
+    from jaxserve.cli.finetune import main
+
+    raise typer.Exit(main(config, json_lines))
+
+
+@app.command()
+@configured(*Config.model_fields)
+def coserve(config: Config, model: Model = None, json_lines: JsonLines = False) -> None:
+    """Serve requests and train adapters together, in one engine; print and write how both went."""
+    from jaxserve.cli.coserve import main
+
+    raise typer.Exit(main(config, json_lines))
+
+
+@app.command()
+def demo(
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the report and the adapters go.")] = "jaxserve-demo",
+    seconds: Annotated[float, typer.Option(min=5, max=600, help="Length of the trace.")] = 30.0,
+    json_lines: JsonLines = False,
+) -> None:
+    """Serve bursts of requests from a small model while two adapters learn; needs no network and no files."""
+    from jaxserve.cli.demo import main
+
+    raise typer.Exit(main(out, seconds, json_lines))
+
+
+@jobs_app.command("list")
+def list_jobs(
+    directories: Annotated[list[str] | None, typer.Argument(metavar="DIR...", help="Looked through.")] = None,
+    json_lines: JsonLines = False,
+) -> None:
+    """List the jobs below directories."""
+    from jaxserve.cli.jobs import as_json, find, listing
+
+    found = list(find(directories or ["."]))
+    print("\n".join(as_json(*job) for job in found) if json_lines else listing(found))
+
+
+@jobs_app.command("show")
+def show_job(directory: JobDirectory) -> None:
+    """Print everything about a job."""
+    from jaxserve.cli.jobs import details
+
+    print(details(directory))
+
+
+@jobs_app.command("events")
+def events_of_job(
+    directory: JobDirectory,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over.")] = False,
+    json_lines: JsonLines = False,
+) -> None:
+    """Print what happened in a job."""
+    from jaxserve.cli import jobs
+
+    def show(event: "JobEvent") -> None:
+        print(json.dumps(event.to_json()) if json_lines else jobs.event_line(event), flush=True)
+
+    jobs.follow(directory, show, follow)
+
+
+def _asks(action: str, text: str) -> None:
+    def ask(
+        directory: JobDirectory,
+        timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait until it is done.")] = 30.0,
+    ) -> None:
+        from jaxserve.cli.jobs import request
+
+        if not request(directory, action, timeout):
+            raise EngineError(f"{directory}: asked to {action}, but not done within {timeout:g} s")
+
+    ask.__doc__ = f"{text} The process that runs the job acts between two of its steps."
+    jobs_app.command(action)(ask)
+
+
+_asks("pause", "Pause a job; what it has learnt is saved.")
+_asks("resume", "Let a paused job go on.")
+_asks("cancel", "End a job for good.")
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     print(jaxserve.__version__)
@@ -129,7 +242,7 @@ def build_engine(config: Config, adapter: str | None = None) -> "Engine":
         raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
     from jaxserve import Engine
 
-    engine = Engine.from_pretrained(config.model.path, **dict(config.engine_config()))
+    engine = Engine.from_pretrained(locate(config.model.path), **dict(config.engine_config()))
     for module in config.lora.modules:
         engine.load_adapter(module.name, module.path)
     return engine
@@ -145,6 +258,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def exit_status(error: JaxServeError) -> int:
-    if isinstance(error, ConfigError | InvalidRequest):
+    if isinstance(error, ConfigError | InvalidRequest | DataError | CheckpointMismatch):
         return 2
     return 4 if isinstance(error, ModelError | AdapterError) else 1

@@ -19,7 +19,11 @@ NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("lora", "modules"): ("--lora-modules",),
     ("sampling", "seed"): ("--sampling-seed",),
     ("bench", "seed"): ("--bench-seed",),
+    ("job", "data"): (),  # the DATA argument
+    ("job", "seed"): ("--job-seed",),
+    ("coserve", "jobs"): ("--finetune-jobs",),
 }
+ARGUMENTS = {"model": ("model", "path"), "data": ("job", "data")}  # of commands, and the keys they override
 
 
 class Flag(NamedTuple):
@@ -79,7 +83,7 @@ def flags(*sections: str) -> Iterator[Flag]:
 def configured(*sections: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command ``--config`` and the flags of some sections; it gets them resolved, as ``config``.
 
-    A command that has a ``model`` argument overrides model.path with it.
+    A command's ``model`` and ``data`` arguments override the keys in ARGUMENTS.
     """
 
     def wrap(command: Callable[..., None]) -> Callable[..., None]:
@@ -89,8 +93,9 @@ def configured(*sections: str) -> Callable[[Callable[..., None]], Callable[..., 
         @functools.wraps(command)
         def run(config_file: str | None, **given: Any) -> None:
             entries = {known[k].path: known[k].entry(v) for k, v in given.items() if k in known and v not in (None, [])}
-            if given.get("model"):
-                entries["model", "path"] = Entry(given["model"], "MODEL")
+            for argument, path in ARGUMENTS.items():
+                if given.get(argument):
+                    entries[path] = Entry(given[argument], argument.upper())
             command(config=resolve(config_file, flags=entries), **{k: v for k, v in given.items() if k not in known})
 
         file = inspect.Parameter(

@@ -153,6 +153,92 @@ class FinetuneOptions(Section):
         return self
 
 
+Name = Annotated[str, Field(min_length=1)]
+Names = tuple[Name, ...]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class JobOptions(Section):
+    """The settings of a finetuning job; ``finetune.config`` says which of them agree with each other."""
+
+    method: Literal["lora", "rslora", "dora", "ia3"] = "lora"
+    """PEFT method."""
+    rank: Annotated[int, Field(ge=1, le=256)] = 16
+    """Rank of every module's update; ia3 has none."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
+    """The update is scaled by alpha / rank, in rslora by alpha / sqrt(rank)."""
+    target_modules: Name | Annotated[Names, Field(strict=False, min_length=1, max_length=4096)] | None = None
+    """Module names, a pattern or all-linear; by default all-linear, and k_proj, v_proj, down_proj for ia3."""
+    feedforward_modules: Name | Annotated[Names, Field(strict=False, max_length=4096)] | None = None
+    """Of ia3: modules whose input is scaled, not their output; by default down_proj where it is a target."""
+    dropout: Share = 0.0
+    """Share of an update's inputs dropped while training."""
+
+    optimizer: Literal["adamw", "adam", "sgd", "lion", "adafactor"] = "adamw"
+    """Update rule."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Peak of the schedule."""
+    beta1: Share = 0.9
+    """Of adamw, adam and lion."""
+    beta2: Share | None = None
+    """Of adamw and adam, by default 0.999, and of lion, by default 0.99."""
+    eps: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Added to a denominator: by default 1e-8, and 1e-30 for adafactor."""
+    momentum: Share = 0.9
+    """Of sgd."""
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the adapter taken off per step, times the learning rate; decoupled from the gradient."""
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest norm of the adapter's whole gradient; none does not clip."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """Learning rate after the warm-up: kept, or brought down to zero at the last step."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps over which the learning rate rises from zero."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
+    """The same as a share of all steps."""
+
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
+    """Examples per optimizer step."""
+    epochs: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Passes over the data, by default one."""
+    max_steps: Annotated[int, Field(ge=1, le=10**9)] | None = None
+    """Optimizer steps, in place of epochs."""
+    window: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    """Tokens that one backward pass covers; by default the engine's most."""
+    remat: Literal["none", "attention", "full"] | None = None
+    """What a backward pass computes again rather than keep: what the engine's steps do, which all jobs share."""
+    deterministic: bool = False
+    """Cut windows by the example alone, so that load or a restart changes no bit."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the adapter's start, the order of the data, the validation split and dropout."""
+
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Tokens that are learnt: the assistant's (the completion), or all."""
+    max_length: Annotated[int, Field(ge=2)] | None = None
+    """Most tokens of an example; by default the model's."""
+    on_long: Literal["refuse", "truncate"] = "refuse"
+    """What is done with a longer example; what is cut is counted and reported."""
+    shuffle: bool = True
+    """Another order of the data in every epoch."""
+    packing: bool = True
+    """Put several short examples into one window."""
+    validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the data kept from training, to measure the loss on."""
+    validation_data: str | None = None
+    """A file for that in its place."""
+    eval_steps: PositiveInt | None = None
+    """Measure every so many steps; by default after each epoch."""
+
+    output_dir: str | None = None
+    """Where checkpoints go; none keeps none."""
+    save_steps: PositiveInt = 100
+    """A checkpoint every so many steps, and one at the end."""
+    save_total_limit: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    start: Annotated[str, Field(min_length=1)] = "init"
+    """init for a new adapter, or the name or directory of one to go on from, or a directory of checkpoints."""
+
+
 class EngineConfig(ModelOptions, EngineOptions, LoraOptions, FinetuneOptions):
     """Keyword arguments of ``Engine.from_pretrained``.
 
@@ -193,7 +279,7 @@ def _lora_module(value: Any) -> Any:
 
 class ModelSection(ModelOptions):
     path: str | None = None
-    """Directory of the model."""
+    """Directory of the model; demo:storyteller comes with the package."""
 
 
 class LoraSection(LoraOptions):
@@ -208,6 +294,82 @@ class LoraSection(LoraOptions):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"modules name {twice[0]!r} twice")
+        return self
+
+
+class JobSection(JobOptions):
+    adapter: Name | None = None
+    """Name of the adapter that is trained."""
+    data: Name | None = None
+    """Training data, JSONL; demo:pirate and demo:cards come with the package."""
+
+
+class JobEntry(NamedTuple):
+    """A job to run: an adapter, its data, and where it differs from section job."""
+
+    adapter: str
+    data: str
+    settings: dict[str, Any]
+
+
+def _job_entry(value: Any) -> Any:
+    """``adapter=data``, or an object {"adapter": ..., "data": ..., and keys of section job}, to a JobEntry."""
+    if isinstance(value, JobEntry):
+        return value
+    if isinstance(value, str) and value.startswith("{"):
+        value = json.loads(value)
+    if isinstance(value, str):
+        adapter, _, data = value.partition("=")
+        value = {"adapter": adapter, "data": data}
+    if not isinstance(value, Mapping) or not all(_is_name(value.get(key)) for key in ("adapter", "data")):
+        raise ValueError("a job is written adapter=data, or as an object with adapter and data")
+    settings = {key: setting for key, setting in value.items() if key not in ("adapter", "data")}
+    unknown = [key for key in settings if key not in JobOptions.model_fields]
+    if unknown:
+        raise ValueError(f"unknown key {unknown[0]!r} in the job of adapter {value['adapter']!r}")
+    return JobEntry(value["adapter"], value["data"], settings)
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _plain_job_entry(entry: JobEntry) -> Any:
+    """The shortest way to write it."""
+    if not entry.settings:
+        return f"{entry.adapter}={entry.data}"
+    return {"adapter": entry.adapter, "data": entry.data, **entry.settings}
+
+
+class CoserveSection(Section):
+    jobs: Annotated[
+        tuple[Annotated[JobEntry, BeforeValidator(_job_entry), PlainSerializer(_plain_job_entry)], ...],
+        Field(strict=False),
+    ] = ()
+    """Jobs that run beside the requests, as adapter=data, or as an object that may change settings of section job."""
+    answer_with: Annotated[tuple[Name, ...], Field(strict=False)] = ()
+    """Adapters that requests are for, or base; by default base, the loaded adapters and those of the jobs."""
+    prompts: str | None = None
+    """JSONL of real prompts, {"messages"} or {"prompt"}; by default random tokens of the requested lengths."""
+    burst_factor: Annotated[float, Field(ge=1)] = 1.0
+    """Made-up requests come at so many times their rate in a burst; 1 has no bursts."""
+    burst_seconds: Annotated[float, Field(gt=0)] = 3.0
+    """Length of a burst."""
+    burst_period: Annotated[float, Field(gt=0)] = 12.0
+    """A burst begins every so many seconds, the first after half of them."""
+    progress_seconds: Annotated[float, Field(gt=0)] = 2.0
+    """Without a terminal, a line of progress every so many seconds."""
+    results_dir: str | None = None
+    """Where report.html, results.json, requests.csv, steps.csv and the adapters go."""
+
+    @model_validator(mode="after")
+    def _jobs_differ(self):
+        names = [job.adapter for job in self.jobs]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"jobs train adapter {twice[0]!r} twice")
+        if self.burst_factor > 1 and self.burst_seconds > self.burst_period:
+            raise ValueError(f"burst_seconds {self.burst_seconds:g} exceeds burst_period {self.burst_period:g}")
         return self
 
 
@@ -313,6 +475,8 @@ class Config(Section):
     engine: EngineOptions = EngineOptions()
     lora: LoraSection = LoraSection()
     finetune: FinetuneOptions = FinetuneOptions()
+    job: JobSection = JobSection()
+    coserve: CoserveSection = CoserveSection()
     sampling: SamplingSection = SamplingSection()
     bench: BenchSection = BenchSection()
 

@@ -139,7 +139,7 @@ def _read_job(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path, leaves: Mapping[str, tuple[str, list[int]]]) -> dict[str, np.ndarray]:
-    stored = ocp.load(str(path / STATE))
+    stored = ocp.load(str(path.absolute() / STATE))  # orbax takes no other
     state = {}
     for name, (dtype, shape) in leaves.items():
         array = stored[name] if 0 not in shape else np.empty(shape, dtype)

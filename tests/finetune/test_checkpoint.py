@@ -104,6 +104,11 @@ def test_the_json_part_comes_back_with_every_digit(saved):
     assert set(checkpoint.state) >= {"masters/(0, 'q_proj')/a", "gradients/1", "nothing"}
 
 
+def test_a_relative_directory_can_be_read(saved, state, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert load_latest(saved.name, like=state, expect=IDENTITY).step == 20
+
+
 def test_a_save_in_the_background_keeps_the_values_of_its_call(tmp_path):
     value = np.zeros(4)
     with CheckpointWriter(tmp_path, IDENTITY, keep=9) as writer:

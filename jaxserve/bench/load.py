@@ -1,0 +1,102 @@
+"""The requests of a co-serving run: arrivals with bursts, and real prompts where there are some."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxserve.adapters.files import strict_json
+from jaxserve.bench.workload import BenchRequest, Row, Workload, clip
+from jaxserve.errors import ConfigError
+from jaxserve.finetune.errors import DataError
+from jaxserve.finetune.records import Problems, read_lines
+from jaxserve.tokenizer import Tokenizer
+
+
+class Bursts(NamedTuple):
+    """Requests come at ``factor`` times their rate for ``seconds`` of every ``period``, first after half a period."""
+
+    factor: float
+    seconds: float
+    period: float
+
+    def spans(self, end: float) -> list[tuple[float, float]]:
+        """(start, end) in seconds of the bursts that begin before ``end``."""
+        starts = np.arange(self.period / 2, end, self.period).tolist()
+        return [(start, start + self.seconds) for start in starts] if self.factor > 1 else []
+
+    def squeeze(self, rows: Sequence[Row]) -> list[Row]:
+        """The same rows, their arrivals closer together in the bursts; gaps outside stay as they are."""
+        last = max((row.arrival_s for row in rows), default=0.0)
+        knots = [0.0, *(knot for span in self.spans(last) for knot in span), last + self.period]
+        gained = np.diff(knots)
+        gained[1::2] *= self.factor  # every second stretch is a burst
+        before = np.concatenate([[0.0], np.cumsum(gained)])
+        arrivals = np.interp([row.arrival_s for row in rows], before, knots).tolist()
+        return [row._replace(arrival_s=arrival) for row, arrival in zip(rows, arrivals, strict=True)]
+
+    def __str__(self) -> str:
+        return f"bursts of {self.factor:g} times the rate for {self.seconds:g} s every {self.period:g} s"
+
+
+def read_prompts(path: str, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
+    """Token ids of the prompts of a JSONL file, each line {"messages": [...]} or {"prompt": "..."}; other keys are
+    left alone. Messages end before the assistant's last answer and are rendered by the model's chat template.
+
+    Raises:
+      ConfigError: the first ten bad lines, each by its number and reason.
+    """
+    if tokenizer is None:
+        raise ConfigError([f"{path}: text needs a tokenizer, and the model has none"])
+    problems, prompts = Problems(), list[tuple[int, ...]]()
+    try:
+        for number, line in read_lines(path, problems):
+            try:
+                prompts.append(_prompt(line, tokenizer))
+            except (ValueError, TypeError) as error:  # among them what the template and the JSON reader refuse
+                problems.add(f"line {number}", str(error).removeprefix(": "))
+        problems.check()
+    except DataError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.errors]) from None
+    if not prompts:
+        raise ConfigError([f"{path}: no prompts"])
+    return prompts
+
+
+def _prompt(line: bytes, tokenizer: Tokenizer) -> tuple[int, ...]:
+    value = strict_json(line, "")
+    if not isinstance(value, dict) or not isinstance(value.get("messages", value.get("prompt")), list | str):
+        raise ValueError("must be an object with messages or prompt")
+    if "messages" not in value:
+        ids = tokenizer.encode(value["prompt"])
+    else:
+        messages = value["messages"]
+        if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages):
+            raise ValueError("messages must be objects with role and content")
+        asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
+        ids = tokenizer.apply_chat_template([{"role": m.get("role"), "content": m["content"]} for m in asked])
+    if not ids:
+        raise ValueError("the prompt is empty")
+    return tuple(ids)
+
+
+def with_prompts(
+    rows: Sequence[Row], prompts: Sequence[tuple[int, ...]], *, source: str, max_model_len: int, seed: int = 0
+) -> Workload:
+    """Gives rows real prompts, whose lengths take the place of the rows': all of them in turn, shuffled."""
+    order = np.random.default_rng(seed).permutation(len(prompts)).tolist()
+    requests, num_clipped = [], 0
+    for number, row in enumerate(rows):
+        ids = prompts[order[number % len(order)]]
+        asked = row._replace(prompt_tokens=len(ids))
+        fitting = clip(asked, max_model_len)
+        num_clipped += fitting != asked
+        requests.append(
+            BenchRequest(
+                arrival_s=row.arrival_s,
+                prompt_ids=ids[: fitting.prompt_tokens],
+                output_tokens=fitting.output_tokens,
+                tenant=row.tenant,
+            )
+        )
+    return Workload(requests=tuple(requests), source=source, num_clipped=num_clipped)

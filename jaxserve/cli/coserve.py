@@ -1,0 +1,283 @@
+"""``jaxserve coserve``: requests are served while jobs are finetuned, by one engine in one process."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jaxserve.assets import locate
+from jaxserve.bench.coserve_numbers import BASE, Answer, Coserved, numbers, recent, so_far, text_block
+from jaxserve.bench.coserve_page import REPORT, write
+from jaxserve.bench.load import Bursts, read_prompts, with_prompts
+from jaxserve.bench.replay import Replay
+from jaxserve.bench.runner import GREEDY
+from jaxserve.bench.serving import circumstances, made_up_rows, run_load, trace_rows, warm_up_load
+from jaxserve.bench.workload import Workload, make_workload
+from jaxserve.cli.progress import Progress, make_progress
+from jaxserve.cli.stopping import Stopping
+from jaxserve.config import Config, dump_config
+from jaxserve.errors import ConfigError
+from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.finetune.control import Controls
+from jaxserve.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from jaxserve import Engine, FinetuneJob
+
+ANSWER_TOKENS = 40
+RECENT_SECONDS = 2.0  # what "tokens/s" of the display looks back on
+UNUSED = ("against", "repeats", "num_adapters", "adapter_rank", "adapter_targets", "save_detailed")
+VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
+
+
+class Planned(NamedTuple):
+    """A job to be run."""
+
+    adapter: str
+    data: str
+    config: FinetuneConfig
+
+
+def main(config: Config, json_lines: bool) -> int:
+    """Runs it; 0, 1 where a request or a job did not succeed, 128 + the number of a signal that ended it."""
+    return run(config, json_lines, "Co-serving: requests and finetuning in the same steps")
+
+
+def run(config: Config, json_lines: bool, title: str, prompts: Sequence[str] = ()) -> int:
+    """The same; in the end the base model and each adapter answer ``prompts``."""
+    jobs = check(config)
+    progress = make_progress(json_lines, config.coserve.progress_seconds)
+    with progress.stage("compiling the step's shapes"):
+        engine = make_engine(config, jobs)
+    workload, bursts = make_load(config, engine, [job.adapter for job in jobs])
+    progress.say(f"load: {workload.source}; {workload.num_clipped} of {len(workload.requests)} clipped")
+    run_load(config, engine, warm_up_load(workload.on_adapters(()), engine.config.max_num_seqs))
+    with progress.stage("preparing the jobs"):
+        handles = start(engine, jobs)
+    with Stopping() as stopping:
+        done = coserve(config, engine, workload, handles, directories(jobs), bursts, progress, stopping)
+    if prompts and not stopping():
+        done = replace(done, answers=answer(engine, prompts, [job.adapter for job in jobs]))
+    result = leave(config, engine, done, title)
+    text = text_block(result)
+    if config.coserve.results_dir is not None:
+        text += f"\nreport: {Path(config.coserve.results_dir) / REPORT}"
+    progress.finish(result, text)
+    failed = result["requests"]["failed"] or any(job.status != "succeeded" for job in handles.values())
+    return stopping.status or int(bool(failed))
+
+
+def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) -> list[Answer]:
+    """Greedy answers of the base model and of each adapter as it is now."""
+    assert engine.tokenizer is not None, "there are prompts to be rendered"
+    params = SamplingParams(temperature=0.0, max_tokens=ANSWER_TOKENS)
+    chats = [engine.tokenizer.apply_chat_template([{"role": "user", "content": prompt}]) for prompt in prompts]
+    texts = {
+        name or BASE: [output.outputs[0].text.strip() for output in engine.generate(chats, params, adapter=name)]
+        for name in (None, *adapters)
+    }
+    return [Answer(prompt=p, texts={name: each[i] for name, each in texts.items()}) for i, p in enumerate(prompts)]
+
+
+def check(config: Config) -> list[Planned]:
+    """The jobs; raises ConfigError for what cannot be run, before anything is loaded."""
+    wrong = [
+        f"bench.{key}: jaxserve coserve has no use for it" for key in UNUSED if key in config.bench.model_fields_set
+    ]
+    if config.model.path is None:
+        wrong.append("MODEL: name a model directory, or set model.path")
+    if not config.lora.enable_lora and config.coserve.jobs:
+        wrong.append("coserve.jobs: lora.enable_lora is off")
+    jobs = []
+    for entry in config.coserve.jobs:
+        try:
+            jobs.append(plan(config, entry.adapter, entry.data, entry.settings))
+        except ConfigError as error:
+            wrong += [f"job of adapter {entry.adapter!r}: {line}" for line in error.errors]
+    known = {BASE, *(module.name for module in config.lora.modules), *(job.adapter for job in jobs)}
+    wrong += [f"coserve.answer_with: there is no {name!r}" for name in config.coserve.answer_with if name not in known]
+    if wrong:
+        raise ConfigError(wrong)
+    return jobs
+
+
+def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], own_dir: bool = True) -> Planned:
+    """Section job with these settings in it.
+
+    Args:
+      own_dir: the adapter's directory is a part of output_dir, which other jobs share.
+    """
+    fields = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
+    if own_dir and fields["output_dir"] is not None:
+        fields["output_dir"] = str(Path(fields["output_dir"]) / adapter)
+    fields |= settings
+    if fields["validation_data"] is not None:
+        fields["validation_data"] = locate(fields["validation_data"])
+    return Planned(adapter, locate(data), FinetuneConfig(**fields))
+
+
+def make_engine(config: Config, jobs: Sequence[Planned]) -> "Engine":
+    """The engine with its adapters, and with room for the jobs where the user left that open."""
+    from jaxserve import Engine
+
+    assert config.model.path is not None, "check() was not called"
+    options, lora = dict(config.engine_config()), config.lora
+    if jobs:
+        ranks = [job.config.rank for job in jobs if job.config.method != "ia3"]
+        count = VERSIONS * len(jobs) + len(lora.modules)
+        room = {
+            "max_finetune_jobs": len(jobs),
+            "max_lora_rank": max([lora.max_lora_rank, *ranks]),
+            "max_loras": max(lora.max_loras, count),
+            "max_cpu_loras": max(lora.max_cpu_loras, count),
+        }
+        given = lora.model_fields_set | config.finetune.model_fields_set
+        options |= {name: value for name, value in room.items() if name not in given}
+    engine = Engine.from_pretrained(locate(config.model.path), **options)
+    for module in lora.modules:
+        engine.load_adapter(module.name, module.path)
+    return engine
+
+
+def start(engine: "Engine", jobs: Sequence[Planned]) -> "dict[str, FinetuneJob]":
+    """Queues the jobs; nothing of them runs before the engine steps."""
+    return {job.adapter: engine.finetune(job.data, job.adapter, job.config) for job in jobs}
+
+
+def directories(jobs: Sequence[Planned]) -> dict[str, str]:
+    """Adapter to the directory of its job, where it has one."""
+    return {job.adapter: job.config.output_dir for job in jobs if job.config.output_dir is not None}
+
+
+def make_load(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple[Workload, list[tuple[float, float]]]:
+    """The requests, each for an adapter, and the (start, end) of bursts among them."""
+    bench, options = config.bench, config.coserve
+    bursts = Bursts(options.burst_factor, options.burst_seconds, options.burst_period)
+    spans: list[tuple[float, float]] = []
+    if bench.trace is not None:
+        rows, source = trace_rows(config)
+    else:
+        rows, source = made_up_rows(config)
+        if bursts.factor > 1:
+            rows, source = bursts.squeeze(rows), f"{source}, {bursts}"
+            spans = bursts.spans(rows[-1].arrival_s)
+    longest = engine.core.config.max_model_len
+    if options.prompts is not None:
+        prompts = read_prompts(locate(options.prompts), engine.tokenizer)
+        source += f", prompts of {options.prompts}, whose lengths they keep"
+        workload = with_prompts(rows, prompts, source=source, max_model_len=longest, seed=bench.seed)
+    else:
+        workload = make_workload(
+            rows,
+            source=source,
+            vocab_size=engine.model.vocab_size,
+            max_model_len=longest,
+            shared_prefix_len=bench.shared_prefix_len,
+            seed=bench.seed,
+        )
+    names = options.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained)
+    assigned = workload.on_adapters(names, bench.lora_assignment, bench.seed)
+    requests = (replace(r, adapter=None) if r.adapter == BASE else r for r in assigned.requests)
+    return replace(assigned, requests=tuple(requests)), spans
+
+
+def sampling(config: Config) -> SamplingParams:
+    """Greedy to the requested length, unless the user asked for something else."""
+    given = config.sampling.model_fields_set - {"max_tokens"}
+    return replace(GREEDY, **{name: getattr(config.sampling, name) for name in given})
+
+
+def objectives(config: Config) -> tuple[str, ...]:
+    """bench.goodput, or the objective that the scheduler keeps."""
+    tpot = config.finetune.tpot_objective_ms
+    return config.bench.goodput or (() if tpot is None else (f"tpot:{tpot:g}",))
+
+
+def coserve(
+    config: Config,
+    engine: "Engine",
+    workload: Workload,
+    jobs: "Mapping[str, FinetuneJob]",
+    directories: Mapping[str, str],
+    bursts: Sequence[tuple[float, float]],
+    progress: Progress,
+    stopped: Stopping,
+) -> Coserved:
+    """The run itself, until requests and jobs are over or a signal comes."""
+    goodput = objectives(config)
+    controls, told = Controls({root: jobs[name] for name, root in directories.items()}), dict.fromkeys(jobs, -1)
+
+    def look_around(replay: Replay) -> None:
+        for line in controls.poll():
+            progress.say(line)
+        for adapter, job in jobs.items():
+            for event in job.events(told[adapter]):
+                told[adapter] = event.number
+                progress.event(adapter, event)
+        if progress.due():
+            progress.update(state(replay, goodput))
+
+    replay = Replay(
+        engine,
+        workload,
+        jobs,
+        sampling(config),
+        max_concurrency=config.bench.max_concurrency,
+        stopped=stopped,
+        each_turn=look_around,
+    )
+    run = replay()
+    progress.update(state(replay, goodput))
+    return Coserved(
+        run=run,
+        jobs=jobs,
+        goodput=goodput,
+        bursts=bursts,
+        source=workload.source,
+        circumstances=circumstances(config, workload),
+    )
+
+
+def state(replay: Replay, goodput: Sequence[str]) -> dict[str, Any]:
+    """How a run goes, for the display."""
+    stats = replay.engine.stats()
+    return {
+        "at": replay.now,
+        "requests": len(replay.workload.requests),
+        "sent": len(replay.run.requests),
+        "running": stats["running"],
+        "waiting": stats["waiting"],
+        **so_far(replay.run, goodput),
+        **recent(replay.run, RECENT_SECONDS, replay.now),
+        "jobs": [job_state(adapter, job) for adapter, job in replay.jobs.items()],
+    }
+
+
+def job_state(adapter: str, job: "FinetuneJob") -> dict[str, Any]:
+    losses, validation = job.losses, job.validation_losses
+    return {
+        "adapter": adapter,
+        "status": job.status,
+        "step": job.step,
+        "total_steps": job.total_steps,
+        "loss": losses[-1] if losses else None,
+        "validation_loss": validation[-1][1] if validation else None,
+    }
+
+
+def leave(config: Config, engine: "Engine", done: Coserved, title: str) -> dict[str, Any]:
+    """Writes what the run leaves behind; jobs that are not over are saved where they have a directory."""
+    engine.close()
+    if config.bench.result_file is not None:
+        text = json.dumps({**(done.circumstances or {}), **numbers(done)}, indent=2)
+        Path(config.bench.result_file).write_text(text + "\n", encoding="utf-8")
+    if config.coserve.results_dir is None:
+        return numbers(done)
+    place = Path(config.coserve.results_dir)
+    found = write(place, done, title)
+    (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
+    for adapter, job in done.jobs.items():
+        if job.step > 0 and job.status != "failed":
+            job.save(place / "adapters" / adapter)
+    return found
