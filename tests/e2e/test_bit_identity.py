@@ -113,8 +113,8 @@ def test_buckets_of_other_sizes_change_nothing(requests, alone):
     """Twice the rows: other programs, of 8 and 16 decode rows beside 0, 64 and 128 chunk rows."""
     engine = with_adapters(serving.engine(serving.model_dir(), **serving.LARGE))
     used = set()
-    fit = engine.core.buckets.fit
-    engine.core.buckets = Spy(engine.core.buckets, used, fit)
+    planner = engine.core.planner
+    planner.buckets = Spy(planner.buckets, used, planner.buckets.fit)
     check(engine, requests, alone)
     run(engine, requests[:2])
     assert len(used) >= 5, used

@@ -131,7 +131,7 @@ def test_programs_that_know_scales_and_dropout_change_no_bit_of_others():
         trainer = Trainer("llama", "float32", "attention", **extras)
         adapter = random_adapter(trainer.config, rng)
         lane = trainer.lane(0, adapter)
-        trainer.run((trainer.sequence(lane, rng.integers(0, 300, 30), np.ones(30), 32, 0).next_backward,))
+        trainer.run((trainer.sequence(lane, rng.integers(0, 300, 30), np.ones(30), 32, 0).backward_window(32),))
         found.append(trainer.gradients(lane, adapter))
     assert_same_bits(*found)
 
