@@ -206,7 +206,8 @@ def coserve(
 ) -> Coserved:
     """The run itself, until requests and jobs are over or a signal comes."""
     goodput = objectives(config)
-    controls, told = Controls({root: jobs[name] for name, root in directories.items()}), dict.fromkeys(jobs, -1)
+    controls = Controls({root: jobs[name] for name, root in directories.items()})
+    told = {adapter: begun(job) for adapter, job in jobs.items()}
 
     def look_around(replay: Replay) -> None:
         for line in controls.poll():
@@ -237,6 +238,11 @@ def coserve(
         source=workload.source,
         circumstances=circumstances(config, workload),
     )
+
+
+def begun(job: "FinetuneJob") -> int:
+    """The number before the event that announced a job just made; a resumed one has a history before it."""
+    return job.events()[-1].number - 1
 
 
 def state(replay: Replay, goodput: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.assets import locate
-from jaxserve.cli.coserve import Planned, job_state, plan
+from jaxserve.cli.coserve import Planned, begun, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config
@@ -72,7 +72,7 @@ def make_engine(config: Config, job: Planned) -> "Engine":
 
 def train(engine: "Engine", job: "FinetuneJob", root: str, progress: Progress, stopped: Stopping) -> dict[str, Any]:
     """Steps until the job is over or a signal comes; returns how fast it went."""
-    controls, told, start, before = Controls({root: job}), -1, time.monotonic(), job.trained_tokens
+    controls, told, start, before = Controls({root: job}), begun(job), time.monotonic(), job.trained_tokens
     while job.status not in OVER and not stopped():
         if engine.has_work():
             engine.step()
