@@ -189,9 +189,9 @@ def sampling(config: Config) -> SamplingParams:
 
 
 def objectives(config: Config) -> tuple[str, ...]:
-    """bench.goodput, or the objective that the scheduler keeps."""
-    tpot = config.finetune.tpot_objective_ms
-    return config.bench.goodput or (() if tpot is None else (f"tpot:{tpot:g}",))
+    """bench.goodput, or the objectives that the scheduler keeps."""
+    kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
+    return config.bench.goodput or tuple(f"{name}:{ms:g}" for name, ms in kept.items() if ms is not None)
 
 
 def coserve(
