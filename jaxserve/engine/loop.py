@@ -5,10 +5,12 @@ work hides behind the device's. A sequence that turns out to have ended at step 
 """
 
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -50,6 +52,7 @@ logger = logging.getLogger(__name__)
 
 COPIES = 16  # page copies per device call
 DISK_SECONDS = 0.05  # waited for at a time when jobs wait for nothing but the disk
+MAX_COMPILERS = 4  # each may take gigabytes for a large model
 TRAIN_SLOTS = 8  # finetune sequences under way at once
 MAX_REPLAYS = 2  # failed steps in a row before the requests in flight are given up
 
@@ -249,32 +252,57 @@ class EngineCore:
         return seconds
 
     def _try_all(self, keys: Iterable[tuple[Bucket, bool]]) -> dict[str, float]:
-        """Runs programs on nothing, each twice: seconds of the first time, compilation and all; the second is its
-        time."""
+        """Compiles programs and runs each twice on nothing; the second run is its time. Returns the seconds that each
+        took to compile."""
         seconds = {}
-        for bucket, extended in list(keys):
-            start = self.clock()
+        for (bucket, extended), compiling in self._compile(list(keys)).items():
             ints, _, floats, _ = self.specs[bucket, extended].layout.empty()
             jax.block_until_ready(self._run(bucket, extended, ints, floats))
-            compiled = self.clock()
+            start = self.clock()
             jax.block_until_ready(self._run(bucket, extended, ints, floats))
-            self.planner.times.calibrate(bucket, extended, self.clock() - compiled)
-            seconds[f"{bucket} extended" if extended else str(bucket)] = compiled - start
+            self.planner.times.calibrate(bucket, extended, self.clock() - start)
+            seconds[f"{bucket} extended" if extended else str(bucket)] = compiling
         return seconds
 
+    def _compile(self, keys: list[tuple[Bucket, bool]]) -> dict[tuple[Bucket, bool], float]:
+        """Compiles programs side by side, each on a thread: the compiler keeps but one core busy. A call finds the
+        program that was compiled for its arguments. Returns seconds by program."""
+
+        def compile_one(lowered: Any) -> float:
+            start = self.clock()
+            with self.compiles.preparing():
+                lowered.compile()
+            return self.clock() - start
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_COMPILERS)) as pool:
+            futures = {key: pool.submit(compile_one, self._lower(*key)) for key in keys}
+            return {key: future.result() for key, future in futures.items()}
+
+    def _lower(self, bucket: Bucket, extended: bool) -> Any:
+        spec = self.specs[bucket, extended]
+        ints, _, floats, _ = spec.layout.empty()
+        state, _, scales = self._arguments(bucket, spec)
+        return step.lower(self.params, state, ints, floats, scales, spec=spec)
+
     def _run(self, bucket: Bucket, extended: bool, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
-        """One step on the device; only steps with gradient rows carry the finetuning state."""
-        spec, state, kept = self.specs[bucket, extended], self.state, None
-        trainer = self.trainer if bucket.grad_rows else None
+        """One step on the device."""
+        spec = self.specs[bucket, extended]
+        state, kept, scales = self._arguments(bucket, spec)
+        state, output = step(self.params, state, ints, floats, scales, spec=spec)
+        if state.train is not None:
+            assert self.trainer is not None
+            self.trainer.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
+        self.state = replace(state, train=None)
+        return output
+
+    def _arguments(self, bucket: Bucket, spec: StepSpec) -> tuple[EngineState, Any, Any]:
+        """The state that a program takes, the sums that it leaves alone, and scales. Only steps with gradient rows
+        carry the finetuning state."""
+        state, kept, trainer = self.state, None, self.trainer if bucket.grad_rows else None
         if trainer is not None:
             kept = None if spec.scaled else trainer.state.scale_lanes
             state = replace(state, train=trainer.state if spec.scaled else replace(trainer.state, scale_lanes=None))
-        scales = self.writer.scales if spec.scaled and self.writer is not None else None
-        state, output = step(self.params, state, ints, floats, scales, spec=spec)
-        if trainer is not None:
-            trainer.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
-        self.state = replace(state, train=None)
-        return output
+        return state, kept, self.writer.scales if spec.scaled and self.writer is not None else None
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
         """Makes room for finetuning jobs and compiles the steps with gradient rows. Returns seconds by program."""
