@@ -8,7 +8,7 @@ import jaxserve
 
 SIZES = {
     "dtype": "float32", "max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 16,
-    "max_loras": 4, "max_lora_rank": 16, "finetune_window": 32, "max_finetune_jobs": 2,
+    "max_loras": 8, "max_lora_rank": 16, "finetune_window": 32, "max_finetune_jobs": 4,
 }  # fmt: skip
 JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 5, "deterministic": True}
 
@@ -52,24 +52,20 @@ def settled(engine) -> None:
 
 
 def test_requests_and_jobs_do_not_change_each_others_bits(engine):
-    params = jaxserve.SamplingParams(max_tokens=24, temperature=0.0, logprobs=2)
-    alone = engine.generate(requests(1), params)
+    """Fifty requests and four jobs, alone and together."""
+    params, seeds = jaxserve.SamplingParams(max_tokens=12, temperature=0.0, logprobs=2), range(1, 5)
+    alone = engine.generate(requests(1, 50), params)
 
-    first = engine.finetune(examples(1), adapter="a", seed=1, **JOB).wait()
-    second = engine.finetune(examples(2), adapter="b", seed=2, **JOB).wait()
-    trained = masters(engine, "a"), masters(engine, "b")
+    single = [engine.finetune(examples(seed), adapter=f"alone-{seed}", seed=seed, **JOB).wait() for seed in seeds]
+    trained = [masters(engine, f"alone-{seed}") for seed in seeds]
 
-    jobs = [
-        engine.finetune(examples(1), adapter="c", seed=1, **JOB),
-        engine.finetune(examples(2), adapter="d", seed=2, **JOB),
-    ]
-    beside = engine.generate(requests(1), params)
+    jobs = [engine.finetune(examples(seed), adapter=f"beside-{seed}", seed=seed, **JOB) for seed in seeds]
+    beside = engine.generate(requests(1, 50), params)
     for job in jobs:
         job.wait()
     assert [(o.token_ids, o.logprobs) for o in beside] == [(o.token_ids, o.logprobs) for o in alone]
-    assert (masters(engine, "c"), masters(engine, "d")) == trained
-    assert jobs[0].losses == first.losses
-    assert jobs[1].losses == second.losses
+    assert [masters(engine, f"beside-{seed}") for seed in seeds] == trained
+    assert [job.losses for job in jobs] == [job.losses for job in single]
     settled(engine)
 
 
@@ -107,10 +103,10 @@ def test_a_cancelled_job_leaves_nothing_behind(engine):
 
 
 def test_more_jobs_than_lanes_wait_for_their_turn(engine):
-    jobs = [engine.finetune(examples(i), adapter=f"a{i}", **JOB) for i in range(4)]
+    jobs = [engine.finetune(examples(i), adapter=f"a{i}", **JOB) for i in range(6)]
     for job in jobs:
         job.wait()
-    assert [job.status for job in jobs] == ["succeeded"] * 4
+    assert [job.status for job in jobs] == ["succeeded"] * 6
     settled(engine)
 
 
