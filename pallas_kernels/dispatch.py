@@ -11,6 +11,7 @@ import jax
 MOSAIC_VERSION = (0, 11, 2)  # of JAX; before it Mosaic kernels are written another way
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 MOSAIC, INTERPRETED = "mosaic", "mosaic_interpreted"
+CORES = 132  # multiprocessors of an H100 or H200, where the device does not say
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ def target() -> Target | None:
     """The device of the mesh that the code being traced runs on (``shard_map``); None: no mesh, so nobody knows."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return None if device is None else Target(device.platform, device.device_kind, device.num_cores)
+
+
+def num_cores() -> int:
+    """Multiprocessors of the device that the code being traced is for."""
+    device = target()
+    return (device and device.cores) or CORES
 
 
 def choose(

@@ -22,11 +22,10 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.dispatch import target
+from pallas_kernels.dispatch import num_cores
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Part, num_blocks
 from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index, plgpu
 
-CORES = 132  # where the device does not say
 MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them
 RANK_COLUMNS = 64  # h is stored so wide: wgmma takes both operands in one swizzle, and x comes in the widest
 WIDTH = 128  # columns of an expand's tile of row blocks
@@ -98,7 +97,7 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
     """y += h B^T, in place."""
     splits, dtype = h_JS.shape[1], members[0].dtype
     dims = [b.shape[1] for b in members]
-    tiles = Tiles(dims, min(sum(dims) * part.num_blocks // _cores(), SINGLES_WIDTH))
+    tiles = Tiles(dims, min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH))
     width = tiles.width
 
     def lora_expand_singles(h_ref, *refs, y_sm, b_sm, h_sm, y_full, b_full):
@@ -185,7 +184,7 @@ def shrink_blocks(
     tiles, weights_at = Tiles(dims, 256), _columns_of(rank_major)
     width, stages = tiles.width, 2
     # splits of equal length, none over the border of two members, and about two for each core
-    steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * _cores())), unit=1)
+    steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * num_cores())), unit=1)
     splits = tiles.count // steps
     workers = _workers(J * splits, per_core=2)
     swizzle = {} if rank_major else {"filled": R}  # both operands in one
@@ -368,10 +367,5 @@ def _share(units: jax.Array, workers: int, one: Callable[[jax.Array], None]) -> 
     lax.fori_loop(0, mine, lambda i, _: one(worker + i * workers), None)
 
 
-def _cores() -> int:
-    device = target()
-    return (device and device.cores) or CORES
-
-
 def _workers(units: int, per_core: int) -> int:
-    return min(units, per_core * _cores())
+    return min(units, per_core * num_cores())

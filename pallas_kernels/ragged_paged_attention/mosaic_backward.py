@@ -18,29 +18,21 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.mosaic import LOG2E, WARPGROUP_ROWS, along
 from pallas_kernels.ragged_paged_attention import mosaic_d_keys, mosaic_d_queries
 from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
-from pallas_kernels.ragged_paged_attention.mosaic_pages import operand_sizes
+from pallas_kernels.ragged_paged_attention.mosaic_pages import KernelShape, operand_sizes
 from pallas_kernels.ragged_paged_attention.work import block_work, key_work, num_cores
 
 NEVER = 1e30  # a log-sum-exp that makes every probability 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class BackwardShape:
+class BackwardShape(KernelShape):
     """What the kernels are compiled for."""
 
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    page_size: int
-    dtype: DTypeLike
-    scale: float
-    softcap: float | None
     window: int | None
 
     stages = 2

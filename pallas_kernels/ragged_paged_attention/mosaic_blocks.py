@@ -13,12 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import LN2, LOG2E, MASKED, ROW, along, full, index, plgpu
-from pallas_kernels.ragged_paged_attention.mosaic_pages import Pages, num_copies
+from pallas_kernels.ragged_paged_attention.mosaic_pages import KernelShape, Pages, num_copies
 from pallas_kernels.ragged_paged_attention.work import BlockWork
 
 Q = mosaic.WARPGROUP_ROWS
@@ -26,16 +25,9 @@ COMPUTE, COPY = 2, 2  # two warpgroups compute, the one after them copies
 
 
 @dataclass(frozen=True, kw_only=True)
-class BlockShape:
+class BlockShape(KernelShape):
     """What the kernel is compiled for."""
 
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    page_size: int
-    dtype: DTypeLike
-    scale: float
-    softcap: float | None
     window: int | None
 
     @property

@@ -14,28 +14,19 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import COLUMN, LN2, LOG2E, MASKED, along, full, index, plgpu
-from pallas_kernels.ragged_paged_attention.mosaic_pages import Pages, num_copies
+from pallas_kernels.ragged_paged_attention.mosaic_pages import KernelShape, Pages, num_copies
 from pallas_kernels.ragged_paged_attention.work import DecodeWork
 
 COMPUTE, COPY = 0, 1  # the block's two warpgroups
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeShape:
+class DecodeShape(KernelShape):
     """What the kernel is compiled for."""
-
-    num_kv_heads: int
-    group: int
-    head_dim: int
-    page_size: int
-    dtype: DTypeLike
-    scale: float
-    softcap: float | None
 
     @property
     def columns(self) -> int:

@@ -4,15 +4,30 @@ Shapes: P pages, K kv heads, G tokens per page, C head dim, S consecutive keys.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 from pallas_kernels import mosaic
 from pallas_kernels.mosaic import plgpu
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelShape:
+    """What every kernel is compiled for."""
+
+    num_kv_heads: int
+    group: int  # query heads of one kv head
+    head_dim: int
+    page_size: int
+    dtype: DTypeLike
+    scale: float
+    softcap: float | None
 
 
 class Pages:
@@ -62,6 +77,6 @@ def num_copies(page_size: int, rows: int) -> int:
 
 
 def operand_sizes(q_THC: jax.Array, pool_PKGC: jax.Array) -> dict[str, Any]:
-    """What every kernel is compiled for."""
+    """The sizes in a KernelShape."""
     (K, G, C), H = pool_PKGC.shape[1:], q_THC.shape[1]
     return {"num_kv_heads": K, "group": H // K, "head_dim": C, "page_size": G, "dtype": q_THC.dtype}

@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.dispatch import target
+from pallas_kernels import dispatch
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
-CORES = 132  # of an H100 or H200
 INTERPRETED_CORES = 3  # enough for rows and tiles to be shared out, few enough to be quick
 MIN_SHARE = 2  # key blocks below which a worker is not worth its partial sums
 
@@ -85,9 +84,8 @@ class KeyWork:
 
 
 def num_cores(interpret: bool) -> int:
-    """Multiprocessors of the device that the code being traced is for."""
-    device = target()
-    return INTERPRETED_CORES if interpret else (device and device.cores) or CORES
+    """Multiprocessors that the work is shared out over."""
+    return INTERPRETED_CORES if interpret else dispatch.num_cores()
 
 
 def decode_work(

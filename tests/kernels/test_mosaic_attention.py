@@ -15,8 +15,9 @@ import pytest
 import training
 from dense_attention import backward_inputs, dense, dense_backward
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from mosaic_checks import OLD_JAX, ON_DEVICE, RACE, TOLERANCE, needs_mosaic
 
-from pallas_kernels.dispatch import INTERPRETED, MOSAIC, MOSAIC_VERSION, NoImplementation, choose, explain
+from pallas_kernels.dispatch import INTERPRETED, MOSAIC, NoImplementation, choose, explain
 from pallas_kernels.ragged_paged_attention import (
     BACKWARD_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
@@ -25,11 +26,7 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from pallas_kernels.ragged_paged_attention.cases import KERNEL_CASES, AttentionCase
 
-OLD_JAX = jax.__version_info__ < MOSAIC_VERSION
-needs_mosaic = pytest.mark.skipif(
-    OLD_JAX, reason=f"Mosaic kernels need jax {MOSAIC_VERSION}, this is {jax.__version__}"
-)
-ON_DEVICE = pytest.param(MOSAIC, marks=pytest.mark.gpu)
+pytestmark = pytest.mark.usefixtures("no_races")
 QUICK = KERNEL_CASES[:4]
 SMALL = KERNEL_CASES[0]
 FORWARD = [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow, id=c.name) for c in KERNEL_CASES]
@@ -38,19 +35,11 @@ BACKWARD = [
     for c in KERNEL_CASES
     if c.chunks
 ]
-TOLERANCE = {"bfloat16": 0.01, "float16": 0.0015}  # of the largest value
 
 
 @lru_cache
 def jitted(op, **settings):
     return jax.jit(partial(op, **settings))
-
-
-@pytest.fixture(autouse=True)
-def _no_races(capsys):
-    """The interpreter's detector prints what it finds."""
-    yield
-    assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 def near(got, expected, dtype="bfloat16"):
@@ -84,7 +73,7 @@ def test_the_interpreter_reports_a_race(capsys):
     scratch = {"shared_sm": mosaic.plgpu.SMEM(vector.shape, vector.dtype)}
     kernel = mosaic.kernel(race, out=vector, scratch=scratch, grid={"block": 1}, threads=2, interpret=True)
     jax.block_until_ready(jax.jit(kernel)(jnp.zeros(128)))
-    assert "RACE DETECTED" in capsys.readouterr().out
+    assert RACE in capsys.readouterr().out
 
 
 @needs_mosaic

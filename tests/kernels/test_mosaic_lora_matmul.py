@@ -12,9 +12,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from mosaic_checks import OLD_JAX, ON_DEVICE, TOLERANCE, needs_mosaic
 from one_by_one import one_by_one, one_by_one_backward
 
-from pallas_kernels.dispatch import INTERPRETED, MOSAIC, MOSAIC_VERSION, NoImplementation, choose, explain
+from pallas_kernels.dispatch import INTERPRETED, MOSAIC, NoImplementation, choose, explain
 from pallas_kernels.lora_matmul import (
     BACKWARD_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
@@ -23,29 +24,16 @@ from pallas_kernels.lora_matmul import (
 )
 from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, KERNEL_CASES, LoraCase
 
-OLD_JAX = jax.__version_info__ < MOSAIC_VERSION
-needs_mosaic = pytest.mark.skipif(
-    OLD_JAX, reason=f"Mosaic kernels need jax {MOSAIC_VERSION}, this is {jax.__version__}"
-)
-ON_DEVICE = pytest.param(MOSAIC, marks=pytest.mark.gpu)
 KERNEL = {case.name: case for case in KERNEL_CASES}
 BENCH = {case.name: case for case in BENCH_CASES}
 SINGLES, LONG = KERNEL["kernel-singles"], KERNEL["kernel-long"]
 BACKWARD_CASES = [dataclasses.replace(case, singles=()) for case in KERNEL_CASES if case.chunks]
-TOLERANCE = {"bfloat16": 0.01, "float16": 0.0015}  # of the largest value
-pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.mark.usefixtures("no_races")]
 
 
 @lru_cache
 def jitted(op, implementation):
     return jax.jit(partial(op, implementation=implementation))
-
-
-@pytest.fixture(autouse=True)
-def _no_races(capsys):
-    """The interpreter's detector prints what it finds."""
-    yield
-    assert "RACE DETECTED" not in capsys.readouterr().out
 
 
 def near(got, expected, dtype="bfloat16"):
