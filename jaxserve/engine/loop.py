@@ -157,7 +157,6 @@ class EngineCore:
             base_digest=base_digest,
         )
         self.scheduler = Scheduler(limits, self.pool, self.residency)
-        self.buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
         self.extras = Extras()
         self.specs: dict[tuple[Bucket, bool], StepSpec] = {}  # by bucket, and whether it knows the extras
         self.slots = Slots(config.max_num_seqs, config.pages_per_seq, TRAIN_SLOTS)
@@ -178,12 +177,13 @@ class EngineCore:
         self.on_accelerator = mesh.devices.flat[0].platform != "cpu"
         self.trainer: Trainer | None = None
         budget = LatencyBudget(tuple(config.objectives.values()), config.finetune_floor)
+        buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
         self.planner = Planner(
-            self.scheduler, self.buckets, config.max_model_len, budget, sharing(config.sharing), self._needs_extras
+            self.scheduler, buckets, config.max_model_len, budget, sharing(config.sharing), self._needs_extras
         )
         self._last_done = 0.0
         self.lock = threading.RLock()
-        self._add_specs(self.buckets, extended=False)
+        self._add_specs(buckets, extended=False)
 
     # start-up
 
@@ -333,12 +333,12 @@ class EngineCore:
             )
             self.packer.train = shape
             self.scheduler.reclaim = self.trainer.queue.give_way
-            self.buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
-            self.planner.set_buckets(self.buckets)
+            buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
+            self.planner.set_buckets(buckets)
             self.planner.finetuning = self.trainer
             if self.extras.scales:
                 self.trainer.enable_scales()
-            return self._try_all(self._add_specs(self.buckets, extended=False) + self._extended_specs())
+            return self._try_all(self._add_specs(buckets, extended=False) + self._extended_specs())
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
@@ -367,8 +367,8 @@ class EngineCore:
 
     def _extended_specs(self) -> list[tuple[Bucket, bool]]:
         """Programs that know all extras which are enabled; without gradient rows there is no dropout to know."""
-        with_scales = [bucket for bucket in self.buckets if self.extras.scales]
-        with_dropout = [bucket for bucket in self.buckets if self.extras.dropout and bucket.grad_rows]
+        with_scales = [bucket for bucket in self.planner.buckets if self.extras.scales]
+        with_dropout = [bucket for bucket in self.planner.buckets if self.extras.dropout and bucket.grad_rows]
         return self._add_specs(dict.fromkeys([*with_scales, *with_dropout]), extended=True)
 
     def _warm_up_writer(self) -> None:

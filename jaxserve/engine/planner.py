@@ -24,7 +24,6 @@ from jaxserve.scheduler.slo import LatencyBudget
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
-NO_WINDOWS = FinetunePlan()
 
 
 class Finetuning(Protocol):
@@ -90,9 +89,9 @@ class Planner:
         if finetuning is not None and turn is Turn.FINETUNE:
             chosen = self._with_windows(finetuning.queue, None, NEVER)
         if chosen is None:
-            base = self.scheduler.plan(now, self._chunk_room(now, start))
-            alone = base and self._expect(base, NO_WINDOWS)
-            if finetuning is None or turn is not Turn.TOGETHER or (finetuning.held and base is not None):
+            plan = self.scheduler.plan(now, self._chunk_room(now, start))
+            alone = plan and self._alone(plan)
+            if finetuning is None or turn is not Turn.TOGETHER or (finetuning.held and plan is not None):
                 chosen = alone
             else:
                 chosen = self._with_windows(finetuning.queue, alone, self._allowed(alone, start))
@@ -158,11 +157,17 @@ class Planner:
         for seq in chain((seq for seq in self.scheduler.running if seq.prefilling), self.scheduler.waiting):
             yield seq, max(seq.prefill_end, len(seq.tokens)) - seq.num_computed
 
-    def _expect(self, plan: StepPlan, windows: FinetunePlan, bucket: Bucket | None = None) -> Planned:
-        if bucket is None:
-            bucket = self.buckets.fit(plan.chunk_rows, len(plan.decodes))
-        load = step_load(plan, windows, bucket, self.needs_extras(plan))
+    def _alone(self, plan: StepPlan) -> Planned:
+        """A step of requests."""
+        bucket = self.buckets.fit(plan.chunk_rows, len(plan.decodes))
+        load = request_load(plan, bucket, self.needs_extras(plan))
         return Planned(plan, load, self.times.predict(load))
+
+    def _with(self, base: Planned, windows: FinetunePlan, bucket: Bucket) -> Planned:
+        """The step with windows beside what is in it."""
+        extended = base.load.extended or self.needs_extras(replace(NOTHING, finetune=windows))
+        load = with_windows(base.load, windows)._replace(bucket=bucket, extended=extended)
+        return Planned(replace(base.plan, finetune=windows), load, self.times.predict(load))
 
     # finetuning
 
@@ -188,17 +193,17 @@ class Planner:
             queue.admit(reserve=len(self.scheduler.running))
         if not queue.active:
             return alone
-        plan, cost = (NOTHING, 0.0) if alone is None else (alone.plan, alone.seconds)
-        best = self._best(queue, plan, allowed)
+        base = alone or Planned(NOTHING, StepLoad(self.buckets.fit(0, 0)), 0.0)
+        best = self._best(queue, base, allowed)
         if best is None and alone is None:
-            best = self._least(queue, plan, NEVER)
+            best = self._least(queue, base, NEVER)
         elif best is None and self.budget.credit > 0:
-            best = self._least(queue, plan, cost + self.budget.credit)
+            best = self._least(queue, base, base.seconds + self.budget.credit)
         if best is None:
             return alone
         queue.begin(best.plan.finetune)
         self._charge(queue, best.plan.finetune)
-        self.budget.spend(best.seconds - cost)
+        self.budget.spend(best.seconds - base.seconds)
         return best
 
     def _charge(self, queue: FinetuneQueue, windows: FinetunePlan) -> None:
@@ -207,38 +212,37 @@ class Planner:
                 job, _ = queue.owner[id(window.seq)]
                 self.scheduler.policy.charge(job.tenant, cost * window.length)
 
-    def _best(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> Planned | None:
+    def _best(self, queue: FinetuneQueue, base: Planned, allowed: float) -> Planned | None:
         """The windows that get most work done per second in a step that takes no longer than ``allowed``."""
-        candidates = self._candidates(queue, plan, allowed)
+        candidates = self._candidates(queue, base, allowed)
         if not candidates:
             return None
         fitting = max(bucket.grad_rows for _, _, bucket in candidates)
         self._recent.append(fitting)
         usual = max(self._recent) or queue.max_window
-        best = self._draft(queue, plan, allowed, candidates, usual)
+        best = self._draft(queue, base, allowed, candidates, usual)
         if best is None and 0 < fitting < usual:  # nothing can begin but with less than usual
-            best = self._draft(queue, plan, allowed, candidates, fitting)
+            best = self._draft(queue, base, allowed, candidates, fitting)
         return best
 
-    def _least(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> Planned | None:
+    def _least(self, queue: FinetuneQueue, base: Planned, allowed: float) -> Planned | None:
         """The windows that take the least time."""
-        shortest_first = sorted(self._candidates(queue, plan, allowed), key=lambda candidate: candidate[1])
+        shortest_first = sorted(self._candidates(queue, base, allowed), key=lambda candidate: candidate[1])
         for candidate in shortest_first:
-            best = self._draft(queue, plan, allowed, [candidate], candidate[2].grad_rows or queue.max_window)
+            best = self._draft(queue, base, allowed, [candidate], candidate[2].grad_rows or queue.max_window)
             if best is not None:
                 return best
         return None
 
-    def _candidates(self, queue: FinetuneQueue, plan: StepPlan, allowed: float) -> list[tuple[float, float, Bucket]]:
+    def _candidates(self, queue: FinetuneQueue, base: Planned, allowed: float) -> list[tuple[float, float, Bucket]]:
         """(worth at most, seconds at least, bucket) of every bucket with room to spare for windows and,
         judging by its requests alone, short enough; the most promising first."""
         backward, forward, dropout = queue.left()
-        rows, decodes, found = plan.chunk_rows, len(plan.decodes), []
-        load = step_load(plan, NO_WINDOWS, self.buckets.fit(rows, decodes), False)
-        for bucket in self.buckets.holding(rows, decodes):
+        rows, found = base.plan.chunk_rows, []
+        for bucket in self.buckets.holding(rows, len(base.plan.decodes)):
             if bucket.grad_rows == 0 and (bucket.chunk_rows == rows or dropout):
                 continue
-            seconds = self.times.predict(load._replace(bucket=bucket))
+            seconds = self.times.predict(base.load._replace(bucket=bucket, extended=False))
             if seconds <= allowed:
                 work = GRADIENT_TOKEN * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
                     bucket.chunk_rows - rows, forward
@@ -246,18 +250,17 @@ class Planner:
                 found.append((_worth(work, seconds, allowed), seconds, bucket))
         return sorted(found, key=lambda candidate: -candidate[0])
 
-    def _draft(self, queue, plan: StepPlan, allowed: float, candidates, usual: int) -> Planned | None:
+    def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
         best, most = None, 0.0
         for promise, _, bucket in candidates:
             if promise <= most:
                 break
-            room = bucket.chunk_rows - plan.chunk_rows
+            room = bucket.chunk_rows - base.plan.chunk_rows
             windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.grad_rows)
             work = GRADIENT_TOKEN * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
             if not work:
                 continue
-            whole = replace(plan, finetune=windows)
-            planned = self._expect(whole, windows, self._tight(plan, windows, bucket))
+            planned = self._with(base, windows, self._tight(base.plan, windows, bucket))
             worth = _worth(work, planned.seconds, allowed)
             if planned.seconds <= allowed and worth > most:
                 best, most = planned, worth
@@ -282,34 +285,33 @@ def _worth(work: float, seconds: float, allowed: float) -> float:
     return work if allowed == NEVER else work / seconds
 
 
-def step_load(plan: StepPlan, windows: FinetunePlan, bucket: Bucket, extended: bool) -> StepLoad:
-    """What a step holds, as the model of step times sees it."""
-    decode_keys = decode_span = block_pairs = block_span = grad_pairs = grad_span = adapter_rows = grad_rows = 0
+def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
+    """What a step of requests holds, as the model of step times sees it."""
+    decode_keys = decode_span = block_pairs = block_span = adapter_rows = 0
     for seq, start, _ in plan.decodes:
         decode_keys += start + 1
         decode_span = max(decode_span, start + 1)
         adapter_rows += seq.request.adapter is not None
     for seq, start, length in plan.chunks:
-        block_pairs += length * (2 * start + length + 1) // 2
+        block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)
         adapter_rows += length if seq.request.adapter is not None else 0
-    for _, start, length in windows.grads:
-        grad_pairs += length * (2 * start + length + 1) // 2
-        grad_span = max(grad_span, start + length)
-        grad_rows += length
-    for _, start, length in windows.forwards:
-        block_pairs += length * (2 * start + length + 1) // 2
-        block_span = max(block_span, start + length)
-        adapter_rows += length
-    return StepLoad(
-        bucket,
-        extended,
-        decode_keys,
-        decode_span,
-        block_pairs + grad_pairs,
-        max(block_span, grad_span),
-        grad_pairs,
-        grad_span,
-        adapter_rows + grad_rows,
-        grad_rows,
+    return StepLoad(bucket, extended, decode_keys, decode_span, block_pairs, block_span, adapter_rows=adapter_rows)
+
+
+def with_windows(load: StepLoad, windows: FinetunePlan) -> StepLoad:
+    """The same with finetune windows."""
+    rows = (*windows.grads, *windows.forwards)
+    return load._replace(
+        block_pairs=load.block_pairs + sum(_pairs(w.start, w.length) for w in rows),
+        block_span=max([load.block_span, *(w.end for w in rows)]),
+        grad_pairs=sum(_pairs(w.start, w.length) for w in windows.grads),
+        grad_span=max((w.end for w in windows.grads), default=0),
+        adapter_rows=load.adapter_rows + _length(rows),
+        grad_rows=_length(windows.grads),
     )
+
+
+def _pairs(start: int, length: int) -> int:
+    """Keys that these rows see, added up over the rows."""
+    return length * (2 * start + length + 1) // 2

@@ -63,14 +63,7 @@ class FinetuneQueue:
 
     # plan
 
-    def plan(self, grad_rows: int, chunk_rows: int) -> FinetunePlan | None:
-        """Windows for a step with this much room, begun; None when nothing fits or nothing is left."""
-        self.admit()
-        draft = self.draft(grad_rows, chunk_rows)
-        self.begin(draft)
-        return draft if draft.grads or draft.forwards else None
-
-    def draft(self, grad_rows: int, chunk_rows: int, usual: int | None = None, plain: bool = False) -> FinetunePlan:
+    def draft(self, grad_rows: int, chunk_rows: int, usual: int, plain: bool) -> FinetunePlan:
         """The windows of a step with this much room; nothing is begun yet.
 
         Args:
@@ -78,7 +71,6 @@ class FinetuneQueue:
             itself are left out of phase F.
           plain: the step's program knows no dropout.
         """
-        usual = usual or self.max_window
         grads: list[WindowRows] = []
         forwards: list[WindowRows] = []
         blocked: set[int] = set()  # lanes whose order forbids more
