@@ -116,8 +116,6 @@ class TrainingCalls:
                     "batch",
                 )
         examples = self.examples([pair[side] for pair in pairs for side in ("chosen", "rejected")], policy=False)
-        if not examples:
-            raise InvalidRequest("batch is empty", "batch")
         found = self.run(name, examples, Purpose.FORWARD, Loss())
         policy_P2 = _sums(examples, found.logprobs)
         reference_P2 = self._reference(pairs, examples, reference)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.replay import Mix, MixedRun, MixedStep, ServedRequest
-from jaxserve.bench.report import is_good, metrics, objectives
+from jaxserve.bench.report import is_good, metrics, objectives, share_met
 from jaxserve.metrics import summary
 
 if TYPE_CHECKING:
@@ -60,17 +60,12 @@ def numbers(done: Coserved) -> dict[str, Any]:
 def attainment(requests: Sequence[ServedRequest], goodput: Sequence[str]) -> dict[str, Any]:
     """Shares of the requests that met each objective, and all of them; one that failed met none."""
     goals = objectives(goodput)
-    shares = {name: _share(requests, {name: goal}) for name, goal in goals.items()}
+    shares = {name: share_met(requests, {name: goal}) for name, goal in goals.items()}
     return {
         "objectives_ms": {name: goal * 1000 for name, goal in goals.items()},
-        "attainment": _share(requests, goals) if goals else None,
+        "attainment": share_met(requests, goals) if goals else None,
         "by_objective": shares,
     }
-
-
-def _share(requests: Sequence[ServedRequest], goals: Mapping[str, float]) -> float | None:
-    met = [r.error is None and bool(r.token_times) and is_good(r, goals) for r in requests]
-    return sum(met) / len(met) if met else None
 
 
 def _finetune(run: MixedRun, jobs: "Mapping[str, FinetuneJob]") -> dict[str, Any]:
@@ -202,7 +197,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 # while it runs
 
 
-def mix_share(steps: Sequence[MixedStep]) -> Mix:
+def mixshare_met(steps: Sequence[MixedStep]) -> Mix:
     """Tokens of these steps, summed by kind."""
     return Mix(*(sum(step.mix[i] for step in steps) for i in range(len(Mix._fields))))
 
@@ -215,7 +210,7 @@ def recent(run: MixedRun, seconds: float, now: float) -> dict[str, Any]:
             break
         steps.append(step)
     span = max(min(seconds, now), 1e-6)
-    mix = mix_share(steps)
+    mix = mixshare_met(steps)
     return {"finetune_tokens_per_s": mix.backward / span, "output_tokens_per_s": sum(s.tokens for s in steps) / span}
 
 

@@ -5,7 +5,6 @@ batch in the faster of two ways: padded to its longest example, or example by ex
 that the loss is about; padding does not count. The sides take turns.
 """
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxserve.adapters.peft_io import save_peft
-from jaxserve.bench.peers import require_peft, write_dummy_checkpoint
+from jaxserve.bench.peers import require_peft
 from jaxserve.bench.random_adapters import check_targets, random_adapter
-from jaxserve.bench.serving import circumstances_of, peer_dtype
+from jaxserve.bench.serving import beside_peer, circumstances_of, model_directory, peer_dtype, write_result
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
@@ -122,19 +121,13 @@ def main(config: Config) -> int:
     """Runs the benchmark that ``config`` describes and prints it."""
     if config.model.path is None:
         raise ConfigError(["MODEL: name a model directory, or set model.path"])
-    peer = config.bench.against == "peft"
     if config.bench.against not in ("none", "peft"):
         raise ConfigError([f"bench.against {config.bench.against}: jaxserve bench finetune compares with peft"])
-    if peer:
+    if config.bench.against == "peft":
         require_peft()
-    with tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as scratch:
-        path = config.model.path
-        if peer and config.model.load_format == "dummy":
-            path = str(Path(scratch) / "model")
-            write_dummy_checkpoint(config.model.path, path, peer_dtype(config), config.model.seed)
+    with model_directory(config) as path, tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as scratch:
         result = measure(config, path, Path(scratch))
-    if config.bench.result_file is not None:
-        Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(config, result)
     return 0
 
 
@@ -143,9 +136,7 @@ def measure(config: Config, path: str, scratch: Path) -> dict[str, Any]:
     from jaxserve import Engine
 
     bench, peer = config.bench, config.bench.against == "peft"
-    options: dict[str, Any] = dict(config.engine_config()) | {"max_finetune_jobs": 1}
-    if peer:
-        options |= {"load_format": "auto", "dtype": peer_dtype(config)}
+    options = beside_peer(config, dict(config.engine_config()) | {"max_finetune_jobs": 1})
     engine = Engine.from_pretrained(path, **options)
     longest = min(bench.finetune_longest, engine.core.config.max_model_len)
     shortest = min(bench.finetune_shortest, longest)

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxserve.bench.report import RequestRecord, Run, StepRecord
 from jaxserve.bench.runner import GREEDY, Runner
 from jaxserve.bench.workload import BenchRequest, Workload
+from jaxserve.finetune.job import TERMINAL
 from jaxserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve import Engine, Event, FinetuneJob
 
 IDLE_SECONDS = 0.05  # most that the loop sleeps without looking around
-OVER = ("succeeded", "failed", "cancelled")
 
 
 @dataclass(kw_only=True)
@@ -119,7 +119,7 @@ class Replay(Runner):
 
     @property
     def jobs_are_over(self) -> bool:
-        return all(job.status in OVER for job in self.jobs.values())
+        return all(job.status in TERMINAL for job in self.jobs.values())
 
     def __call__(self) -> MixedRun:
         super().__call__()
@@ -196,7 +196,7 @@ class Replay(Runner):
         pack = packer.pack
 
         def watched(plan: Any, bucket: Any, *args: Any, **options: Any) -> Any:
-            self._sent = (_mix(plan), f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}")
+            self._sent = (mix_of(plan), f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}")
             return pack(plan, bucket, *args, **options)
 
         packer.pack = watched
@@ -206,7 +206,8 @@ class Replay(Runner):
             packer.pack = pack
 
 
-def _mix(plan: Any) -> Mix:
+def mix_of(plan: Any) -> Mix:
+    """What a StepPlan's rows are for."""
     grads, forwards = plan.finetune or ((), ())
     return Mix(
         decode=len(plan.decodes),

@@ -121,6 +121,12 @@ def is_good(record: RequestRecord, goals: Mapping[str, float]) -> bool:
     return all((value := measured[name]) is None or value <= goal for name, goal in goals.items())
 
 
+def share_met(records: Sequence[RequestRecord], goals: Mapping[str, float]) -> float | None:
+    """Share of the requests that met every objective; one that failed or has no token met none. None of none."""
+    met = [r.error is None and bool(r.token_times) and is_good(r, goals) for r in records]
+    return sum(met) / len(met) if met else None
+
+
 def metrics(run: Run, goodput: Sequence[str] = ()) -> dict[str, Any]:
     """The run's numbers under vLLM's keys; latencies in ms, throughputs per second."""
     done, duration, goals = run.done, run.duration, objectives(goodput)

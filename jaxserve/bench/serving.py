@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "torch", "transformers", "peft")
 WARM_UP_TOKENS = 4
+FIXED = frozenset({"max_tokens", "ignore_eos"})  # of the sampling: the load says how long answers are
+PEERS = ("transformers", "peft")  # what bench.against names that loads the model itself
 
 
 def main(config: Config) -> int:
@@ -34,8 +36,7 @@ def main(config: Config) -> int:
     check(config)
     with model_directory(config) as path:
         result = measure(config, path)
-    if config.bench.result_file is not None:
-        Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    write_result(config, result)
     return 1 if result["failed"] else 0
 
 
@@ -57,12 +58,18 @@ def check(config: Config) -> None:
         require_transformers()
 
 
+def write_result(config: Config, result: dict[str, Any]) -> None:
+    """To the result file, where there is to be one."""
+    if config.bench.result_file is not None:
+        Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
 @contextmanager
 def model_directory(config: Config) -> Iterator[str]:
     """Where the weights are; beside a peer, dummy ones are written out first, so that both sides have the same."""
     model = config.model
     assert model.path is not None, "check() was not called"
-    if config.bench.against != "transformers" or model.load_format != "dummy":
+    if config.bench.against not in PEERS or model.load_format != "dummy":
         yield model.path
         return
     with tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as directory:
@@ -72,6 +79,13 @@ def model_directory(config: Config) -> Iterator[str]:
 
 def peer_dtype(config: Config) -> str:
     return "float32" if config.model.dtype == "auto" else config.model.dtype
+
+
+def beside_peer(config: Config, options: dict[str, Any]) -> dict[str, Any]:
+    """An engine's options; beside a peer it loads the same files in the same dtype."""
+    if config.bench.against not in PEERS:
+        return options
+    return options | {"load_format": "auto", "dtype": peer_dtype(config)}
 
 
 def measure(config: Config, path: str) -> dict[str, Any]:
@@ -112,9 +126,7 @@ def make_engine(config: Config, path: str) -> "Engine":
             "max_lora_rank": bench.adapter_rank,
         }
         options |= {name: value for name, value in room.items() if name not in lora.model_fields_set}
-    if bench.against == "transformers":
-        options |= {"load_format": "auto", "dtype": peer_dtype(config)}
-    return Engine.from_pretrained(path, **options)
+    return Engine.from_pretrained(path, **beside_peer(config, options))
 
 
 def make_adapters(config: Config, engine: "Engine") -> list[str]:
@@ -157,9 +169,9 @@ def made_up_rows(config: Config) -> tuple[list[Row], str]:
     return rows, f"random lengths, {when}, seed {bench.seed}"
 
 
-def sampling(config: Config) -> SamplingParams:
-    """Greedy to the requested length, unless the user asked for sampling."""
-    given = config.sampling.model_fields_set - {"max_tokens", "ignore_eos"}
+def sampling(config: Config, fixed: frozenset[str] = FIXED) -> SamplingParams:
+    """Greedy to the requested length, but for what the user asked for; ``fixed`` names what nobody may ask for."""
+    given = config.sampling.model_fields_set - fixed
     return replace(GREEDY, **{name: getattr(config.sampling, name) for name in given})
 
 

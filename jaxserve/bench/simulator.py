@@ -13,7 +13,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxserve.bench import roofline
-from jaxserve.bench.report import RequestRecord, is_good
+from jaxserve.bench.replay import Mix, mix_of
+from jaxserve.bench.report import RequestRecord, share_met
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.planner import NOTHING, Planned, Planner
@@ -142,10 +143,7 @@ class Step(NamedTuple):
     seconds: float
     predicted: float
     bucket: Bucket
-    decode: int  # rows of each kind
-    prefill: int
-    forward: int
-    backward: int
+    mix: Mix
 
     @property
     def end(self) -> float:
@@ -163,12 +161,12 @@ class Simulated:
 
     def attainment(self, goals: dict[str, float]) -> float:
         """Share of the requests that met every objective, as ``{"ttft": 5.0, "tpot": 0.05}``."""
-        met = [bool(r.token_times) and is_good(r, goals) for r in self.requests]
-        return sum(met) / len(met) if met else 1.0
+        share = share_met(self.requests, goals)
+        return 1.0 if share is None else share
 
     def finetune_tokens(self, start: float = 0.0, end: float = float("inf")) -> int:
         """Tokens whose backward was done in this time."""
-        return sum(step.backward for step in self.steps if start < step.end <= end)
+        return sum(step.mix.backward for step in self.steps if start < step.end <= end)
 
     def finetune_rate(self, start: float = 0.0, end: float | None = None) -> float:
         """The same per second."""
@@ -323,8 +321,10 @@ class Simulator:
         self.now = max(self.now, done.end)
         self.planner.measured(planned.load, self.now - max(done.sent, self._last_done), self.now)
         self._last_done = self.now
-        self.run.steps.append(_step(done))
         plan = planned.plan
+        self.run.steps.append(
+            Step(done.start, done.end - done.start, planned.seconds, planned.load.bucket, mix_of(plan))
+        )
         if plan.index == NO_REQUESTS:
             return
         count = len(plan.samples)
@@ -334,21 +334,6 @@ class Simulator:
             record.token_times.append(self.now)
             if outcome.finish_reason is not None:
                 del self._records[outcome.seq.request.id]
-
-
-def _step(done: _Flying) -> Step:
-    plan, load, predicted = done.planned
-    grads, forwards = plan.finetune or FinetunePlan()
-    return Step(
-        at=done.start,
-        seconds=done.end - done.start,
-        predicted=predicted,
-        bucket=load.bucket,
-        decode=len(plan.decodes),
-        prefill=sum(chunk.length for chunk in plan.chunks),
-        forward=sum(window.length for window in forwards),
-        backward=sum(window.length for window in grads),
-    )
 
 
 def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: object) -> Job:

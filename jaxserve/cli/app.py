@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxserve
-from jaxserve.assets import locate
+from jaxserve.cli.engine import load_engine
 from jaxserve.cli.flags import configured
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
@@ -235,17 +235,10 @@ def build_engine(config: Config, adapter: str | None = None) -> "Engine":
     Raises:
       ConfigError: no model, or an adapter that lora.modules does not name.
     """
-    if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
     names = [module.name for module in config.lora.modules]
-    if adapter is not None and adapter not in names:
+    if config.model.path is not None and adapter is not None and adapter not in names:
         raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
-    from jaxserve import Engine
-
-    engine = Engine.from_pretrained(locate(config.model.path), **dict(config.engine_config()))
-    for module in config.lora.modules:
-        engine.load_adapter(module.name, module.path)
-    return engine
+    return load_engine(config)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,5 @@
 """``jaxserve coserve``: requests are served while jobs are finetuned, by one engine in one process."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,17 @@ from jaxserve.bench.coserve_numbers import BASE, Answer, Coserved, numbers, rece
 from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.load import Bursts, read_prompts, with_prompts
 from jaxserve.bench.replay import Replay
-from jaxserve.bench.runner import GREEDY
-from jaxserve.bench.serving import circumstances, made_up_rows, run_load, trace_rows, warm_up_load
+from jaxserve.bench.serving import (
+    circumstances,
+    made_up_rows,
+    run_load,
+    sampling,
+    trace_rows,
+    warm_up_load,
+    write_result,
+)
 from jaxserve.bench.workload import Workload, make_workload
+from jaxserve.cli.engine import load_engine
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config, dump_config
@@ -119,11 +126,9 @@ def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], o
 
 def make_engine(config: Config, jobs: Sequence[Planned]) -> "Engine":
     """The engine with its adapters, and with room for the jobs where the user left that open."""
-    from jaxserve import Engine
-
-    assert config.model.path is not None, "check() was not called"
-    options, lora = dict(config.engine_config()), config.lora
+    room: dict[str, Any] = {}
     if jobs:
+        lora = config.lora
         ranks = [job.config.rank for job in jobs if job.config.method != "ia3"]
         count = VERSIONS * len(jobs) + len(lora.modules)
         room = {
@@ -132,12 +137,7 @@ def make_engine(config: Config, jobs: Sequence[Planned]) -> "Engine":
             "max_loras": max(lora.max_loras, count),
             "max_cpu_loras": max(lora.max_cpu_loras, count),
         }
-        given = lora.model_fields_set | config.finetune.model_fields_set
-        options |= {name: value for name, value in room.items() if name not in given}
-    engine = Engine.from_pretrained(locate(config.model.path), **options)
-    for module in lora.modules:
-        engine.load_adapter(module.name, module.path)
-    return engine
+    return load_engine(config, room)
 
 
 def start(engine: "Engine", jobs: Sequence[Planned]) -> "dict[str, FinetuneJob]":
@@ -182,12 +182,6 @@ def make_load(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple
     return replace(assigned, requests=tuple(requests)), spans
 
 
-def sampling(config: Config) -> SamplingParams:
-    """Greedy to the requested length, unless the user asked for something else."""
-    given = config.sampling.model_fields_set - {"max_tokens"}
-    return replace(GREEDY, **{name: getattr(config.sampling, name) for name in given})
-
-
 def objectives(config: Config) -> tuple[str, ...]:
     """bench.goodput, or the objectives that the scheduler keeps."""
     kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
@@ -223,7 +217,7 @@ def coserve(
         engine,
         workload,
         jobs,
-        sampling(config),
+        sampling(config, fixed=frozenset({"max_tokens"})),
         max_concurrency=config.bench.max_concurrency,
         stopped=stopped,
         each_turn=look_around,
@@ -275,13 +269,11 @@ def job_state(adapter: str, job: "FinetuneJob") -> dict[str, Any]:
 def leave(config: Config, engine: "Engine", done: Coserved, title: str) -> dict[str, Any]:
     """Writes what the run leaves behind; jobs that are not over are saved where they have a directory."""
     engine.close()
-    if config.bench.result_file is not None:
-        text = json.dumps({**(done.circumstances or {}), **numbers(done)}, indent=2)
-        Path(config.bench.result_file).write_text(text + "\n", encoding="utf-8")
-    if config.coserve.results_dir is None:
-        return numbers(done)
-    place = Path(config.coserve.results_dir)
-    found = write(place, done, title)
+    place = None if config.coserve.results_dir is None else Path(config.coserve.results_dir)
+    found = numbers(done) if place is None else write(place, done, title)
+    write_result(config, {**(done.circumstances or {}), **found})
+    if place is None:
+        return found
     (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
     for adapter, job in done.jobs.items():
         if job.step > 0 and job.status != "failed":

@@ -48,7 +48,6 @@ def settings(out: str, seconds: float) -> Config:
                 "num_prompts": num_requests(seconds),
                 "request_rate": RATE,
                 "random_output_len": 32,
-                "goodput": ["ttft:1000", "tpot:40"],
                 "seed": 1,
             },
         }

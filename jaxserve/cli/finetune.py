@@ -4,19 +4,19 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.assets import locate
 from jaxserve.cli.coserve import Planned, begun, job_state, plan
+from jaxserve.cli.engine import load_engine
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.control import Controls
 from jaxserve.finetune.folder import ADAPTER
+from jaxserve.finetune.job import TERMINAL
 
 if TYPE_CHECKING:
     from jaxserve import Engine, FinetuneJob
 
-OVER = ("succeeded", "failed", "cancelled")
 IDLE_SECONDS = 0.1
 ALONE = {"max_num_seqs": 2, "max_loras": 2, "max_cpu_loras": 2, "max_finetune_jobs": 1}  # it serves nobody
 
@@ -56,24 +56,16 @@ def check(config: Config) -> tuple[Planned, str]:
 
 def make_engine(config: Config, job: Planned) -> "Engine":
     """An engine for one job, as small as the user left open: few shapes are compiled."""
-    from jaxserve import Engine
-
-    assert config.model.path is not None, "check() was not called"
     room: dict[str, Any] = {**ALONE, "max_num_batched_tokens": config.finetune.finetune_window}
     if job.config.start == "init":
         room["max_lora_rank"] = job.config.rank
-    given = {key for part in (config.engine, config.lora, config.finetune) for key in part.model_fields_set}
-    options = dict(config.engine_config()) | {name: value for name, value in room.items() if name not in given}
-    engine = Engine.from_pretrained(locate(config.model.path), **options)
-    for module in config.lora.modules:
-        engine.load_adapter(module.name, module.path)
-    return engine
+    return load_engine(config, room)
 
 
 def train(engine: "Engine", job: "FinetuneJob", root: str, progress: Progress, stopped: Stopping) -> dict[str, Any]:
     """Steps until the job is over or a signal comes; returns how fast it went."""
     controls, told, start, before = Controls({root: job}), begun(job), time.monotonic(), job.trained_tokens
-    while job.status not in OVER and not stopped():
+    while job.status not in TERMINAL and not stopped():
         if engine.has_work():
             engine.step()
         else:  # paused

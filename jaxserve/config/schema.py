@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 from pydantic import (
@@ -125,6 +125,13 @@ def _slo_class(value: Any) -> Any:
     return SloClass(name, found.get("ttft"), found.get("tpot"))
 
 
+def _once(names: Sequence[str], said: str) -> None:
+    """Raises ValueError, "{said} 'name' twice", where a name comes twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{said} {twice[0]!r} twice")
+
+
 class FinetuneOptions(Section):
     max_finetune_jobs: Annotated[int, Field(ge=0, le=64)] = 0
     """Jobs that train at once, prepared for at start-up; 0 prepares for one job when the first one comes."""
@@ -146,10 +153,7 @@ class FinetuneOptions(Section):
 
     @model_validator(mode="after")
     def _classes_differ(self):
-        names = [each.name for each in self.slo_classes]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"slo_classes name {twice[0]!r} twice")
+        _once([each.name for each in self.slo_classes], "slo_classes name")
         return self
 
 
@@ -290,10 +294,7 @@ class LoraSection(LoraOptions):
 
     @model_validator(mode="after")
     def _names_differ(self):
-        names = [module.name for module in self.modules]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"modules name {twice[0]!r} twice")
+        _once([module.name for module in self.modules], "modules name")
         return self
 
 
@@ -364,10 +365,7 @@ class CoserveSection(Section):
 
     @model_validator(mode="after")
     def _jobs_differ(self):
-        names = [job.adapter for job in self.jobs]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"jobs train adapter {twice[0]!r} twice")
+        _once([job.adapter for job in self.jobs], "jobs train adapter")
         if self.burst_factor > 1 and self.burst_seconds > self.burst_period:
             raise ValueError(f"burst_seconds {self.burst_seconds:g} exceeds burst_period {self.burst_period:g}")
         return self

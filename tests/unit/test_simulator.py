@@ -100,7 +100,7 @@ def test_pages_slots_and_accumulators_are_all_given_back(device):
 @pytest.mark.parametrize("name", ["temporal:8", "temporal-dynamic", "inference-only", "finetune-only"])
 def test_the_other_ways_to_share_do_what_they_say(device, name):
     _, run = simulate(device, load(2, 10), 12.0, sharing=name)
-    mixed = [step for step in run.steps if step.backward and step.decode]
+    mixed = [step for step in run.steps if step.mix.backward and step.mix.decode]
     assert not mixed
     assert (run.finetune_tokens() > 0) == (name != "inference-only")
     served = [r for r in run.requests if r.token_times]
