@@ -29,11 +29,16 @@ def apart(x: jax.Array, one: jax.Array) -> jax.Array:
 
     XLA compiles an elementwise chain as one piece of code, and whether a * b + c * d in it becomes a fused multiply-add
     of the first product or of the second depends on what else is there. A loop of ``one`` turn, an int32 that only the
-    run knows to be 1, is a boundary that stays.
+    run knows to be 1, is a boundary that stays. Its turn writes x's first number where it is, which only the run knows
+    as well: x is passed through in place.
     """
 
     def alone(x: jax.Array, one: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, one, lambda _, nothing: x, jnp.zeros_like(x))
+        def turn(_, x: jax.Array) -> jax.Array:
+            first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
+            return lax.dynamic_update_slice(x, jnp.where(one > 0, first, 0), (0,) * x.ndim)
+
+        return lax.fori_loop(0, one, turn, x)
 
     return lax.platform_dependent(x, one, cpu=alone, default=lambda x, one: x)
 

@@ -3,6 +3,8 @@
 Shapes: T tokens, I in, O out, D hidden, F ffn.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,13 +35,31 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
 
     Llama's rounds the normalised value and then multiplies by w; Gemma's multiplies by 1 + w and then rounds.
     """
-    wide = x.astype(accumulator(x))
-    mean_square = row_sum(wide * wide)[..., None] / x.shape[-1]
-    wide = wide * lax.rsqrt(mean_square + jnp.asarray(config.rms_norm_eps, wide.dtype))
+    wide = _normalised(x.astype(accumulator(x)), config.rms_norm_eps)
     weight = weight.reshape((1,) * (x.ndim - 1) + weight.shape)
     if config.norm_offset:
         return (wide * (config.norm_offset + weight.astype(wide.dtype))).astype(x.dtype)
     return weight * wide.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _normalised(x: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps). Its own backward sums rows as its forward does: bits that depend on the row alone."""
+    return _normalised_forward(x, eps)[0]
+
+
+def _normalised_forward(x: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    scale = lax.rsqrt(row_sum(x * x)[..., None] / x.shape[-1] + jnp.asarray(eps, x.dtype))
+    return x * scale, (x, scale)
+
+
+def _normalised_backward(eps: float, kept: tuple[jax.Array, jax.Array], d_y: jax.Array) -> tuple[jax.Array]:
+    x, scale = kept
+    y = x * scale
+    return (scale * (d_y - y * (row_sum(d_y * y)[..., None] / x.shape[-1])),)
+
+
+_normalised.defvjp(_normalised_forward, _normalised_backward)
 
 
 def gated(gate_up: jax.Array, config: ModelConfig) -> jax.Array:

@@ -27,19 +27,12 @@ def lora_matmul(
     add_to: Float[Array, "T E"] | None = None,
 ) -> Float[Array, "T E"]:
     T, E, wide = x_TD.shape[0], sum(b.shape[1] for b in members), wide_dtype(x_TD.dtype)
-
-    def work(x_TD):
-        parts = []
-        for part in plan.parts(T):
-            x_NQD = _blocks(x_TD, part)
-            y_NQE = lax.platform_dependent(
-                x_NQD, a_PRD, members, plan, cpu=_each(_item_by_item, part), default=_each(_span_by_span, part)
-            )
-            parts.append(y_NQE.reshape(-1, E)[: T - part.first_row])
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
-
-    y_TE = lax.cond(plan.num_items > 0, work, lambda _: jnp.zeros((T, E), wide), x_TD)
-    return y_TE.astype(x_TD.dtype) if add_to is None else add_to + y_TE.astype(add_to.dtype)
+    y_TE = jnp.zeros((T, E), wide) if add_to is None else add_to.astype(wide)
+    for part in plan.parts(T):
+        y_TE = lax.platform_dependent(
+            x_TD, y_TE, a_PRD, members, plan, cpu=_each(_item_by_item, part), default=_each(_span_by_span, part)
+        )
+    return y_TE.astype(x_TD.dtype if add_to is None else add_to.dtype)
 
 
 def _blocks(x_TD: jax.Array, part: Part) -> Float[Array, "N Q D"]:
@@ -60,32 +53,49 @@ def _items_of(plan: LoraPlan, part: Part) -> tuple[jax.Array, jax.Array]:
     return first, stop
 
 
-def _item_by_item(x_NQD, a_PRD, members, plan: LoraPlan, part: Part) -> Float[Array, "N Q E"]:
-    rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_NQD.dtype)
-    row_Q = jnp.arange(part.block_rows, dtype=jnp.int32)
+def _item_by_item(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part) -> Float[Array, "T E"]:
+    """Adds the items to their rows of y, in place."""
+    rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_TD.dtype)
+    row_Q, T = jnp.arange(part.block_rows, dtype=jnp.int32), x_TD.shape[0]
+    missing = max(part.stop_row - T, 0)
+    if missing:  # the last block reaches past the last row
+        x_TD, y_TE = (jnp.pad(array, ((0, missing), (0, 0))) for array in (x_TD, y_TE))
 
-    def add_item(item, y_NQE):
-        block, page = plan.block_J[item] - part.first_block, plan.page_J[item]
-        x_QD, y_QE = (lax.dynamic_index_in_dim(x, block, keepdims=False) for x in (x_NQD, y_NQE))
-        h_QR = _dot(x_QD, lax.dynamic_index_in_dim(a_PRD, page, keepdims=False), wide).astype(x_NQD.dtype)
+    def add_item(item, y_TE):
+        row = part.first_row + (plan.block_J[item] - part.first_block) * part.block_rows
+        page = plan.page_J[item]
+        x_QD, y_QE = (lax.dynamic_slice_in_dim(array, row, part.block_rows) for array in (x_TD, y_TE))
+        h_QR = _dot(x_QD, lax.dynamic_index_in_dim(a_PRD, page, keepdims=False), wide).astype(x_TD.dtype)
         parts = [
             _dot(h_QR[:, i * rank : (i + 1) * rank], lax.dynamic_index_in_dim(b, page, keepdims=False), wide)
             for i, b in enumerate(members)
         ]
         mine_Q = (row_Q >= plan.first_J[item]) & (row_Q < plan.stop_J[item])
         y_QE = jnp.where(mine_Q[:, None], y_QE + jnp.concatenate(parts, axis=1), y_QE)
-        return lax.dynamic_update_index_in_dim(y_NQE, y_QE, block, axis=0)
+        return lax.dynamic_update_slice_in_dim(y_TE, y_QE, row, axis=0)
 
-    y_NQE = jnp.zeros((*x_NQD.shape[:2], sum(b.shape[1] for b in members)), wide)
-    return lax.fori_loop(*_items_of(plan, part), add_item, y_NQE)
+    return lax.fori_loop(*_items_of(plan, part), add_item, y_TE)[:T]
 
 
-def _span_by_span(x_NQD, a_PRD, members, plan: LoraPlan, part: Part) -> Float[Array, "N Q E"]:
+def _span_by_span(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part) -> Float[Array, "T E"]:
+    """Adds the items to their rows of y; nothing is touched where there are none."""
+    first_item, stop_item = _items_of(plan, part)
+    rows = slice(part.first_row, part.stop_row)
+
+    def work(x_TD, y_TE):
+        y_NQE = _sum_spans(_blocks(x_TD, part), a_PRD, members, plan, part, first_item, stop_item)
+        return y_TE.at[rows].add(y_NQE.reshape(-1, y_TE.shape[1])[: y_TE.shape[0] - part.first_row])
+
+    return lax.cond(stop_item > first_item, work, lambda _, y_TE: y_TE, x_TD, y_TE)
+
+
+def _sum_spans(
+    x_NQD, a_PRD, members, plan: LoraPlan, part: Part, first_item: jax.Array, stop_item: jax.Array
+) -> Float[Array, "N Q E"]:
     rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_NQD.dtype)
     span = min(SPAN_ITEMS, plan.block_J.shape[0])
     row_Q = jnp.arange(part.block_rows, dtype=jnp.int32)
     fields = [_padded(v, span) for v in (plan.block_J, plan.page_J, plan.first_J, plan.stop_J)]
-    first_item, stop_item = _items_of(plan, part)
 
     def add_span(index, y_NQE):
         start = first_item + index * span

@@ -9,6 +9,8 @@ Shapes: T rows, N blocks, Q rows per block, H query heads, K kv heads, g = H / K
 G tokens per page, S keys per span.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -18,6 +20,7 @@ from pallas_kernels.numerics import row_sum, wide_dtype
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
+TILE_ROWS = 64  # rows of row blocks that share a loop on CPU, so that few rows wait for keys that only others see
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
@@ -38,9 +41,31 @@ def ragged_paged_attention(
         if q_NQHC.shape[0]:
             position_NQ = layout.position_T[rows].reshape(-1, block)
             pages_NM = layout.page_table_BM.at[layout.sequence_T[rows].reshape(-1, block)[:, 0]].get(mode="clip")
-            parts.append(_attend_blocks(q_NQHC, k_PKGC, v_PKGC, position_NQ, pages_NM, **settings))
+            arrays = q_NQHC, k_PKGC, v_PKGC, position_NQ, pages_NM
+            attend = partial(_attend_blocks, **settings)
+            parts.append(lax.platform_dependent(*arrays, cpu=partial(_attend_tiles, attend), default=attend))
     out_THC, lse_TH = (jnp.concatenate([p[i] for p in parts]) if len(parts) > 1 else parts[0][i] for i in (0, 1))
     return out_THC, lse_TH
+
+
+def _attend_tiles(attend, q_NQHC, k_PKGC, v_PKGC, position_NQ, pages_NM):
+    """A few blocks at a time: each tile's loop ends at its own last key."""
+    tile = tile_blocks(*q_NQHC.shape[:2])
+
+    def one(arrays):
+        q_nQHC, position_nQ, pages_nM = arrays
+        return attend(q_nQHC, k_PKGC, v_PKGC, position_nQ, pages_nM)
+
+    if tile == q_NQHC.shape[0]:
+        return one((q_NQHC, position_NQ, pages_NM))
+    parts = lax.map(one, tuple(x.reshape(-1, tile, *x.shape[1:]) for x in (q_NQHC, position_NQ, pages_NM)))
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in parts)
+
+
+def tile_blocks(num_blocks: int, block_rows: int) -> int:
+    """Blocks of a tile: the most that divide the number of blocks and have about TILE_ROWS rows."""
+    most = max(TILE_ROWS // block_rows, 1)
+    return num_blocks if block_rows == 1 else next(n for n in range(most, 0, -1) if num_blocks % n == 0)
 
 
 def _attend_blocks(

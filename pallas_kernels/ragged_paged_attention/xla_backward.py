@@ -6,6 +6,9 @@ Shapes: W gradient rows, N blocks, Q rows per block, H query heads, K kv heads, 
 A accumulator pages, G tokens per page, S keys per span, M pages per sequence.
 """
 
+from functools import partial
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -13,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.numerics import row_sum
 from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
-from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages
+from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages, tile_blocks
 
 
 def ragged_paged_attention_backward(
@@ -52,6 +55,51 @@ def ragged_paged_attention_backward(
     acc_NM = _padded(acc_table_BM.at[sequence_N].get(mode="clip"), per_span, accumulators[0].shape[0])
     span = per_span * G
 
+    settings = {"scale": scale, "softcap": softcap, "windowed": window is not None}
+    arrays = _Blocks(q_NKRC, d_out_NKRC, lse_NKR, delta_NKR, position_NR, low_NR, pages_NM, acc_NM)
+    d_q_NKRC, accumulators = lax.platform_dependent(
+        arrays, k_PKGC, v_PKGC, accumulators,
+        cpu=partial(_tile_by_tile, tile=tile_blocks(N, Q), span=span, **settings),
+        default=partial(_all_blocks, span=span, **settings),
+    )  # fmt: skip
+    d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
+    return d_q_WHC.astype(q_WHC.dtype), accumulators
+
+
+class _Blocks(NamedTuple):
+    """What is known of each block."""
+
+    q_NKRC: jax.Array
+    d_out_NKRC: jax.Array
+    lse_NKR: jax.Array
+    delta_NKR: jax.Array
+    position_NR: jax.Array
+    low_NR: jax.Array
+    pages_NM: jax.Array
+    acc_NM: jax.Array
+
+
+def _tile_by_tile(
+    arrays: _Blocks, k_PKGC, v_PKGC, accumulators: Accumulators, *, tile: int, **settings: Any
+) -> tuple[jax.Array, Accumulators]:
+    """A few blocks at a time: each tile's loop ends at its own last key."""
+    tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), arrays)
+
+    def one(accumulators, arrays):
+        d_q_nKRC, accumulators = _all_blocks(arrays, k_PKGC, v_PKGC, accumulators, **settings)
+        return accumulators, d_q_nKRC
+
+    accumulators, d_q = lax.scan(one, accumulators, tiles)
+    return d_q.reshape(-1, *d_q.shape[2:]), accumulators
+
+
+def _all_blocks(
+    arrays: _Blocks, k_PKGC, v_PKGC, accumulators: Accumulators,
+    *, span: int, scale: float, softcap: float | None, windowed: bool,
+) -> tuple[jax.Array, Accumulators]:  # fmt: skip
+    q_NKRC, d_out_NKRC, lse_NKR, delta_NKR, position_NR, low_NR, pages_NM, acc_NM = arrays
+    wide, per_span = accumulators[0].dtype, span // k_PKGC.shape[2]
+
     def add_span(index, carry):
         d_q_NKRC, d_k_AKGC, d_v_AKGC = carry
         ids_NJ, acc_NJ = (lax.dynamic_slice_in_dim(x, index * per_span, per_span, axis=1) for x in (pages_NM, acc_NM))
@@ -73,11 +121,10 @@ def ragged_paged_attention_backward(
         return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKSC)
 
     spans = jnp.max(position_NR) // span + 1
-    first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if window else 0
-    start = (jnp.zeros((N, K, Q * group, C), wide), *accumulators)
-    d_q_NKRC, d_k_AKGC, d_v_AKGC = lax.fori_loop(first, spans, add_span, start)
-    d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
-    return d_q_WHC.astype(q_WHC.dtype), (d_k_AKGC, d_v_AKGC)
+    first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if windowed else 0
+    start = (jnp.zeros(q_NKRC.shape, wide), *accumulators)
+    d_q_NKRC, *sums = lax.fori_loop(first, spans, add_span, start)
+    return d_q_NKRC, (sums[0], sums[1])
 
 
 def _padded(table_NM: Int[Array, "N M"], multiple: int, value: int) -> Int[Array, "N M"]:
