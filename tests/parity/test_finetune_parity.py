@@ -71,9 +71,9 @@ METHODS = {
     [
         ("llama", "lora"),
         pytest.param("llama", "rslora", marks=pytest.mark.slow),
-        pytest.param("qwen2", "dora"),
+        pytest.param("qwen2", "dora", marks=pytest.mark.slow),
         pytest.param("llama", "dora", marks=pytest.mark.slow),
-        pytest.param("qwen2", "ia3"),
+        ("qwen2", "ia3"),
         pytest.param("mistral", "lora", marks=pytest.mark.slow),
         pytest.param("qwen2", "lora", marks=pytest.mark.slow),
         pytest.param("qwen3", "lora", marks=pytest.mark.slow),
