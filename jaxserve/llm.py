@@ -24,7 +24,6 @@ from jaxserve.engine.loop import EngineCore, News
 from jaxserve.engine.sizes import core_config
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
-from jaxserve.files import read_json
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Source
 from jaxserve.finetune.session import BatchResult
@@ -36,6 +35,7 @@ from jaxserve.models.loader import (
     load_config,
     load_generation_config,
     load_params,
+    stored_dtype,
     weights_fingerprint,
 )
 from jaxserve.outputs import Completion, Event, RequestOutput
@@ -121,7 +121,7 @@ class Engine:
             mesh = make_mesh(config.tensor_parallel)
         except ValueError as error:
             raise ModelError(str(error)) from None
-        dtype = _stored_dtype(directory) if config.dtype == "auto" else config.dtype
+        dtype = stored_dtype(directory) if config.dtype == "auto" else config.dtype
         config = config.model_copy(update={"dtype": dtype})
         generation_config = load_generation_config(directory)
         tokenizer = _tokenizer(directory, config)
@@ -613,13 +613,6 @@ def _base_digest(model: ModelConfig, weights: bytes) -> bytes:
     """Names the base model, whatever dtype it is served in: its description and its weights."""
     described = json.dumps(dataclasses.asdict(model), sort_keys=True, default=str)
     return hashlib.sha256(described.encode() + weights).digest()
-
-
-def _stored_dtype(directory: Path) -> str:
-    """The dtype config.json names; float32 where it names none that can be served."""
-    hf = read_json(directory / "config.json")
-    named = hf.get("dtype") or hf.get("torch_dtype") or hf.get("text_config", {}).get("dtype")
-    return named if named in ("float32", "bfloat16", "float16") else "float32"
 
 
 def _tokenizer(directory: Path, config: EngineConfig) -> Tokenizer | None:

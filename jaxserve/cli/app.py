@@ -123,6 +123,35 @@ def bench_finetune(config: Config, model: Model = None) -> None:
     raise typer.Exit(main(config))
 
 
+class Device(StrEnum):
+    h200 = "h200"
+    h100 = "h100"
+    a100 = "a100-80gb"
+
+
+@app.command()
+@configured("model", "engine", "lora", "finetune")
+def plan(
+    config: Config,
+    model: Model = None,
+    device: Annotated[Device, typer.Option(help="The GPU that is planned for; it need not be there.")] = Device.h200,
+    layers: Annotated[int | None, typer.Option(min=1, help="Compile so many layers; by default all.")] = None,
+    context: Annotated[int, typer.Option(min=0, help="Tokens of each running sequence, for the roofline.")] = 1024,
+    all_buckets: Annotated[bool, typer.Option("--all-buckets", help="Compile every step, not the longest.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compile an engine's steps for a GPU that need not be there: will it fit, and how long must a step take?
+
+    Exit status 1: it does not fit.
+    """
+    from jaxserve.bench.environment import prepare_environment
+
+    prepare_environment()
+    from jaxserve.bench.plan import main
+
+    raise typer.Exit(main(config, device.value, layers, context, all_buckets, as_json))
+
+
 @config_app.command("show")
 @configured(*Config.model_fields)
 def show(

@@ -15,7 +15,7 @@ from jaxserve.errors import ConfigError
 # where vLLM's flag, or another section's, makes the key's own name the wrong one; () is no flag
 NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("model", "path"): (),  # the MODEL argument
-    ("engine", "tensor_parallel"): ("--tensor-parallel-size", "-tp"),
+    ("engine", "tensor_parallel"): ("--tensor-parallel-size", "--tensor-parallel", "-tp"),
     ("lora", "modules"): ("--lora-modules",),
     ("sampling", "seed"): ("--sampling-seed",),
     ("bench", "seed"): ("--bench-seed",),

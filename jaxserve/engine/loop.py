@@ -9,9 +9,9 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,21 +19,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.adapters.bank import BankShape, sites_touched
+from jaxserve.adapters.bank import sites_touched
 from jaxserve.adapters.residency import Residency
 from jaxserve.adapters.scales import fused_inputs, is_scaled
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Key
 from jaxserve.engine.bank_writer import BankWriter
-from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state
+from jaxserve.engine.gradient import TrainState, empty_train_state
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.planner import Planned, Planner
 from jaxserve.engine.sharing import sharing
+from jaxserve.engine.specs import TRAIN_SLOTS, CoreConfig, step_spec, train_shape
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
 from jaxserve.engine.step import StepOutput, StepSpec, step
 from jaxserve.engine.times import StepLoad
@@ -43,59 +43,16 @@ from jaxserve.finetune.live import LiveWeights
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.plan import NO_REQUESTS, Outcome, StepPlan, StepResult
-from jaxserve.scheduler.request import Objective, Request, Sequence
+from jaxserve.scheduler.request import Request, Sequence
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
-from pallas_kernels.lora_matmul import PAGE_RANK, SINGLE_ROWS
 
 logger = logging.getLogger(__name__)
 
 COPIES = 16  # page copies per device call
 DISK_SECONDS = 0.05  # waited for at a time when jobs wait for nothing but the disk
 MAX_COMPILERS = 4  # each may take gigabytes for a large model
-TRAIN_SLOTS = 8  # finetune sequences under way at once
 MAX_REPLAYS = 2  # failed steps in a row before the requests in flight are given up
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoreConfig:
-    """Sizes of an engine core, all resolved: nothing is a default any more."""
-
-    dtype: str
-    num_pages: int
-    page_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    row_block: int
-    max_logprobs: int
-    policy: str = "fcfs"
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    max_queue: int = 1024
-    max_loras: int = 0
-    max_lora_rank: int = 0
-    attention: str | None = None
-    lora: str | None = None
-    max_grad_rows: int = 256
-    remat: str = "attention"
-    objectives: Mapping[str, Objective] = field(default_factory=lambda: {"": Objective()})  # by class of requests
-    finetune_floor: float = 0.0
-    sharing: str = "coserve"
-
-    @property
-    def pages_per_seq(self) -> int:
-        return -(-self.max_model_len // self.page_size)
-
-    @property
-    def adapter_pages(self) -> int:
-        """Bank pages of an adapter of the greatest rank."""
-        return -(-self.max_lora_rank // PAGE_RANK)
-
-    @property
-    def bank_pages(self) -> int:
-        """Bank pages in all; page 0 is the bare base model."""
-        return 1 + self.max_loras * self.adapter_pages if self.max_loras else 0
 
 
 class Extras(NamedTuple):
@@ -138,7 +95,7 @@ class EngineCore:
         clock: Callable[[], float] = time.monotonic,
     ):
         self.model, self.params, self.mesh, self.config, self.clock = model, params, mesh, config, clock
-        self.bank = BankShape(model, config.bank_pages, mesh.size, config.dtype) if config.max_loras else None
+        self.bank = config.bank(model, mesh.size)
         self.writer = BankWriter(self.bank, mesh, config.adapter_pages) if self.bank is not None else None
         self.state = self._empty_state()
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
@@ -208,33 +165,15 @@ class EngineCore:
         return new
 
     def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
-        c, scaled = self.config, extended and self.extras.scales
-        # decode rows stand side by side by adapter: a run of them ends with its block or its adapter
-        runs = min(-(-bucket.decode_rows // SINGLE_ROWS) + c.bank_pages - 1, bucket.decode_rows)
-        lora_items = (bucket.block_rows // c.row_block + runs) * c.adapter_pages if self.bank else 0
-        layout = BatchLayout(
+        return step_spec(
             bucket,
-            c.max_num_seqs,
-            c.pages_per_seq,
-            lora_items,
-            train_slots=TRAIN_SLOTS,
-            grad_items=bucket.grad_rows // c.row_block * c.adapter_pages,
-            row_block=c.row_block,
-            scaled=scaled,
-            dropout=extended and self.extras.dropout and bucket.grad_rows > 0,
-        )
-        return StepSpec(
-            train=self.trainer.shape if bucket.grad_rows and self.trainer else None,
-            config=self.model,
-            mesh=self.mesh,
-            layout=layout,
-            row_block=c.row_block,
-            page_size=c.page_size,
-            max_logprobs=c.max_logprobs,
-            bank=self.bank,
-            attention=c.attention,
-            lora=c.lora,
-            scaled=scaled,
+            self.config,
+            self.model,
+            self.mesh,
+            self.bank,
+            self.trainer.shape if self.trainer else None,
+            scaled=extended and self.extras.scales,
+            dropout=extended and self.extras.dropout,
         )
 
     def warm_up(self) -> dict[str, float]:
@@ -316,7 +255,7 @@ class EngineCore:
             )
         with self.lock, self.compiles.preparing():
             rows = c.max_grad_rows // c.row_block * c.row_block
-            shape = TrainShape(TRAIN_SLOTS, 2 * c.pages_per_seq, lanes * c.adapter_pages, c.remat, lanes)
+            shape = train_shape(c, lanes)
             self.trainer = Trainer(
                 self.model,
                 self.mesh,

@@ -7,8 +7,10 @@ Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequenc
 N top log-probabilities.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,7 @@ from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, 
 from sharding import AXIS, tree_specs
 
 HEAD_ROWS = 64  # rows of a prompt whose logits exist at one time
+DRAW_BYTES = 8 << 20  # float32 logits that are drawn from at one time, at most: a draw holds several copies of them
 
 
 @dataclass(frozen=True)
@@ -214,26 +217,14 @@ def _local_logits(params, hidden_RD, spec: StepSpec) -> tuple[Float[Array, "R V"
 
 
 def _draw(params, state: EngineState, hidden_TD, batch: TokenBatch, spec: StepSpec) -> tuple[EngineState, dict]:
-    shard, rows = spec.shard, batch.rows
+    shard = spec.shard
     logits_RV, finite_R = _local_logits(params, hidden_TD.at[batch.sample_row_R].get(mode="clip"), spec)
     slot_R = jnp.minimum(batch.sample_slot_R, spec.layout.num_slots - 1)
-    adjusted_RV = lax.cond(
-        batch.flags[flags.PENALTIES] > 0,
-        lambda x: penalise(x, state.count_BV[slot_R].astype(jnp.int32), rows),
-        lambda x: x,
-        logits_RV,
-    )
-    adjusted_RV = lax.cond(
-        batch.flags[flags.EDITS] > 0, lambda x: _edit(x, state, slot_R, batch, shard), lambda x: x, adjusted_RV
-    )
-    drawable_R = shard.max(jnp.any(jnp.isfinite(adjusted_RV), axis=1).astype(jnp.int32)) > 0
-    token_R = sample(adjusted_RV, rows, batch.flags[flags.RANDOM] > 0, batch.flags[flags.FILTER] > 0, shard)
-    norm_R = log_normaliser(logits_RV, shard)
-    N = spec.max_logprobs
-    nothing = (jnp.zeros((slot_R.shape[0], N), jnp.float32), jnp.zeros((slot_R.shape[0], N), jnp.int32))
-    top_RN, top_token_RN = lax.cond(
-        batch.flags[flags.LOGPROBS] > 0, lambda x: top_tokens(x, N, shard), lambda x: nothing, logits_RV
-    )
+    draw = partial(_draw_rows, state=state, batch_flags=batch.flags, spec=spec)
+    drawable_R, drawn = _by_rows(draw, DRAW_BYTES // (4 * logits_RV.shape[1]), (
+        logits_RV, slot_R, batch.rows, batch.edited_R
+    ))  # fmt: skip
+    token_R = drawn["token_R"]
     column_R = jnp.where(batch.counted_R > 0, token_R - shard.offset(logits_RV.shape[1]), logits_RV.shape[1])
     column_R = jnp.where(column_R < 0, logits_RV.shape[1], column_R)
     state = replace(
@@ -241,19 +232,55 @@ def _draw(params, state: EngineState, hidden_TD, batch: TokenBatch, spec: StepSp
         last_token_B=state.last_token_B.at[batch.sample_slot_R].set(token_R, mode="drop"),
         count_BV=state.count_BV.at[batch.sample_slot_R, column_R].add(jnp.int16(1), mode="drop"),
     )
-    return state, {
+    return state, {**drawn, "finite_R": finite_R & drawable_R}
+
+
+def _by_rows(function: Callable[[Any], Any], most: int, arrays: Any) -> Any:
+    """``function`` of all rows, at most about ``most`` of them at a time."""
+    R = jax.tree.leaves(arrays)[0].shape[0]
+    size = next(n for n in range(min(max(most, 1), R), 0, -1) if R % n == 0)
+    if size == R:
+        return function(arrays)
+    parts = lax.map(function, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays))
+    return jax.tree.map(lambda x: x.reshape(R, *x.shape[2:]), parts)
+
+
+def _draw_rows(arrays, *, state: EngineState, batch_flags, spec: StepSpec) -> tuple[Bool[Array, "R"], dict]:
+    """Penalties, edits and the draw: several arrays of the logits' size at one time."""
+    logits_RV, slot_R, rows, edited_R = arrays
+    shard = spec.shard
+    adjusted_RV = lax.cond(
+        batch_flags[flags.PENALTIES] > 0,
+        lambda x: penalise(x, state.count_BV[slot_R].astype(jnp.int32), rows),
+        lambda x: x,
+        logits_RV,
+    )
+    adjusted_RV = lax.cond(
+        batch_flags[flags.EDITS] > 0,
+        lambda x: _edit(x, state, slot_R, rows.position_R, edited_R, shard),
+        lambda x: x,
+        adjusted_RV,
+    )
+    drawable_R = shard.max(jnp.any(jnp.isfinite(adjusted_RV), axis=1).astype(jnp.int32)) > 0
+    token_R = sample(adjusted_RV, rows, batch_flags[flags.RANDOM] > 0, batch_flags[flags.FILTER] > 0, shard)
+    norm_R = log_normaliser(logits_RV, shard)
+    N = spec.max_logprobs
+    nothing = (jnp.zeros((slot_R.shape[0], N), jnp.float32), jnp.zeros((slot_R.shape[0], N), jnp.int32))
+    top_RN, top_token_RN = lax.cond(
+        batch_flags[flags.LOGPROBS] > 0, lambda x: top_tokens(x, N, shard), lambda x: nothing, logits_RV
+    )
+    return drawable_R, {
         "token_R": token_R,
         "logprob_R": pick(logits_RV, token_R, shard) - norm_R,
-        "finite_R": finite_R & drawable_R,
         "top_token_RN": top_token_RN,
         "top_logprob_RN": top_RN - norm_R[:, None],
     }
 
 
-def _edit(logits_RV, state: EngineState, slot_R, batch: TokenBatch, shard: VocabShard) -> Float[Array, "R V"]:
+def _edit(logits_RV, state: EngineState, slot_R, position_R, edited_R, shard: VocabShard) -> Float[Array, "R V"]:
     """Adds logit_bias, and holds back the stop tokens of rows that have not reached min_tokens."""
     V = logits_RV.shape[1]
-    active_RZ = (batch.rows.position_R[:, None] < state.edit_until_BZ[slot_R]) & (batch.edited_R > 0)[:, None]
+    active_RZ = (position_R[:, None] < state.edit_until_BZ[slot_R]) & (edited_R > 0)[:, None]
     column_RZ = state.edit_token_BZ[slot_R] - shard.offset(V)
     column_RZ = jnp.where(active_RZ & (column_RZ >= 0), column_RZ, V)
     row_R1 = jnp.arange(logits_RV.shape[0], dtype=jnp.int32)[:, None]

@@ -58,7 +58,16 @@ CASES = {
     "gemma3-multimodal": ("gemma3_multimodal", {}),
     "gemma3-multimodal-mqa": ("gemma3_multimodal", {"num_key_value_heads": 1, "sliding_window": 33}),
 }
-FEW = ("llama", "llama-mqa-tied-llama3-rope", "mistral-window", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3-multimodal")
+FEW = (
+    "llama",
+    "llama-mqa-tied-llama3-rope",
+    "mistral-window",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "gemma3-multimodal",
+)
 LENGTHS = (3, 16, 33, 100)  # shorter than a page, a page, past a page, longer than a step and than any window
 PROMPTS = [serving.prompt(length) for length in LENGTHS]
 
