@@ -7,8 +7,8 @@ it cannot say is time: products are not tuned on a device, which may choose othe
 import os
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxserve.bench.hlo import KernelResources, resources
 from jaxserve.engine.gradient import TrainShape, empty_train_state
 from jaxserve.engine.specs import CoreConfig
 from jaxserve.engine.state import empty_state, state_specs
@@ -86,7 +85,6 @@ class Program:
     temporary: int
     aliased: int  # bytes of arguments that results are written into
     text: str  # the optimized HLO
-    kernels: tuple[KernelResources, ...]  # of Pallas
 
 
 def abstract_arguments(
@@ -125,29 +123,27 @@ def local_bytes(tree: Any) -> int:
     return sum(int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize for x in leaves)
 
 
-def compile_step(
-    params: Any, state: Any, spec: StepSpec, dump: bool = False, clock: Callable[[], float] = time.perf_counter
-) -> Program:
-    """Compiles one of the engine's programs for the devices of ``spec.mesh``.
+@contextmanager
+def dumping() -> Iterator[Path]:
+    """A folder that says what Pallas kernels need which are compiled meanwhile, for the first time in this process;
+    they take several times as long."""
+    with tempfile.TemporaryDirectory(prefix="jaxserve-plan-") as folder:
+        os.environ[DUMP] = folder
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ[DUMP]
 
-    Args:
-      dump: find out what each Pallas kernel needs; it takes several times as long.
-    """
+
+def compile_step(params: Any, state: Any, spec: StepSpec, clock: Callable[[], float] = time.perf_counter) -> Program:
+    """Compiles one of the engine's programs for the devices of ``spec.mesh``."""
     ints, _, floats, _ = spec.layout.empty()
     whole = named_sharding(spec.mesh, ())
     batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (ints, floats)]
-    kernels: tuple[KernelResources, ...] = ()
-    with ExitStack() as stack:
-        if dump:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxserve-plan-"))
-            os.environ[DUMP] = folder
-            stack.callback(os.environ.pop, DUMP)
-        stack.enter_context(jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh))
+    with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
         start = clock()
         compiled = step.lower(params, state, *batch, None, spec=spec).compile()
         seconds = clock() - start
-        if dump:
-            kernels = resources(Path(os.environ[DUMP]))
     memory = compiled.memory_analysis()
     assert memory is not None, "the compiler says what memory a program needs"
     return Program(
@@ -156,5 +152,4 @@ def compile_step(
         temporary=memory.temp_size_in_bytes,
         aliased=memory.alias_size_in_bytes,
         text=compiled.as_text() or "",
-        kernels=kernels,
     )

@@ -6,7 +6,9 @@ fit, kernels, collectives and copies, what each Pallas kernel needs, and the roo
 
 import dataclasses
 import json
+import multiprocessing
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -72,7 +74,7 @@ def plan(
     memory = _memory(params, state)
     compiled = model if layers is None else _cut(model, range(layers))
     buckets = _buckets(core, train is not None, every_bucket)
-    kernels = _kernels(core, model, mesh, train, buckets)  # first: a kernel that is known already is not dumped
+    kernels = _kernels(core, model, device, mesh.size, train, buckets)
     programs = [_program(core, compiled, mesh, train, bucket) for bucket in buckets]
     large = _large_arrays(params, plain)
     steps = [
@@ -162,18 +164,27 @@ def _program(core: CoreConfig, model: ModelConfig, mesh: Any, train: TrainShape 
 
 
 def _kernels(
-    core: CoreConfig, model: ModelConfig, mesh: Any, train: TrainShape | None, buckets: Sequence[Bucket]
-) -> tuple[hlo.KernelResources, ...]:
-    """Of one layer of each kind: a kernel that is dumped takes long to compile, and layers of a kind share theirs."""
+    core: CoreConfig, model: ModelConfig, device: str, tensor_parallel: int, train: TrainShape | None,
+    buckets: Sequence[Bucket],
+) -> tuple[hlo.KernelResources, ...]:  # fmt: skip
+    """Of one layer of each kind, which share their kernels: one that is dumped takes long to compile. In a process of
+    its own: kernels keep where they were dumped to, and one that was compiled before is not dumped."""
     kinds = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
     few = _cut(model, sorted(kinds.values()))
-    found: dict[hlo.KernelResources, None] = {}
-    for bucket in buckets:
-        params, state, plain = ahead.abstract_arguments(core, few, mesh, train)
-        spec = step_spec(bucket, core, few, mesh, core.bank(few, mesh.size), train)
-        program = ahead.compile_step(params, state if bucket.grad_rows else plain, spec, dump=True)
-        found |= dict.fromkeys(program.kernels)
-    return tuple(sorted(found, key=lambda kernel: (kernel.name, kernel.registers)))
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+        found = other.submit(_dumped_kernels, core, few, device, tensor_parallel, train, tuple(buckets)).result()
+    return tuple(sorted(set(found), key=lambda kernel: (kernel.name, kernel.registers, kernel.shared_bytes)))
+
+
+def _dumped_kernels(
+    core: CoreConfig, model: ModelConfig, device: str, tensor_parallel: int, train: TrainShape | None,
+    buckets: Sequence[Bucket],
+) -> list[hlo.KernelResources]:  # fmt: skip
+    mesh = ahead.mesh_of(device, tensor_parallel)
+    with ahead.dumping() as folder:
+        for bucket in buckets:
+            _program(core, model, mesh, train, bucket)
+        return list(hlo.resources(folder))
 
 
 def _large_arrays(params: Any, state: Any) -> set[tuple[str, tuple[int, ...]]]:
