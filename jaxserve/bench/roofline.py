@@ -19,6 +19,14 @@ from jaxserve.models.config import ModelConfig
 PAGE_RANK = 16  # adapters are stored, and multiplied, in units of so many ranks
 HEAD_CHUNK = 64  # gradient rows whose logits exist at one time
 WIDE = 4  # bytes of what is summed in float32
+MEMBERS = {  # of each site, by the names that PEFT's target_modules have
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
+ROW_PARALLEL = ("o_proj", "down_proj")  # split on what goes in, the others on what comes out
+ALL_LINEAR = tuple(member for members in MEMBERS.values() for member in members)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +99,7 @@ class StepLoad:
     adapters: Sequence[int] = ()  # ranks of the adapters in the batch
     adapter_rows: int | None = None  # rows that have one; by default all where there are adapters
     grad_rank: int = 16
+    targets: Sequence[str] = ALL_LINEAR  # linear layers that every adapter changes
 
     @property
     def chunk_rows(self) -> int:
@@ -234,9 +243,8 @@ class _Step:
         return parts
 
     def _local_dims(self) -> dict[str, tuple[int, int]]:
-        row = ("o_proj", "down_proj")
         return {
-            site: (inputs // self.shards, sum(outs)) if site in row else (inputs, sum(outs) // self.shards)
+            site: (inputs // self.shards, sum(outs)) if site in ROW_PARALLEL else (inputs, sum(outs) // self.shards)
             for site, (inputs, outs) in site_dims(self.model).items()
         }
 
@@ -289,11 +297,22 @@ class _Step:
         """Each adapter's factors are read once; two kernels for each site, the second adds to what the base wrote."""
         flops = moved = 0
         mean_rank = sum(map(_padded, ranks)) / len(ranks)
-        for site, (inputs, outs) in self._local_dims().items():
-            members = len(site_dims(self.model)[site][1])
+        sites = self._adapted()
+        for members, inputs, outs in sites:
             flops += 2 * rows * mean_rank * (members * inputs + outs)
             moved += sum(_padded(rank) * (members * inputs + outs) for rank in ranks) + rows * (inputs + 2 * outs)
-        return Work("adapters", flops, moved * self.itemsize, kernels=2 * 4) * self.model.num_layers
+        return Work("adapters", flops, moved * self.itemsize, kernels=2 * len(sites)) * self.model.num_layers
+
+    def _adapted(self) -> list[tuple[int, int, int]]:
+        """(members with an adapter, in, out of those members together) of each site that has one, on one device."""
+        found = []
+        for site, (inputs, outs) in site_dims(self.model).items():
+            adapted = [out for name, out in zip(MEMBERS[site], outs, strict=True) if name in self.load.targets]
+            if adapted:
+                by_row = site in ROW_PARALLEL
+                local = (inputs // self.shards, sum(adapted)) if by_row else (inputs, sum(adapted) // self.shards)
+                found.append((len(adapted), *local))
+        return found
 
     def all_reduces(self, name: str, rows: int, per_layer: int = 2) -> Work:
         """The residual stream summed over the devices: a ring moves 2 (n - 1) / n of it over each link."""
@@ -336,12 +355,12 @@ class _Step:
         """h and dh, dx, dA and dB; lanes are read and written in float32."""
         rank = _padded(self.load.grad_rank)
         flops = moved = 0
-        for site, (inputs, outs) in self._local_dims().items():
-            members = len(site_dims(self.model)[site][1])
+        sites = self._adapted()
+        for members, inputs, outs in sites:
             size = rank * (members * inputs + outs)
             flops += (3 + again) * 2 * W * size
             moved += W * (4 * inputs + 3 * outs) * self.itemsize + size * (2 * self.itemsize + 2 * WIDE)
-        return Work("adapters backward", flops, moved, kernels=5 * 4) * self.model.num_layers
+        return Work("adapters backward", flops, moved, kernels=5 * len(sites)) * self.model.num_layers
 
 
 def _padded(rank: int) -> int:
@@ -351,4 +370,4 @@ def _padded(rank: int) -> int:
 def _factor_elements(site: str, inputs: int, outs: tuple[int, ...], rank: int, shards: int) -> int:
     """A of every member and B, of which the split one shrinks with the number of devices."""
     a, b = _padded(rank) * len(outs) * inputs, _padded(rank) * sum(outs)
-    return a // shards + b if site in ("o_proj", "down_proj") else a + b // shards
+    return a // shards + b if site in ROW_PARALLEL else a + b // shards

@@ -68,6 +68,12 @@ class Format(StrEnum):
     json = "json"
 
 
+class Device(StrEnum):
+    h200 = "h200"
+    h100 = "h100"
+    a100 = "a100-80gb"
+
+
 @app.command()
 @configured("model", "engine", "lora", "sampling")
 def generate(
@@ -123,10 +129,28 @@ def bench_finetune(config: Config, model: Model = None) -> None:
     raise typer.Exit(main(config))
 
 
-class Device(StrEnum):
-    h200 = "h200"
-    h100 = "h100"
-    a100 = "a100-80gb"
+@bench_app.command("coserve")
+@configured(*Config.model_fields)
+def bench_coserve(config: Config, model: Model = None) -> None:
+    """Replay the same requests under several ways to share devices with finetuning, at several rates, on the engine
+    or simulated."""
+    from jaxserve.bench.sweep import main
+
+    raise typer.Exit(main(config))
+
+
+@bench_app.command()
+def flexllm(
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and results go.")] = "runs/flexllm",
+    models: Annotated[str, typer.Option(metavar="DIR", help="Folder of the models' directories.")] = "configs/models",
+    seconds: Annotated[float, typer.Option(min=5, help="Length of each simulated run.")] = 60.0,
+    device: Annotated[list[Device] | None, typer.Option(help="By default the A100 and the H200.")] = None,
+    trace: Annotated[str | None, typer.Option(metavar="FILE", help="A CSV of arrivals; else made-up ones.")] = None,
+) -> None:
+    """Rebuild FlexLLM's tables in simulation."""
+    from jaxserve.bench.flexllm import main
+
+    raise typer.Exit(main(out, models, seconds, [each.value for each in device or ()], trace))
 
 
 @app.command()

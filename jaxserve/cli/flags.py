@@ -22,6 +22,7 @@ NAMES: dict[tuple[str, str], tuple[str, ...]] = {
     ("job", "data"): (),  # the DATA argument
     ("job", "seed"): ("--job-seed",),
     ("coserve", "jobs"): ("--finetune-jobs",),
+    ("sweep", "results_dir"): ("--sweep-dir",),
 }
 ARGUMENTS = {"model": ("model", "path"), "data": ("job", "data")}  # of commands, and the keys they override
 

@@ -466,6 +466,35 @@ class BenchSection(Section):
     """Add each request's and each step's numbers to them."""
 
 
+POLICIES = r"^(coserve|temporal:[1-9]\d*|temporal-dynamic|separate:(25|50|75)|spatial|inference-only|finetune-only)$"
+
+
+class SweepSection(Section):
+    """Of bench coserve and bench flexllm."""
+
+    policies: Annotated[tuple[Annotated[str, Field(pattern=POLICIES)], ...], Field(strict=False, min_length=1)] = (
+        "coserve", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic", "separate:25", "separate:50",
+        "separate:75", "spatial", "inference-only", "finetune-only",
+    )  # fmt: skip
+    """Ways to share the devices: coserve, temporal:N (one sequence is finetuned on after every N steps of requests),
+    temporal-dynamic (only when there are no requests), separate:25, :50 or :75 (so many percent of the replicas serve,
+    the others finetune), spatial (two processes on each device), inference-only, finetune-only."""
+    rates: Annotated[
+        tuple[Annotated[float, Field(gt=0, strict=False)], ...], Field(strict=False, min_length=1)
+    ] = (1.0, 2.0, 3.0, 4.0, 5.0)  # fmt: skip
+    """Requests per second and replica."""
+    seconds: Annotated[float, Field(gt=0)] = 60.0
+    """Length of a run: requests come, and finetune tokens count, for so long."""
+    replicas: Annotated[int, Field(ge=1, le=64)] = 1
+    """Simulated replicas; requests go to them in turn."""
+    simulate: Literal["none", "a100-80gb", "h100", "h200"] = "none"
+    """Runs on a virtual clock with this device's roofline; none measures the engine here."""
+    matmul_efficiency: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the device's peak that simulated matrix products reach; by default the roofline's own."""
+    results_dir: str | None = None
+    """Where report.html, results.json, requests.csv and steps.csv go."""
+
+
 class Config(Section):
     """A whole run. The sections are the top-level keys of a file."""
 
@@ -477,6 +506,7 @@ class Config(Section):
     coserve: CoserveSection = CoserveSection()
     sampling: SamplingSection = SamplingSection()
     bench: BenchSection = BenchSection()
+    sweep: SweepSection = SweepSection()
 
     def engine_config(self) -> EngineConfig:
         """The part that ``Engine.from_pretrained`` takes."""

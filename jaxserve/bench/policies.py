@@ -1,0 +1,159 @@
+"""Ways to share devices between requests and finetuning, put together from runs of replicas.
+
+Most ways are one run: every replica does the same. ``separate:S`` gives S percent of the replicas to requests, so each
+of those gets 100/S times the rate, and finetunes on the others; ``spatial`` runs two processes on each device. What a
+way comes to is always per replica, so that all of them are judged by the devices they take.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jaxserve.bench.ran import Ran, serving_numbers, step_numbers
+
+ENOUGH = 0.99  # share of requests that must meet their objectives for a rate to count as served
+ALONE = "finetune-only"
+REQUESTS = "inference-only"
+
+
+class Backend(Protocol):
+    """Runs replicas: an engine here, or simulated ones."""
+
+    def run(self, sharing: str, rate: float) -> Ran:
+        """Every replica shares in one way and gets ``rate`` requests per second; 0: none."""
+        ...
+
+    def spatial(self, rate: float) -> tuple[Ran, Ran]:
+        """Two processes on each device: the requests' and the finetuning's."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One way to share at one rate of requests."""
+
+    policy: str
+    rate: float  # requests per second and replica
+    serving: Ran | None
+    training: Ran | None
+    serves: float = 1.0  # share of the replicas that serve
+    trains: float = 1.0  # share of the replicas that finetune
+    arithmetic: str = ""
+
+    @property
+    def finetune_rate(self) -> float:
+        """Tokens per second and replica, those that only serve among them."""
+        return self.trains * self.training.finetune_rate if self.training is not None else 0.0
+
+
+class Runs:
+    """The runs that cells are made of, each made once."""
+
+    def __init__(self, backend: Backend):
+        self.backend = backend
+        self._known: dict[str, tuple[Ran, ...]] = {}
+
+    def __iter__(self):
+        return (ran for runs in self._known.values() for ran in runs)
+
+    def cell(self, policy: str, rate: float) -> Cell:
+        """Of a policy's name, which ``SweepSection`` has checked."""
+        kind, _, number = policy.partition(":")
+        if kind == "separate":
+            return self._separate(policy, rate, int(number) / 100)
+        if policy == "spatial":
+            serving, training = self._get(f"spatial at {rate:g}", lambda: self.backend.spatial(rate))
+            return Cell(policy=policy, rate=rate, serving=serving, training=training)
+        ran = self._run(policy, rate)
+        serving, training = (None if policy == ALONE else ran), (None if policy == REQUESTS else ran)
+        return Cell(policy=policy, rate=rate, serving=serving, training=training)
+
+    def _separate(self, policy: str, rate: float, serves: float) -> Cell:
+        serving, training = self._run(REQUESTS, rate / serves), self._run(ALONE, rate)
+        trains = 1 - serves
+        return Cell(
+            policy=policy,
+            rate=rate,
+            serving=serving,
+            training=training,
+            serves=serves,
+            trains=trains,
+            arithmetic=(
+                f"{serves:.0%} of the replicas serve, {rate:g} / {serves:g} = {rate / serves:g} requests/s each; "
+                f"{trains:.0%} finetune, {trains:g} x {training.finetune_rate:.0f} = "
+                f"{trains * training.finetune_rate:.0f} tokens/s per replica"
+            ),
+        )
+
+    def _run(self, sharing: str, rate: float) -> Ran:
+        rate = 0.0 if sharing == ALONE else rate
+        name = sharing if sharing == ALONE else f"{sharing} at {rate:g}"
+        return self._get(name, lambda: (self.backend.run(sharing, rate),))[0]
+
+    def _get(self, name: str, make) -> tuple[Ran, ...]:
+        if name not in self._known:
+            self._known[name] = make()
+        return self._known[name]
+
+
+def numbers(cell: Cell, goals: Mapping[str, float], alone: float | None) -> dict[str, Any]:
+    """Everything about a cell as JSON.
+
+    Args:
+      goals: objectives in seconds; alone: tokens per second of finetuning that has the devices to itself.
+    """
+    serving, training = cell.serving, cell.training
+    found: dict[str, Any] = {
+        "policy": cell.policy,
+        "rate": cell.rate,
+        "serving_run": serving and serving.name,
+        "training_run": training and training.name,
+        "serves": cell.serves,
+        "trains": cell.trains,
+        "arithmetic": cell.arithmetic,
+        "finetune_tokens_per_s": cell.finetune_rate,
+        "finetuning_kept": cell.finetune_rate / alone if alone else None,
+        "preemptions": serving.preemptions if serving else 0,
+        "evictions": sum(ran.evictions for ran in {id(r): r for r in (serving, training) if r}.values()),
+    }
+    if serving is not None:
+        found |= serving_numbers(serving.requests, serving.seconds * serving.replicas / cell.serves, goals)
+    watched = serving or training
+    return found | (step_numbers(watched.steps, watched.seconds) if watched else {})
+
+
+def claims(cells: Sequence[Mapping[str, Any]], enough: float = ENOUGH) -> list[dict[str, Any]]:
+    """Co-serving beside the best other way that keeps the objectives, at every rate at which requests alone keep them.
+
+    Args:
+      cells: of ``numbers``.
+    """
+    found = []
+    for rate in sorted({cell["rate"] for cell in cells}):
+        here = {cell["policy"]: cell for cell in cells if cell["rate"] == rate}
+        if "coserve" not in here:
+            continue
+        plain, ours = here.get(REQUESTS), here["coserve"]
+        served = None if plain is None else (plain["attainment"] or 0.0) >= enough
+        best = _best(cell for name, cell in here.items() if name not in ("coserve", ALONE) and _keeps(cell, enough))
+        rival = best["finetune_tokens_per_s"] if best else 0.0
+        found.append(
+            {
+                "rate": rate,
+                "requests_alone_meet": served,
+                "coserve_attainment": ours["attainment"],
+                "coserve_tokens_per_s": ours["finetune_tokens_per_s"],
+                "best_other": best and best["policy"],
+                "best_other_tokens_per_s": rival,
+                "times_best_other": ours["finetune_tokens_per_s"] / rival if rival else None,
+            }
+        )
+    return found
+
+
+def _keeps(cell: Mapping[str, Any], enough: float) -> bool:
+    return cell.get("attainment") is not None and cell["attainment"] >= enough
+
+
+def _best(cells: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    return max(cells, key=lambda cell: cell["finetune_tokens_per_s"], default=None)

@@ -1,0 +1,198 @@
+"""``jaxserve bench coserve``: the same requests under several ways to share devices with finetuning, at several rates.
+
+On the engine here, or with ``--simulate`` on a named device by the virtual clock: the same scheduling code.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxserve.assets import locate
+from jaxserve.bench.arrivals import bursts_of, rows_at
+from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
+from jaxserve.bench.ran import write_tables
+from jaxserve.bench.report import objectives
+from jaxserve.bench.serving import circumstances_of, write_result
+from jaxserve.bench.sweep_page import REPORT, report
+from jaxserve.bench.virtual import Virtual
+from jaxserve.config import Config, dump_config
+from jaxserve.errors import ConfigError
+from jaxserve.models.loader import load_config
+
+SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
+
+
+def main(config: Config) -> int:
+    """Runs the sweep that ``config`` describes, prints it and writes it down."""
+    check(config)
+    backend = make_backend(config)
+    print("\n".join(preface(config, backend)))
+    runs, goals = Runs(backend), goals_of(config)
+    found = [cell for cell, _ in told(runs, config, goals)]
+    result = {
+        **circumstances_of(config),
+        "simulated": None if config.sweep.simulate == "none" else config.sweep.simulate,
+        "preface": preface(config, backend),
+        "objectives_ms": {name: goal * 1000 for name, goal in goals.items()},
+        "cells": found,
+        "claims": claims(found),
+        "agreement": agreements(backend, runs, config, goals),
+    }
+    print("\n".join([*claim_lines(result["claims"]), *agreement_lines(result["agreement"])]))
+    write_result(config, result)
+    if config.sweep.results_dir is not None:
+        leave(config, Path(config.sweep.results_dir), runs, result)
+    return 0
+
+
+def check(config: Config) -> None:
+    """Raises ConfigError for what cannot be run, before anything is loaded."""
+    wrong, sweep = [], config.sweep
+    if config.model.path is None:
+        wrong.append("MODEL: name a model directory, or set model.path")
+    if not goals_of(config):
+        wrong.append(
+            "finetune.tpot_objective_ms, finetune.ttft_objective_ms: set one at least; attainment is about them"
+        )
+    if sweep.simulate == "none" and sweep.replicas > 1:
+        wrong.append(f"sweep.replicas {sweep.replicas}: the engine here is one; sweep.simulate has more")
+    if sweep.simulate == "none" and sweep.matmul_efficiency is not None:
+        wrong.append(f"sweep.matmul_efficiency {sweep.matmul_efficiency:g}: only a simulated device has one")
+    if not config.lora.enable_lora:
+        wrong.append("lora.enable_lora is off: nothing can be finetuned")
+    if wrong:
+        raise ConfigError(wrong)
+
+
+def goals_of(config: Config) -> dict[str, float]:
+    """Objectives in seconds: bench.goodput, or those that the scheduler keeps."""
+    kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
+    return objectives(config.bench.goodput) or {name: ms / 1000 for name, ms in kept.items() if ms is not None}
+
+
+def make_backend(config: Config) -> Backend:
+    assert config.model.path is not None, "check() was not called"
+    if config.sweep.simulate != "none":
+        return Virtual(config=config, model=load_config(Path(locate(config.model.path))))
+    from jaxserve.bench.live import Live
+
+    return Live(config)
+
+
+def preface(config: Config, backend: Backend) -> list[str]:
+    """What is run, in words."""
+    _, source = rows_at(config, config.sweep.rates[0] * config.sweep.replicas, config.sweep.seconds)
+    goals = " and ".join(f"{name.upper()} <= {goal * 1000:g} ms" for name, goal in goals_of(config).items())
+    about = backend.assumptions() if isinstance(backend, Virtual) else ["Measured on the engine here."]
+    return [
+        f"model {config.model.path}; load, at the first rate: {source}",
+        f"runs of {config.sweep.seconds:g} s; a finetune token counts when its backward is done, a request when it had "
+        f"{goals}; tokens/s and requests/s are per replica",
+        *about,
+    ]
+
+
+def told(runs: Runs, config: Config, goals: Mapping[str, float]) -> Iterator[tuple[dict[str, Any], Cell]]:
+    """Every cell, each printed when it is there."""
+    sweep, alone = config.sweep, None
+    print(HEADER, flush=True)
+    if ALONE in sweep.policies:
+        alone = runs.cell(ALONE, sweep.rates[0]).finetune_rate
+    for rate in sweep.rates:
+        for policy in sweep.policies:
+            cell = runs.cell(policy, rate)
+            found = numbers(cell, goals, alone)
+            print(line(found), flush=True)
+            yield found, cell
+
+
+# text
+
+HEADER = (
+    f"{'req/s':>6} {'policy':<17}{'finetune':>9} {'kept':>5} {'SLO met':>8} {'TTFT p99':>9} {'TPOT':>6} {'p99':>6} "
+    f"{'ITL p99':>8} {'goodput':>8} {'KV':>5} {'out':>4} {'error':>6}\n"
+    f"{'':>6} {'':<17}{'tokens/s':>9} {'':>5} {'':>8} {'ms':>9} {'ms':>6} {'ms':>6} {'ms':>8} {'req/s':>8} "
+    f"{'':>5} {'':>4} {'p90':>6}"
+)
+
+
+def line(cell: Mapping[str, Any]) -> str:
+    """One row of the table; ``out``: requests that were preempted and finetune sequences that gave way."""
+
+    def ms(name: str, kind: str) -> str:
+        values = cell.get(f"{name}_ms")
+        return f"{values[kind]:.1f}" if values else "-"
+
+    def share(name: str, digits: int = 0) -> str:
+        value = cell.get(name)
+        return "-" if value is None else f"{value:.{digits}%}"
+
+    goodput = cell.get("goodput")
+    return (
+        f"{cell['rate']:>6g} {cell['policy']:<17}{cell['finetune_tokens_per_s']:>9.0f} {share('finetuning_kept'):>5} "
+        f"{share('attainment', 1):>8} {ms('ttft', 'p99'):>9} {ms('tpot', 'mean'):>6} {ms('tpot', 'p99'):>6} "
+        f"{ms('itl', 'p99'):>8} {'-' if goodput is None else f'{goodput:.2f}':>8} {share('kv_usage_mean'):>5} "
+        f"{cell['preemptions'] + cell['evictions']:>4} {share('prediction_error_p90', 1):>6}"
+    )
+
+
+def claim_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = []
+    for claim in found:
+        times, other = claim["times_best_other"], claim["best_other"]
+        text = f"at {claim['rate']:g} requests/s co-serving finetunes {claim['coserve_tokens_per_s']:.0f} tokens/s"
+        if times is not None:
+            text += f", {times:.2f} times the best other way that meets the objectives ({other})"
+        elif other is None:
+            text += "; no other way meets the objectives"
+        if not claim["requests_alone_meet"]:
+            text += (
+                "; requests alone were not run"
+                if claim["requests_alone_meet"] is None
+                else "; requests alone miss them"
+            )
+        lines.append(f"{text}; {claim['coserve_attainment'] or 0:.1%} of its requests did")
+    return lines
+
+
+def agreements(backend: Backend, runs: Runs, config: Config, goals: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The engine's runs beside the simulator's of the same load; none where all is simulated."""
+    if isinstance(backend, Virtual):
+        return []
+    from jaxserve.bench.live import Live, agreement
+
+    assert isinstance(backend, Live)
+    shared = [name for name in config.sweep.policies if name.partition(":")[0] not in SPLIT and name != ALONE]
+    found = []
+    for rate in config.sweep.rates:
+        for policy in shared:
+            measured = runs.cell(policy, rate).serving
+            if measured is not None and (backend.datasets or policy == REQUESTS):
+                found.append(agreement(measured, backend.predict(policy, rate), goals))
+    return found
+
+
+def agreement_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = ["the simulator on this engine's step times says:"] if found else []
+    for each in found:
+        error = each["finetune_error"]
+        off = "" if error is None else f" ({error:+.1%})"
+        lines.append(
+            f"  {each['run']:<24} finetuning {each['simulated_finetune_tokens_per_s']:.0f} tokens/s, measured "
+            f"{each['measured_finetune_tokens_per_s']:.0f}{off}; SLO met {each['simulated_attainment'] or 0:.1%}, "
+            f"measured {each['measured_attainment'] or 0:.1%}"
+        )
+    return lines
+
+
+def leave(config: Config, place: Path, runs: Runs, result: Mapping[str, Any]) -> None:
+    """Writes report.html, results.json, requests.csv, steps.csv and the configuration."""
+    place.mkdir(parents=True, exist_ok=True)
+    made = list(runs)
+    write_tables(place, made)
+    (place / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
+    page = report(result, made, bursts_of(config, config.sweep.seconds))
+    (place / REPORT).write_text(page, encoding="utf-8")
+    print(f"report: {place / REPORT}")

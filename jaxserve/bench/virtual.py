@@ -1,0 +1,364 @@
+"""Replicas on the virtual clock: what fits into a named device's memory, how long its steps take, who shares it.
+
+Two processes on one device (``spatial``) are a model of their own, in favour of sharing: while both have a step under
+way, each has half of the multiprocessors, and so half of the device's arithmetic, and of the memory's bandwidth what
+the other leaves, half of it at least; a process alone has all. Caches are not fought over, and switching costs nothing.
+Each process has its own copy of the weights.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from jaxserve.bench import roofline
+from jaxserve.bench.arrivals import rows_at
+from jaxserve.bench.coserve_numbers import BASE
+from jaxserve.bench.ran import NOT_OVER, Asked, Ran, StepRow, Watch
+from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
+from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
+from jaxserve.bench.workload import BenchRequest, make_workload
+from jaxserve.config import Config
+from jaxserve.engine.planner import Planned
+from jaxserve.errors import ConfigError
+from jaxserve.finetune.job import Job
+from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.request import NEVER, Objective
+from jaxserve.scheduler.scheduler import SchedulerConfig
+
+DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
+RESERVE_BYTES = 2 << 30  # of each device: runtime, buffers of steps without gradient rows
+MAX_LENGTH = 8192  # of a sequence, where the configuration says nothing
+ROW_BLOCK = 64
+NUM_EXAMPLES = 512  # of made-up data; they come again
+SHARE = 0.5  # of a device's multiprocessors that each of two processes has
+
+
+def targets_of(config: Config) -> tuple[str, ...]:
+    """The linear layers that adapters change.
+
+    Raises:
+      ConfigError: a pattern, which stands for names only beside a model's weights.
+    """
+    given = config.job.target_modules
+    if given is None or given == "all-linear":
+        return ALL_LINEAR
+    names = (given,) if isinstance(given, str) else given
+    if not set(names) <= set(ALL_LINEAR):
+        raise ConfigError([f"job.target_modules {given!r}: in a simulation, names out of {', '.join(ALL_LINEAR)}"])
+    return names
+
+
+def activation_bytes(model: ModelConfig, rows: int, remat: str, tensor_parallel: int = 1) -> int:
+    """Bytes on one device that a backward of so many rows keeps, 16-bit: of every layer, or of one layer at a time and
+    each layer's input."""
+    heads = model.num_heads + 2 * model.num_kv_heads
+    layer = 12 * model.hidden_size + (2 * heads * model.head_dim + 4 * model.intermediate_size) // tensor_parallel
+    kept = layer * model.num_layers if remat == "none" else layer + model.hidden_size * model.num_layers
+    return 2 * rows * kept
+
+
+def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sharing: str, copies: int = 1) -> Settings:
+    """The sizes of an engine on this device.
+
+    Args:
+      copies: of the weights that the device's memory holds.
+
+    Raises:
+      ConfigError: no room for the pages of one sequence.
+    """
+    engine, finetune, shards = config.engine, config.finetune, config.engine.tensor_parallel
+    longest = min(config.model.max_model_len or MAX_LENGTH, model.max_position_embeddings)
+    rows = max(finetune.finetune_window // ROW_BLOCK, 1) * ROW_BLOCK
+    accumulators = 2 * longest * kv_bytes(model, roofline.WIDE, shards)
+    used = copies * weight_bytes(model, 2, shards) + RESERVE_BYTES + accumulators
+    used += activation_bytes(model, rows, finetune.finetune_remat, shards)
+    free = device.memory * engine.gpu_memory_utilization - used
+    fitting = math.floor(free / (engine.block_size * kv_bytes(model, 2, shards)))
+    pages = min(fitting, engine.num_kv_pages or fitting)
+    if pages * engine.block_size < longest:
+        raise ConfigError(
+            [
+                f"{device.name}: {used / 1e9:.1f} GB for {copies} x weights, activations and accumulators leave "
+                f"{max(free, 0) / 1e9:.1f} GB for pages, less than one sequence of {longest} tokens needs"
+            ]
+        )
+    return Settings(
+        limits=SchedulerConfig(
+            max_num_seqs=engine.max_num_seqs,
+            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_model_len=longest,
+            row_block=ROW_BLOCK,
+            policy=engine.scheduling_policy,
+            enable_chunked_prefill=engine.enable_chunked_prefill,
+            max_queue=10**9,
+        ),
+        num_pages=pages,
+        page_size=engine.block_size,
+        max_grad_rows=rows,
+        objectives=(objective_of(config),),
+        finetune_floor=finetune.finetune_floor,
+        sharing=sharing,
+    )
+
+
+def objective_of(config: Config) -> Objective:
+    given = (config.finetune.ttft_objective_ms, config.finetune.tpot_objective_ms)
+    return Objective(*(NEVER if ms is None else ms / 1000 for ms in given))
+
+
+class TargetedDevice(RooflineDevice):
+    """A device whose adapters change some of the linear layers."""
+
+    targets: Sequence[str] = ALL_LINEAR
+
+    def load(self, planned: Planned) -> roofline.StepLoad:
+        return replace(super().load(planned), targets=self.targets)
+
+    def parts(self, planned: Planned) -> tuple[roofline.Work, ...]:
+        load = self.load(planned)
+        return roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
+
+    def alone(self, parts: Sequence[roofline.Work]) -> float:
+        return roofline.seconds(parts, self.device, self.efficiency) + self.host_seconds
+
+    def shared(self, parts: Sequence[roofline.Work], other: float) -> float:
+        """Seconds beside another process.
+
+        Args:
+          other: share of the bandwidth that it asks for.
+        """
+        half = replace(
+            self.device, flops=self.device.flops * SHARE, bandwidth=self.device.bandwidth * max(SHARE, 1 - other)
+        )
+        return roofline.seconds(parts, half, self.efficiency) + self.host_seconds
+
+    def traffic(self, parts: Sequence[roofline.Work]) -> float:
+        """Seconds that moving a step's bytes takes with all of the bandwidth."""
+        return sum(part.bytes for part in parts) / (self.device.bandwidth * self.efficiency.bandwidth)
+
+
+class _Measured:
+    """A device that adds up its traffic and its time beside another process, to see what share of the bandwidth it asks
+    for."""
+
+    def __init__(self, device: TargetedDevice, other: float = 0.0, is_shared: bool = False):
+        self.device, self.other, self.is_shared = device, other, is_shared
+        self.traffic = self.busy = 0.0
+
+    def seconds(self, planned: Planned) -> float:
+        parts = self.device.parts(planned)
+        beside = self.device.shared(parts, self.other)
+        self.traffic, self.busy = self.traffic + self.device.traffic(parts), self.busy + beside
+        return beside if self.is_shared else self.device.alone(parts)
+
+    @property
+    def bandwidth(self) -> float:
+        return min(self.traffic / self.busy, 1.0) if self.busy else 0.0
+
+
+class BesideRequests:
+    """The device as finetuning has it beside a process that serves: whole where that one is idle, shared where it is
+    busy. Steps follow each other without gaps.
+
+    Args:
+      busy: (start, end) of the other's steps in order; other: the share of the bandwidth that it asks for.
+    """
+
+    def __init__(self, device: TargetedDevice, busy: Sequence[tuple[float, float]], other: float):
+        self.device, self.other = device, other
+        self._edges = _stretches(busy)
+        self._at = 0.0
+
+    def seconds(self, planned: Planned) -> float:
+        parts = self.device.parts(planned)
+        alone = self.device.alone(parts)
+        if planned.plan.finetune is None:  # calibration
+            return alone
+        start, left = self._at, 1.0  # of the step's work
+        beside = self.device.shared(parts, self.other)
+        while left > 0:
+            end, is_busy = self._stretch()
+            pace = beside if is_busy else alone
+            taken = min(left * pace, end - self._at)
+            left = 0.0 if taken == left * pace else left - taken / pace
+            self._at += taken
+        return self._at - start
+
+    def _stretch(self) -> tuple[float, bool]:
+        """End of the stretch that begins now, and whether the other process is busy in it."""
+        while self._edges and self._edges[0][1] <= self._at:
+            self._edges.popleft()
+        if not self._edges:
+            return math.inf, False
+        start, end = self._edges[0]
+        return (end, True) if start <= self._at else (start, False)
+
+
+def _stretches(busy: Sequence[tuple[float, float]]) -> deque[tuple[float, float]]:
+    """Those that touch put together."""
+    merged: deque[tuple[float, float]] = deque()
+    for start, end in busy:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+@dataclass(frozen=True, kw_only=True)
+class Virtual:
+    """Simulated replicas of a model on a named device."""
+
+    config: Config
+    model: ModelConfig
+
+    @property
+    def device(self) -> roofline.Device:
+        return roofline.DEVICES[self.config.sweep.simulate]
+
+    @property
+    def efficiency(self) -> roofline.Efficiency:
+        given = self.config.sweep.matmul_efficiency
+        return roofline.EXPECTED if given is None else replace(roofline.EXPECTED, matmul=given)
+
+    def make_device(self) -> TargetedDevice:
+        config = self.config
+        device = TargetedDevice(
+            self.model,
+            self.device,
+            self.efficiency,
+            tensor_parallel=config.engine.tensor_parallel,
+            rank=config.job.rank,
+            remat=config.finetune.finetune_remat,
+        )
+        device.targets = targets_of(config)
+        return device
+
+    def assumptions(self) -> list[str]:
+        """What the numbers rest on, in words."""
+        device, used, config = self.device, self.efficiency, self.config
+        settings = settings_of(config, self.model, device, "coserve")
+        return [
+            f"Simulated: {device.name}, {config.engine.tensor_parallel} per replica; the engine's own scheduler, "
+            "pages, latency budget and finetune windows on a virtual clock, no arrays.",
+            f"Of the data sheet's {device.flops / 1e12:.0f} TFLOP/s matrix products reach {used.matmul:.0%}, "
+            f"attention {used.attention:.0%} and its backward {used.attention_backward:.0%}; of "
+            f"{device.bandwidth / 1e12:.2f} TB/s memory {used.bandwidth:.0%}, "
+            f"of {device.link / 1e9:.0f} GB/s links {used.link:.0%}; {used.launch * 1e6:.1f} us per kernel. The parts of a step follow each other. The host's work hides "
+            "behind the device's.",
+            f"{settings.num_pages} KV pages of {settings.page_size} tokens: {config.engine.gpu_memory_utilization:.0%} "
+            f"of {device.memory / 1e9:.0f} GB without weights, activations of {settings.max_grad_rows} gradient rows "
+            f"(remat {config.finetune.finetune_remat}) and float32 sums of K and V gradients of two sequences.",
+            f"Adapters of rank {config.job.rank} on {', '.join(targets_of(config))}; optimizer steps take no time. "
+            f"Examples of {config.bench.finetune_shortest} to {config.bench.finetune_longest} tokens, "
+            f"{config.bench.finetune_batch} to a batch.",
+            "Spatial: while both processes have a step under way each has half of the arithmetic and what bandwidth "
+            "the other leaves, half at least; each has its own copy of the weights.",
+            f"Requests go to the {config.sweep.replicas} replica(s) in turn. One that is not over {DRAIN_SECONDS:g} s "
+            "after the last arrival has missed its objectives.",
+        ]
+
+    def jobs(self) -> list[Job]:
+        bench = self.config.bench
+        longest = min(bench.finetune_longest, self.config.model.max_model_len or MAX_LENGTH)
+        rng = np.random.default_rng(bench.seed)
+        lengths = rng.integers(min(bench.finetune_shortest, longest), longest, NUM_EXAMPLES, endpoint=True).tolist()
+        count = max(len(self.config.coserve.jobs), 1)
+        return [endless_job(f"job-{i}", lengths, batch_size=bench.finetune_batch) for i in range(count)]
+
+    # a Backend
+
+    def run(self, sharing: str, rate: float) -> Ran:
+        device = self.make_device()
+        name = f"{sharing} at {rate:g}" if rate else sharing
+        settings = settings_of(self.config, self.model, self.device, sharing)
+        return self._replicas(name, rate, lambda requests, replica: self._replica(settings, device, requests, replica))
+
+    def spatial(self, rate: float) -> tuple[Ran, Ran]:
+        device = self.make_device()
+        plain = settings_of(self.config, self.model, self.device, "inference-only", copies=2)
+        tuning = replace(plain, sharing="finetune-only")
+        probe = _Measured(device)
+        self._replica(tuning, probe, [], 0)
+        trained: list[Ran] = []
+
+        def both(requests: Sequence[BenchRequest], replica: int) -> Ran:
+            asking = _Measured(device, probe.bandwidth, is_shared=True)
+            served = self._replica(plain, asking, requests, replica)
+            rest = BesideRequests(device, [(step.at, step.end) for step in served.steps], asking.bandwidth)
+            trained.append(self._replica(tuning, rest, [], replica))
+            return served
+
+        served = self._replicas(f"spatial requests at {rate:g}", rate, both)
+        return served, _joined(f"spatial finetuning at {rate:g}", self.config.sweep.seconds, trained)
+
+    def _replicas(self, name: str, rate: float, run) -> Ran:
+        return _joined(name, self.config.sweep.seconds, [run(r, i) for i, r in enumerate(self._requests(rate))])
+
+    def _requests(self, rate: float) -> Iterator[tuple[BenchRequest, ...]]:
+        """Of each replica in turn."""
+        config, replicas = self.config, self.config.sweep.replicas
+        rows = rows_at(config, rate * replicas, config.sweep.seconds)[0] if rate else []
+        for replica in range(replicas):
+            workload = make_workload(
+                rows[replica::replicas],
+                source="",
+                vocab_size=self.model.vocab_size,
+                max_model_len=min(config.model.max_model_len or MAX_LENGTH, self.model.max_position_embeddings),
+                shared_prefix_len=config.bench.shared_prefix_len,
+                seed=config.bench.seed + replica,
+            ).on_adapters(config.coserve.answer_with, config.bench.lora_assignment, config.bench.seed)
+            yield tuple(replace(r, adapter=None) if r.adapter == BASE else r for r in workload.requests)
+
+    def _replica(self, settings: Settings, device: Device, requests: Sequence[BenchRequest], replica: int) -> Ran:
+        jobs = [] if settings.sharing == "inference-only" else self.jobs()
+        return simulated("", Simulator(settings, device, jobs), requests, self.config.sweep.seconds, replica)
+
+
+def simulated(
+    name: str, simulator: Simulator, requests: Sequence[BenchRequest], seconds: float, replica: int = 0
+) -> Ran:
+    """One simulator's run: for so long, and then until the requests are over."""
+    coming = sorted(requests, key=lambda request: request.arrival_s)
+    with Watch(simulator, replica)() as watch:
+        run = simulator(coming, seconds)
+        while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
+            if simulator.now >= seconds + DRAIN_SECONDS:
+                break
+            run = simulator(coming[len(run.requests) :], max(simulator.now, seconds) + 1.0)
+    asked = [
+        Asked(
+            replica=replica,
+            tenant=request.tenant,
+            output_tokens=request.output_tokens,
+            prompt_tokens=record.prompt_tokens,
+            start=record.start,
+            token_times=record.token_times,
+            error=None if len(record.token_times) == request.output_tokens else NOT_OVER,
+        )
+        for request, record in zip(coming, run.requests, strict=False)
+    ]
+    return Ran(
+        name=name,
+        seconds=seconds,
+        requests=asked,
+        steps=watch.steps,
+        preemptions=run.preemptions,
+        evictions=watch.evictions,
+    )
+
+
+def _joined(name: str, seconds: float, replicas: Sequence[Ran]) -> Ran:
+    steps: list[StepRow] = [step for ran in replicas for step in ran.steps]
+    return Ran(
+        name=name,
+        seconds=seconds,
+        replicas=len(replicas),
+        requests=[request for ran in replicas for request in ran.requests],
+        steps=steps,
+        preemptions=sum(ran.preemptions for ran in replicas),
+        evictions=sum(ran.evictions for ran in replicas),
+    )
