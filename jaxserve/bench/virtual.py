@@ -245,10 +245,11 @@ class Virtual:
             f"Simulated: {device.name}, {config.engine.tensor_parallel} per replica; the engine's own scheduler, "
             "pages, latency budget and finetune windows on a virtual clock, no arrays.",
             f"Of the data sheet's {device.flops / 1e12:.0f} TFLOP/s matrix products reach {used.matmul:.0%}, "
-            f"attention {used.attention:.0%} and its backward {used.attention_backward:.0%}; of "
+            f"attention {used.attention:.0%} and its backward "
+            f"{used.attention_backward:.0%}; of "
             f"{device.bandwidth / 1e12:.2f} TB/s memory {used.bandwidth:.0%}, "
-            f"of {device.link / 1e9:.0f} GB/s links {used.link:.0%}; {used.launch * 1e6:.1f} us per kernel. The parts of a step follow each other. The host's work hides "
-            "behind the device's.",
+            f"of {device.link / 1e9:.0f} GB/s links {used.link:.0%}; {used.launch * 1e6:.1f} us per kernel. The parts "
+            "of a step follow each other. The host's work hides behind the device's.",
             f"{settings.num_pages} KV pages of {settings.page_size} tokens: {config.engine.gpu_memory_utilization:.0%} "
             f"of {device.memory / 1e9:.0f} GB without weights, activations of {settings.max_grad_rows} gradient rows "
             f"(remat {config.finetune.finetune_remat}) and float32 sums of K and V gradients of two sequences.",

@@ -34,12 +34,12 @@ class Bucket:
         return self.block_rows + self.decode_rows
 
 
-def ladder(low: int, high: int) -> tuple[int, ...]:
-    """low, 2 low, 4 low, ... and high at the end."""
+def ladder(low: int, high: int, times: int = 2) -> tuple[int, ...]:
+    """low, 2 low, 4 low, ... and high at the end; or by other ``times``."""
     steps = []
     while low < high:
         steps.append(low)
-        low *= 2
+        low *= times
     return (*steps, high)
 
 
@@ -71,14 +71,16 @@ class Buckets:
         return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else ())
 
     @property
-    def few_or_many(self) -> tuple[int, ...]:
-        return tuple(sorted({self.decode_rows[0], self.decode_rows[-1]}))
+    def beside_chunks(self) -> tuple[int, ...]:
+        """Decode rows beside chunk rows: few or many, and sizes between them where many are a lot more, since padding
+        costs as much as any row."""
+        return ladder(self.decode_rows[0], self.decode_rows[-1], 8)
 
     @property
     def beside_gradients(self) -> tuple[int, ...]:
         """Decode rows beside gradient rows: few are worth programs of their own only where many are a lot more."""
         few, many = self.decode_rows[0], self.decode_rows[-1]
-        return (few, many) if many > 2 * few else (many,)
+        return self.beside_chunks if many > 2 * few else (many,)
 
     def beside(self, grad_rows: int) -> int:
         """Chunk rows of the buckets with so many gradient rows and any chunk rows at all."""
@@ -87,14 +89,14 @@ class Buckets:
     def __iter__(self):
         yield from (Bucket(0, rows) for rows in self.decode_rows)
         for chunk in self.chunk_rows:
-            yield from (Bucket(chunk, rows) for rows in self.few_or_many)
+            yield from (Bucket(chunk, rows) for rows in self.beside_chunks)
         for grad in self.grad_rows:
             for chunk in (0, self.beside(grad)):
                 yield from (Bucket(chunk, rows, grad) for rows in self.beside_gradients)
 
     def holding(self, chunk_rows: int, decode_rows: int) -> Iterator[Bucket]:
         """The buckets, of each size of gradient and chunk rows one, that hold this many of the other kinds."""
-        few = _least(self.few_or_many, decode_rows)
+        few = _least(self.beside_chunks, decode_rows)
         yield from (Bucket(rows, few) for rows in self.chunk_rows if rows >= chunk_rows)
         few = _least(self.beside_gradients, decode_rows)
         for grad in self.grad_rows:
@@ -111,7 +113,7 @@ class Buckets:
             return Bucket(chunk, _least(self.beside_gradients, decode_rows), fitting[0])
         if chunk_rows == 0:
             return Bucket(0, _least(self.decode_rows, decode_rows))
-        return Bucket(_least(self.chunk_rows, chunk_rows), _least(self.few_or_many, decode_rows))
+        return Bucket(_least(self.chunk_rows, chunk_rows), _least(self.beside_chunks, decode_rows))
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int:

@@ -1,0 +1,169 @@
+"""bench coserve: what ways to share come to, and the figures that its tables hold."""
+
+import json
+
+import pytest
+import tiny_models
+from typer.testing import CliRunner
+
+from jaxserve.bench import arrivals, policies, ran, sweep
+from jaxserve.bench.replay import Mix
+from jaxserve.bench.virtual import Virtual
+from jaxserve.bench.workload import Row
+from jaxserve.cli.app import app
+from jaxserve.config import Config
+from jaxserve.errors import ConfigError
+from jaxserve.models.config import ModelConfig
+
+GOALS = {"ttft": 1.0, "tpot": 0.051}
+EIGHT_DICT = tiny_models.config_dict(  # of the size of Llama-3.1-8B
+    "llama", num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+    num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
+)  # fmt: skip
+EIGHT = ModelConfig.from_dict(EIGHT_DICT)
+
+
+def step(at, seconds, backward=0, predicted=None):
+    mix = Mix(**dict.fromkeys(Mix._fields, 0) | {"backward": backward})
+    return ran.StepRow(0, at, seconds, predicted or seconds, "0+0+8", mix, 1, 0, 0.5)
+
+
+def asked(start, *times, tokens=None):
+    return ran.Asked(output_tokens=tokens or len(times), prompt_tokens=5, start=start, token_times=list(times))
+
+
+class Arithmetic:
+    """A backend whose finetuning is 100 tokens/s less 10 for each request per second."""
+
+    def __init__(self):
+        self.asked = []
+
+    def run(self, sharing, rate):
+        self.asked.append((sharing, rate))
+        done = 0 if sharing == "inference-only" else int(100 - 10 * rate)
+        late = 2.0 if rate > 8 else 0.5
+        return ran.Ran(
+            name=f"{sharing} {rate}", seconds=1.0, requests=[asked(0.0, late, late + 0.01)], steps=[step(0, 1.0, done)]
+        )
+
+    def spatial(self, rate):
+        return self.run("inference-only", rate), self.run("finetune-only", 0.0)
+
+
+def test_separate_replicas_are_counted_per_replica():
+    backend = Arithmetic()
+    cell = policies.Runs(backend).cell("separate:25", 2.0)
+    assert backend.asked == [("inference-only", 8.0), ("finetune-only", 0.0)]
+    assert cell.finetune_rate == 75.0
+    assert "2 / 0.25 = 8 requests/s each" in cell.arithmetic
+    found = policies.numbers(cell, GOALS, alone=100.0)
+    assert found["finetuning_kept"] == 0.75
+    assert found["goodput"] == 0.25  # one request in a second, on a quarter of the replicas
+
+
+def test_a_run_that_several_ways_need_is_made_once():
+    backend = Arithmetic()
+    runs = policies.Runs(backend)
+    for policy in ("separate:50", "separate:75", "finetune-only", "inference-only"):
+        runs.cell(policy, 1.5)
+    assert backend.asked.count(("finetune-only", 0.0)) == 1
+
+
+def test_only_ways_that_keep_the_objectives_are_compared_with():
+    runs = policies.Runs(Arithmetic())
+    names = ("coserve", "separate:25", "separate:50", "inference-only", "finetune-only")
+    found = [policies.numbers(runs.cell(name, rate), GOALS, 100.0) for rate in (1.0, 4.0) for name in names]
+    light, heavy = policies.claims(found)
+    assert (light["best_other"], light["times_best_other"]) == ("separate:25", pytest.approx(90 / 75))
+    assert (
+        heavy["best_other"] == "separate:50"
+    )  # with a quarter of the replicas at 16 requests/s, first tokens are late
+    assert heavy["requests_alone_meet"]
+
+
+def test_figures_can_be_computed_again_from_the_tables(tmp_path):
+    made = ran.Ran(
+        name="coserve at 2",
+        seconds=2.0,
+        requests=[asked(0.1, 0.3, 0.35, 0.4), asked(0.5, 1.7, 1.75), asked(1.0, tokens=4)],
+        steps=[step(0.0, 0.5, 10), step(0.5, 1.0, 20, predicted=1.1), step(1.6, 0.5, 40)],
+    )
+    made.requests[2].error = ran.NOT_OVER
+    ran.write_tables(tmp_path, [made])
+    requests, steps = ran.read_tables(tmp_path)["coserve at 2"]
+    assert ran.finetune_tokens(steps, 2.0) == 30  # the last step ends after the run
+    for one, other in (
+        (ran.serving_numbers(requests, 2.0, GOALS), ran.serving_numbers(made.requests, 2.0, GOALS)),
+        (ran.step_numbers(steps, 2.0), ran.step_numbers(made.steps, 2.0)),
+    ):
+        assert json.dumps(one) == json.dumps(other)
+    numbers = ran.serving_numbers(requests, 2.0, GOALS)
+    assert numbers["attainment"] == pytest.approx(1 / 3)
+    assert numbers["tpot_ms"]["mean"] == pytest.approx(50.0)
+    assert numbers["tpot_all_tokens_ms"]["mean"] == pytest.approx((100 / 3 + 25) / 2)
+
+
+def test_a_trace_is_brought_to_any_rate_and_length():
+    rows = [Row(10.0 + i, 5, 3) for i in range(11)]  # one a second
+    found, said = arrivals.trace_at(rows, 2.0, 20.0, "stretch")
+    assert len(found) == pytest.approx(40, abs=2)
+    assert "time stretched 0.5 times" in said
+    assert "times over" in said
+    assert max(row.arrival_s for row in found) < 20
+    thin, said = arrivals.trace_at(rows, 0.5, 10.0, "thin", seed=1)
+    assert 0 < len(thin) <= 6
+    assert "thinned to 0.5" in said
+    with pytest.raises(ConfigError, match="come at once"):
+        arrivals.trace_at([Row(1.0, 5, 3)] * 3, 2.0, 20.0, "stretch")
+
+
+def simulated(**sections):
+    model = {"path": "unused", "max_model_len": 2048}
+    sweep_section = {"simulate": "h200", "seconds": 10.0, "rates": (4.0,), **sections.pop("sweep", {})}
+    finetune = {"tpot_objective_ms": 45.0, "ttft_objective_ms": 5000.0, "finetune_window": 1024}
+    return Config(model=model, sweep=sweep_section, finetune=finetune, **sections)
+
+
+def test_simulated_co_serving_keeps_the_objectives_and_more_finetuning_than_the_others():
+    backend = Virtual(config=simulated(), model=EIGHT)
+    runs = policies.Runs(backend)
+    names = ("coserve", "temporal-dynamic", "separate:50", "spatial", "inference-only")
+    alone = runs.cell("finetune-only", 4.0).finetune_rate
+    found = [policies.numbers(runs.cell(name, 4.0), GOALS | {"ttft": 5.0}, alone) for name in names]
+    (claim,) = policies.claims(found)
+    assert claim["requests_alone_meet"]
+    assert claim["coserve_attainment"] >= 0.99
+    assert claim["times_best_other"] > 1.2
+    again = policies.Runs(Virtual(config=simulated(), model=EIGHT)).cell("coserve", 4.0)
+    assert again.finetune_rate == found[0]["finetune_tokens_per_s"]  # by seed
+
+
+def test_what_cannot_be_run_is_said_before_anything_is_loaded():
+    config = Config(sweep={"replicas": 4, "matmul_efficiency": 0.5}, lora={"enable_lora": False})
+    with pytest.raises(ConfigError) as error:
+        sweep.check(config)
+    said = str(error.value)
+    for part in ("MODEL", "tpot_objective_ms", "sweep.replicas 4", "matmul_efficiency 0.5", "enable_lora"):
+        assert part in said
+
+
+def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
+    arguments = [
+        "bench", "coserve", str(tmp_path), "--simulate", "h200", "--rates", "3", "--seconds", "5",
+        "--max-model-len", "1024", "--random-input-len", "400", "--random-output-len", "80",
+        "--tpot-objective-ms", "40", "--policies", "coserve", "--policies", "separate:50", "--policies", "finetune-only", "--replicas", "2",
+        "--sweep-dir", str(tmp_path / "out"),
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "coserve" in result.output
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "<script" not in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    cells = json.loads((tmp_path / "out" / "results.json").read_text())["cells"]
+    tables = ran.read_tables(tmp_path / "out")
+    ours = next(cell for cell in cells if cell["policy"] == "coserve")
+    requests, steps = tables[ours["serving_run"]]
+    assert {request.replica for request in requests} == {0, 1}
+    assert ours["finetune_tokens_per_s"] == pytest.approx(ran.finetune_tokens(steps, 5.0) / 5.0 / 2)
