@@ -152,7 +152,8 @@ def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
     arguments = [
         "bench", "coserve", str(tmp_path), "--simulate", "h200", "--rates", "3", "--seconds", "5",
         "--max-model-len", "1024", "--random-input-len", "400", "--random-output-len", "80",
-        "--tpot-objective-ms", "40", "--policies", "coserve", "--policies", "separate:50", "--policies", "finetune-only", "--replicas", "2",
+        "--tpot-objective-ms", "40", "--policies", "coserve",
+        "--policies", "separate:50", "--policies", "finetune-only", "--replicas", "2",
         "--sweep-dir", str(tmp_path / "out"),
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
