@@ -1,7 +1,7 @@
 """The write on Hopper: rows come to shared memory together, and each leaves for its page by itself, in bulk copies.
 
-Compiled ahead of time for an H200 with jax 0.11.2, 8 heads of 128 and pages of 64: 14 registers, no spills. A step of two
-layers that writes and then attends has no copy of a pool, and as much temporary memory as with XLA's scatter.
+Compiled ahead of time for an H200 with jax 0.11.2, 8 heads of 128 and pages of 64: 14 registers, no spills. A step of
+two layers that writes and then attends has no copy of a pool, and as much temporary memory as with XLA's scatter.
 
 Shapes: T rows, P pages, K kv heads, G tokens per page, C head dim.
 """
