@@ -28,9 +28,9 @@ class Figure:
     """One measured number, and the best that it can be where that is known."""
 
     name: str
-    value: float
+    value: float | None  # None: could not be measured, the note says why
     unit: str
-    floor: float | None = None  # in the same unit
+    bound: float | None = None  # in the same unit
     note: str = ""
 
 
@@ -50,6 +50,7 @@ class Bench:
     """What the parts share."""
 
     smoke: bool  # tiny sizes, XLA implementations: the path, not the numbers
+    facts: dict[str, Any] = field(default_factory=dict)  # go to the result file
     shared: dict[str, Any] = field(default_factory=dict)  # the engine, once there is one
 
     @property
@@ -128,10 +129,11 @@ def lines(outcome: Outcome) -> list[str]:
     reason = f": {outcome.reason.splitlines()[0][:200]}" if outcome.reason else ""
     told = [f"== {outcome.part} ({outcome.status}, {outcome.seconds:.1f} s){reason}"]
     for figure in outcome.figures:
-        floor = (
-            "" if figure.floor is None else f"  floor {figure.floor:10.4g}, {figure.value / figure.floor:6.2f} of it"
-        )
-        told.append(f"  {figure.name:<46} {figure.value:10.4g} {figure.unit:<10}{floor}  {figure.note}".rstrip())
+        value = "-" if figure.value is None else f"{figure.value:.4g}"
+        bound = ""
+        if figure.bound and figure.value is not None:
+            bound = f"  bound {figure.bound:10.4g}, {figure.value / figure.bound:6.2f} of it"
+        told.append(f"  {figure.name:<46} {value:>10} {figure.unit:<10}{bound}  {figure.note}".rstrip())
     return told
 
 
@@ -141,6 +143,7 @@ def all_parts() -> tuple[Part, ...]:
 
     return (
         Part("PEFT and PyTorch", 70, gpu_engine.peft),
+        Part("device", 15, gpu_kernels.device),
         Part("ceilings", 20, gpu_kernels.ceilings),
         Part("kernels are right", 60, gpu_kernels.correctness),
         Part("kernels are fast", 60, gpu_kernels.speed),
@@ -178,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     watchdog = threading.Timer(LIMIT, _give_up, (report,))
     watchdog.daemon = True
     watchdog.start()
-    outcomes = run_parts(parts, Bench(smoke=options.smoke), report, LIMIT - 10)
+    outcomes = run_parts(parts, Bench(smoke=options.smoke, facts=report.facts), report, LIMIT - 10)
     watchdog.cancel()
     bad = [outcome.part for outcome in outcomes if outcome.status != "done"]
     print(

@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,10 +186,10 @@ def decode(bench: Bench) -> Iterator[Figure]:
             try:
                 each = _step_seconds(engine, engine.core.planner.buckets.fit(0, rows), decodes, None)
             except ValueError as problem:
-                yield Figure(name=name, value=float("nan"), unit="ms", note=f"not measured: {problem}")
+                yield Figure(name=name, value=None, unit="ms", note=f"not measured: {problem}")
                 continue
             floor = device and ideal_decode_seconds(engine.model, decodes, device) * 1e3
-            yield Figure(name=name, value=each * 1e3, unit="ms", floor=floor)
+            yield Figure(name=name, value=each * 1e3, unit="ms", bound=floor)
 
 
 def prefill(bench: Bench) -> Iterator[Figure]:
@@ -198,8 +199,8 @@ def prefill(bench: Bench) -> Iterator[Figure]:
     rows = buckets.chunk_rows[-1]
     for first in (0, 2 * rows) if bench.smoke else (0, 7168):
         each = _step_seconds(engine, buckets.fit(rows, 0), [], (first, rows))
-        floor = device and rows / (2 * matmul_params(engine.model) * rows / device.flops)
-        yield Figure(name=f"{rows} rows from {first}", value=rows / each, unit="tokens/s", floor=floor)
+        floor = device and device.flops / (2 * matmul_params(engine.model))
+        yield Figure(name=f"{rows} rows from {first}", value=rows / each, unit="tokens/s", bound=floor)
 
 
 def _job(bench: Bench, length: int, count: int, name: str):
@@ -275,10 +276,9 @@ def coserve(bench: Bench) -> Iterator[Figure]:
         workload = make_workload(rows, source="Azure", vocab_size=engine.model.vocab_size, max_model_len=longest)
         job = _job(bench, 64 if bench.smoke else 2048, 1000, f"beside-{rate}")
         deadline = time.perf_counter() + 1.3 * seconds
-        replay = Replay(
-            engine, workload, {f"beside-{rate}": job}, finish_jobs=False, stopped=lambda: time.perf_counter() > deadline
-        )
-        run = replay()
+        run = Replay(
+            engine, workload, {f"beside-{rate}": job}, finish_jobs=False, stopped=partial(_is_past, deadline)
+        )()
         job.cancel()
         engine.run()
         tpots = [request.tpot * 1e3 for request in run.done if request.tpot is not None]
@@ -292,6 +292,10 @@ def coserve(bench: Bench) -> Iterator[Figure]:
             yield Figure(name=f"{rate} requests/s: TPOT p99", value=worst, unit="ms", note=note)
 
 
+def _is_past(deadline: float) -> bool:
+    return time.perf_counter() > deadline
+
+
 def memory(bench: Bench) -> Iterator[Figure]:
     """Most memory that was in use."""
     import jax
@@ -299,5 +303,5 @@ def memory(bench: Bench) -> Iterator[Figure]:
     stats = jax.devices()[0].memory_stats()
     device = bench.device
     note = "" if stats else "the device does not say"
-    peak = stats["peak_bytes_in_use"] / 1e9 if stats else float("nan")
-    yield Figure(name="peak", value=peak, unit="GB", floor=device and device.memory / 1e9, note=note)
+    peak = stats["peak_bytes_in_use"] / 1e9 if stats else None
+    yield Figure(name="peak", value=peak, unit="GB", bound=device and device.memory / 1e9, note=note)

@@ -44,16 +44,23 @@ def seconds_each(step: Callable[[Any], Any], carry: Any, times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
+def device(bench: Bench) -> Iterator[Figure]:
+    """Which device this is."""
+    devices = jax.devices()
+    bench.facts["device"] = f"{len(devices)} x {devices[0].device_kind}"
+    yield Figure(name=devices[0].device_kind, value=len(devices), unit="devices")
+
+
 def ceilings(bench: Bench) -> Iterator[Figure]:
     """What the device does at its best: a copy, and a product of large matrices."""
     size = 1 << (20 if bench.smoke else 30)
     each = seconds_each(lambda x: x + 1, jnp.zeros(size, jnp.int8), 1000)
     device = bench.device
-    yield Figure(name="copy", value=2 * size / each / 1e9, unit="GB/s", floor=device and device.bandwidth / 1e9)
+    yield Figure(name="copy", value=2 * size / each / 1e9, unit="GB/s", bound=device and device.bandwidth / 1e9)
     n = 256 if bench.smoke else 8192
     b = jnp.eye(n, dtype=jnp.bfloat16)
     each = seconds_each(lambda a: (a @ b).astype(jnp.bfloat16), jnp.ones((n, n), jnp.bfloat16), 1000)
-    yield Figure(name="matmul", value=2 * n**3 / each / 1e12, unit="TFLOP/s", floor=device and device.flops / 1e12)
+    yield Figure(name="matmul", value=2 * n**3 / each / 1e12, unit="TFLOP/s", bound=device and device.flops / 1e12)
 
 
 # right
@@ -90,7 +97,9 @@ def correctness(bench: Bench) -> Iterator[Figure]:
         try:
             error = check()
         except Exception as problem:
-            wrong.append(f"{name}: {type(problem).__name__}: {problem}")
+            reason = f"{type(problem).__name__}: {problem}"
+            wrong.append(f"{name}: {reason}")
+            yield Figure(name=name, value=None, unit="of max", note=f"FAILED {reason}"[:500])
             continue
         if not error <= TOLERANCE:
             wrong.append(f"{name}: {error:.2g} of the largest value")
@@ -163,7 +172,7 @@ def speed(bench: Bench) -> Iterator[Figure]:
     for name, floor, step, carry in _timed(bench):
         for implementation in dict.fromkeys((kernel(bench), "xla")):
             each = seconds_each(partial(step, implementation), carry, 1000)
-            yield Figure(name=f"{name} {implementation}", value=each * 1e6, unit="us", floor=floor)
+            yield Figure(name=f"{name} {implementation}", value=each * 1e6, unit="us", bound=floor)
 
 
 def _timed(bench: Bench) -> Iterator[tuple[str, float | None, Callable[[str, Any], Any], Any]]:

@@ -1,4 +1,4 @@
-"""PEFT and PyTorch finetuning by themselves, for a process of its own: ``python -m jaxserve.bench.gpu_peft CONFIG ROWS``.
+"""PEFT and PyTorch alone, in a process of their own: ``python -m jaxserve.bench.gpu_peft CONFIG LENGTHS``.
 
 Prints a line of JSON for each sequence length: tokens, and seconds of one forward, backward and optimizer step.
 """

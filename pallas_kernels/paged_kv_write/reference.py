@@ -3,8 +3,6 @@
 Shapes: T rows, P pages, K kv heads, G tokens per page, C head dim.
 """
 
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 
@@ -16,12 +14,7 @@ def paged_kv_write(
     page_T: Int[Array, "T"],
     offset_T: Int[Array, "T"],
 ) -> tuple[Float[Array, "P K G C"], Float[Array, "P K G C"]]:
-    for row in range(k_TKC.shape[0]):
-        start = (page_T[row], 0, offset_T[row], 0)
-        written_k, written_v = (
-            lax.dynamic_update_slice(pool, new[row][None, :, None], start)
-            for pool, new in ((k_PKGC, k_TKC), (v_PKGC, v_TKC))
-        )
-        real = page_T[row] < k_PKGC.shape[0]
-        k_PKGC, v_PKGC = jnp.where(real, written_k, k_PKGC), jnp.where(real, written_v, v_PKGC)
+    for row, (page, offset) in enumerate(zip(page_T, offset_T, strict=True)):
+        k_PKGC = k_PKGC.at[page, :, offset].set(k_TKC[row], mode="drop")
+        v_PKGC = v_PKGC.at[page, :, offset].set(v_TKC[row], mode="drop")
     return k_PKGC, v_PKGC
