@@ -184,17 +184,19 @@ def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"],
     )
 
     def attend(q_THC, k_TKC, v_TKC, kv, layer):
-        kv = paged_kv_write(*kv, k_TKC, v_TKC, page_T, offset_T, implementation=spec.attention)
+        k_PKGC, v_PKGC = kv
+        k_PKGC, v_PKGC = paged_kv_write(k_PKGC, v_PKGC, k_TKC, v_TKC, page_T, offset_T, implementation=spec.attention)
         out_THC, lse_TH = ragged_paged_attention(
             q_THC,
-            *kv,
+            k_PKGC,
+            v_PKGC,
             layout,
             scale=spec.config.attention_scale,
             softcap=spec.config.attention_softcap,
             window=layer.window,
             implementation=spec.attention,
         )
-        return out_THC, lse_TH, kv
+        return out_THC, lse_TH, (k_PKGC, v_PKGC)
 
     return attend
 

@@ -33,21 +33,26 @@ def test_a_part_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path, cap
     assert written["device"] == "none"
     assert [part["status"] for part in written["parts"]] == ["failed", "done"]
     told = capsys.readouterr().out
-    assert "bad (failed" in told and "out of memory" in told
-    assert "2.00 of it" in told and "no room" in told
+    assert "bad (failed" in told
+    assert "out of memory" in told
+    assert "2.00 of it" in told
+    assert "no room" in told
 
 
 def test_a_part_stops_at_its_limit_and_none_begins_after_the_whole_limit(tmp_path):
     outcomes, _ = run([Part("long", 1, one), Part("late", 50, one)], tmp_path, limit=3.0)
     assert [o.status for o in outcomes] == ["stopped", "skipped"]
-    assert len(outcomes[0].figures) == 1 and not outcomes[1].figures
+    assert len(outcomes[0].figures) == 1
+    assert not outcomes[1].figures
 
 
 def test_the_smoke_run_measures_this_device(tmp_path):
     out = tmp_path / "gpu.json"
     assert main(["--smoke", "--parts", "device,ceilings", "--out", str(out)]) == 0
     written = json.loads(out.read_text())
-    assert written["smoke"] and written["device"] and written["versions"]["jax"]
+    assert written["smoke"]
+    assert written["device"]
+    assert written["versions"]["jax"]
     assert all(figure["value"] > 0 for part in written["parts"] for figure in part["figures"])
 
 
