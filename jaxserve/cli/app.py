@@ -176,6 +176,16 @@ def plan(
     raise typer.Exit(main(config, device.value, layers, context, all_buckets, as_json))
 
 
+@bench_app.command(
+    "gpu", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
+)
+def bench_gpu(context: typer.Context) -> None:
+    """Measure kernels and engine on the GPU that is here, on random weights; --smoke runs anywhere."""
+    from jaxserve.bench.gpu import main
+
+    raise typer.Exit(main(context.args))
+
+
 @config_app.command("show")
 @configured(*Config.model_fields)
 def show(

@@ -26,10 +26,10 @@ from jaxserve.engine.batch import FROM_DEVICE, BatchLayout, TokenBatch
 from jaxserve.engine.gradient import GradientRows, TrainShape
 from jaxserve.engine.linear import Linears
 from jaxserve.engine.state import EngineState, state_specs
-from jaxserve.kvcache.pool import write_kv
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
+from pallas_kernels.paged_kv_write import paged_kv_write
 from pallas_kernels.ragged_paged_attention import AttentionLayout, ragged_paged_attention
 from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, pick, sample, top_tokens
 from sharding import AXIS, tree_specs
@@ -187,17 +187,19 @@ def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"],
     )
 
     def attend(q_THC, k_TKC, v_TKC, kv, layer):
-        kv = write_kv(kv, k_TKC, v_TKC, page_T, offset_T)
+        k_PKGC, v_PKGC = kv
+        k_PKGC, v_PKGC = paged_kv_write(k_PKGC, v_PKGC, k_TKC, v_TKC, page_T, offset_T, implementation=spec.attention)
         out_THC, lse_TH = ragged_paged_attention(
             q_THC,
-            *kv,
+            k_PKGC,
+            v_PKGC,
             layout,
             scale=spec.config.attention_scale,
             softcap=spec.config.attention_softcap,
             window=layer.window,
             implementation=spec.attention,
         )
-        return out_THC, lse_TH, kv
+        return out_THC, lse_TH, (k_PKGC, v_PKGC)
 
     return attend
 

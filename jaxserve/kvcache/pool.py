@@ -6,7 +6,7 @@ Shapes: P pages, K kv heads (repeated where there are more devices than heads), 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxserve.models.config import ModelConfig
 from sharding import ArraySpec, zeros
@@ -35,19 +35,3 @@ def empty_pool(config: ModelConfig, num_pages: int, page_size: int, mesh: Mesh, 
         return zeros(mesh, spec.shape, spec.axes, dtype)
 
     return [(pool(), pool()) for _ in range(config.num_layers)]
-
-
-def write_kv(
-    kv: LayerKV,
-    k_TKC: Float[Array, "T K C"],
-    v_TKC: Float[Array, "T K C"],
-    page_T: Int[Array, "T"],
-    offset_T: Int[Array, "T"],
-) -> LayerKV:
-    """Writes each row's key and value to its page, in place; rows whose page is P or more are dropped."""
-    k_PKGC, v_PKGC = kv
-
-    def write(pool, new):
-        return pool.at[page_T, :, offset_T].set(new.astype(pool.dtype), mode="drop", unique_indices=True)
-
-    return write(k_PKGC, k_TKC), write(v_PKGC, v_TKC)

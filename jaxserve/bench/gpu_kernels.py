@@ -1,0 +1,226 @@
+"""The kernels on the device: against the definition in float64, against their floors and XLA's implementations."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxserve.bench.gpu import Bench, Figure
+from pallas_kernels import lora_matmul as lora
+from pallas_kernels import paged_kv_write as write
+from pallas_kernels import ragged_paged_attention as attention
+from pallas_kernels.dispatch import MOSAIC
+from pallas_kernels.lora_matmul import cases as lora_cases
+from pallas_kernels.paged_kv_write import cases as write_cases
+from pallas_kernels.ragged_paged_attention import cases as attention_cases
+
+TOLERANCE = 0.01  # of the largest value, in bfloat16
+TIMED = 0.2  # seconds that a timing takes, about
+
+
+def kernel(bench: Bench) -> str:
+    return "xla" if bench.smoke else MOSAIC
+
+
+# time
+
+
+def seconds_each(step: Callable[[Any], Any], carry: Any, times: int) -> float:
+    """Seconds of one ``step``, which takes what the last one gave; a loop on the device, so the host costs nothing."""
+    loop = jax.jit(lambda carry, n: lax.fori_loop(0, n, lambda _, c: step(c), carry))
+    jax.block_until_ready(loop(carry, 1))
+    start = time.perf_counter()
+    jax.block_until_ready(loop(carry, 2))
+    guess = (time.perf_counter() - start) / 2
+    times = max(1, min(times, int(TIMED / max(guess, 1e-7))))
+    start = time.perf_counter()
+    jax.block_until_ready(loop(carry, times))
+    return (time.perf_counter() - start) / times
+
+
+def device(bench: Bench) -> Iterator[Figure]:
+    """Which device this is."""
+    devices = jax.devices()
+    bench.facts["device"] = f"{len(devices)} x {devices[0].device_kind}"
+    yield Figure(name=devices[0].device_kind, value=len(devices), unit="devices")
+
+
+def ceilings(bench: Bench) -> Iterator[Figure]:
+    """What the device does at its best: a copy, and a product of large matrices."""
+    size = 1 << (20 if bench.smoke else 30)
+    each = seconds_each(lambda x: x + 1, jnp.zeros(size, jnp.int8), 1000)
+    device = bench.device
+    yield Figure(name="copy", value=2 * size / each / 1e9, unit="GB/s", bound=device and device.bandwidth / 1e9)
+    n = 256 if bench.smoke else 8192
+    b = jnp.eye(n, dtype=jnp.bfloat16)
+    each = seconds_each(lambda a: (a @ b).astype(jnp.bfloat16), jnp.ones((n, n), jnp.bfloat16), 1000)
+    yield Figure(name="matmul", value=2 * n**3 / each / 1e12, unit="TFLOP/s", bound=device and device.flops / 1e12)
+
+
+# right
+
+
+def oracle(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """The definition in float64 on the CPU."""
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+
+        def wide(x: Any) -> Any:
+            x = np.asarray(x)
+            return jnp.asarray(x, np.float64 if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype)
+
+        return jax.tree.map(np.asarray, function(*jax.tree.map(wide, args), **settings))
+
+
+def apart(got: Any, expected: Any) -> float:
+    """The largest difference of any pair of arrays, as a share of the largest value of the pair's second."""
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        finite = np.isfinite(b)
+        if not np.array_equal(a[~finite], b[~finite]):
+            return float("inf")
+        difference = np.abs(a[finite] - b[finite]).max(initial=0)
+        worst = max(worst, float(difference / np.abs(b[finite]).max(initial=1e-3)))
+    return worst
+
+
+def correctness(bench: Bench) -> Iterator[Figure]:
+    """Each kernel at small and awkward shapes; the part fails, at its end, where one is wrong."""
+    wrong = []
+    for name, check in _checks(bench):
+        try:
+            error = check()
+        except Exception as problem:
+            reason = f"{type(problem).__name__}: {problem}"
+            wrong.append(f"{name}: {reason}")
+            yield Figure(name=name, value=None, unit="of max", note=f"FAILED {reason}"[:500])
+            continue
+        if not error <= TOLERANCE:
+            wrong.append(f"{name}: {error:.2g} of the largest value")
+        yield Figure(name=name, value=error, unit="of max", note="" if error <= TOLERANCE else "WRONG")
+    if wrong:
+        raise AssertionError(f"{len(wrong)} kernels are wrong: " + "; ".join(wrong))
+
+
+def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
+    few = slice(1) if bench.smoke else slice(None)
+    for case in write_cases.CASES[few]:
+        yield f"write {case}", partial(_write_error, case, kernel(bench))
+    for case in attention_cases.KERNEL_CASES[few]:
+        yield f"attention {case}", partial(_attention_error, case, kernel(bench))
+        if case.chunks:
+            yield f"attention backward {case}", partial(_attention_backward_error, case, kernel(bench))
+    for case in lora_cases.KERNEL_CASES[few]:
+        yield f"adapters {case}", partial(_lora_error, case, kernel(bench))
+    for case in [case for case in lora_cases.KERNEL_CASES if case.chunks and not case.singles][few]:
+        yield f"adapters backward {case}", partial(_lora_backward_error, case, kernel(bench))
+
+
+def _write_error(case, name: str) -> float:
+    args = case.make(jnp.bfloat16)
+    got = jax.jit(partial(write.paged_kv_write, implementation=name))(*args)
+    return apart(got, oracle(write.reference.paged_kv_write, *args))
+
+
+def _attention_error(case, name: str) -> float:
+    args = case.make(jnp.bfloat16)
+    run = partial(attention.ragged_paged_attention, **case.settings, implementation=name)
+    return apart(jax.jit(run)(*args), oracle(attention.reference.ragged_paged_attention, *args, **case.settings))
+
+
+def _backward_args(case) -> tuple[Any, ...]:
+    q, k, v, layout = case.make(jnp.bfloat16)
+    run = partial(attention.ragged_paged_attention, **case.settings, implementation="xla")
+    out, lse = jax.jit(run)(q, k, v, layout)
+    d_out = jnp.asarray(np.random.default_rng(1).standard_normal(q.shape), jnp.bfloat16)
+    sums = jnp.zeros(k.shape, jnp.float32), jnp.zeros(k.shape, jnp.float32)
+    return d_out, q, out, lse, k, v, layout, sums, layout.page_table_BM
+
+
+def _attention_backward_error(case, name: str) -> float:
+    case = replace(case, decodes=())
+    args = _backward_args(case)
+    run = partial(attention.ragged_paged_attention_backward, **case.settings, implementation=name)
+    expected = oracle(attention.reference.ragged_paged_attention_backward, *args, **case.settings)
+    return apart(jax.jit(run)(*args), expected)
+
+
+def _lora_error(case, name: str) -> float:
+    args = case.make(jnp.bfloat16)
+    got = jax.jit(partial(lora.lora_matmul, implementation=name))(*args)
+    return apart(got, oracle(lora.reference.lora_matmul, *args))
+
+
+def _lora_backward_error(case, name: str) -> float:
+    x, a, members, plan = case.make(jnp.bfloat16)
+    args = (x, case.make_cotangent(jnp.bfloat16), a, members, plan, jnp.asarray(case.lane_items()), case.make_lanes())
+    got = jax.jit(partial(lora.lora_matmul_backward, implementation=name))(*args)
+    return apart(got, oracle(lora.reference.lora_matmul_backward, *args))
+
+
+# fast
+
+
+def speed(bench: Bench) -> Iterator[Figure]:
+    """Each kernel at a production shape, then XLA's implementation of the same."""
+    for name, floor, step, carry in _timed(bench):
+        for implementation in dict.fromkeys((kernel(bench), "xla")):
+            each = seconds_each(partial(step, implementation), carry, 1000)
+            yield Figure(name=f"{name} {implementation}", value=each * 1e6, unit="us", bound=floor)
+
+
+def _timed(bench: Bench) -> Iterator[tuple[str, float | None, Callable[[str, Any], Any], Any]]:
+    device = bench.device
+
+    def floor(flops: float, moved: float) -> float | None:
+        return device and max(flops / device.flops, moved / device.bandwidth) * 1e6
+
+    for case in attention_cases.KERNEL_CASES[:1] if bench.smoke else attention_cases.BENCH_CASES:
+        q, k, v, layout = case.make(jnp.bfloat16)
+        keys = sum((start + n) for start, n in case.chunks) + sum(p + 1 for p in case.decodes)
+        seen = sum(n * start + n * (n + 1) // 2 for start, n in case.chunks) + sum(p + 1 for p in case.decodes)
+        moved = 2 * (2 * keys * case.num_kv_heads + 2 * q.shape[0] * case.num_heads) * case.head_dim
+
+        def attend(name, q, k=k, v=v, layout=layout, case=case):
+            run = attention.ragged_paged_attention
+            return run(q, k, v, layout, **case.settings, implementation=name)[0]
+
+        flops = seen * case.num_heads * case.head_dim
+        yield f"attention {case}", floor(4 * flops, moved), attend, q
+        if case.chunks and not case.decodes:
+            d_out, q, out, lse, k, v, layout, sums, table = _backward_args(case)
+
+            def pull(name, carry, fixed=(q, out, lse, k, v, layout), table=table, case=case):
+                run = partial(attention.ragged_paged_attention_backward, **case.settings, implementation=name)
+                return run(carry[0], *fixed, carry[1], table)
+
+            yield f"attention backward {case}", floor(10 * flops, moved), pull, (d_out, sums)
+    for case in lora_cases.KERNEL_CASES[:1] if bench.smoke else lora_cases.BENCH_CASES:
+        x, a, members, plan = case.make(jnp.bfloat16)
+        T, D = x.shape
+        E, ranks = sum(case.dims_out), sum(case.ranks)
+        moved = 2 * (ranks * (D * len(members) + E) + T * (D + 2 * E))
+
+        def multiply(name, y, x=x, a=a, members=members, plan=plan):
+            moving = x * (1 + 0 * y[0, 0])  # so that no half of it leaves the loop
+            return lora.lora_matmul(moving, a, members, plan, add_to=y, implementation=name)
+
+        yield (
+            f"adapters {case}",
+            floor(2 * T * 16 * (D * len(members) + E), moved),
+            multiply,
+            jnp.zeros((T, E), x.dtype),
+        )
+    for case in write_cases.CASES[:1] if bench.smoke else write_cases.BENCH_CASES:
+        *pools, k, v, page, offset = case.make(jnp.bfloat16)
+
+        def put(name, pools, rows=(k, v, page, offset)):
+            return write.paged_kv_write(*pools, *rows, implementation=name)
+
+        yield f"write {case}", floor(0, 4 * k.nbytes), put, tuple(pools)

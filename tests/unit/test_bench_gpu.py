@@ -1,0 +1,62 @@
+"""The GPU benchmark's run of parts: none takes another down, and what became of each is told and kept."""
+
+import json
+
+import pytest
+
+from jaxserve.bench.gpu import Bench, Figure, Part, Report, main, run_parts
+
+
+def one(bench):
+    yield Figure(name="first", value=2.0, unit="ms", bound=1.0)
+    yield Figure(name="second", value=None, unit="ms", note="no room")
+
+
+def broken(bench):
+    yield Figure(name="before", value=1.0, unit="ms")
+    raise RuntimeError("out of memory")
+
+
+def run(parts, tmp_path, limit=100.0):
+    ticks = iter(range(10_000))
+    report = Report(tmp_path / "out.json", {"device": "none"})
+    outcomes = run_parts(parts, Bench(smoke=True), report, limit, clock=lambda: float(next(ticks)))
+    return outcomes, json.loads((tmp_path / "out.json").read_text())
+
+
+def test_a_part_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path, capsys):
+    outcomes, written = run([Part("bad", 50, broken), Part("good", 50, one)], tmp_path)
+    assert [(o.status, o.reason, len(o.figures)) for o in outcomes] == [
+        ("failed", "RuntimeError: out of memory", 1),
+        ("done", "", 2),
+    ]
+    assert written["device"] == "none"
+    assert [part["status"] for part in written["parts"]] == ["failed", "done"]
+    told = capsys.readouterr().out
+    assert "bad (failed" in told
+    assert "out of memory" in told
+    assert "2.00 of it" in told
+    assert "no room" in told
+
+
+def test_a_part_stops_at_its_limit_and_none_begins_after_the_whole_limit(tmp_path):
+    outcomes, _ = run([Part("long", 1, one), Part("late", 50, one)], tmp_path, limit=3.0)
+    assert [o.status for o in outcomes] == ["stopped", "skipped"]
+    assert len(outcomes[0].figures) == 1
+    assert not outcomes[1].figures
+
+
+def test_the_smoke_run_measures_this_device(tmp_path):
+    out = tmp_path / "gpu.json"
+    assert main(["--smoke", "--parts", "device,ceilings", "--out", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["smoke"]
+    assert written["device"]
+    assert written["versions"]["jax"]
+    assert all(figure["value"] > 0 for part in written["parts"] for figure in part["figures"])
+
+
+def test_an_unknown_part_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["--smoke", "--parts", "nonsense"])
+    assert "no part 'nonsense'" in capsys.readouterr().err
