@@ -3,7 +3,8 @@
 Shapes: T tokens, I in, O out, D hidden, F ffn.
 """
 
-from functools import partial
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +43,6 @@ def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
     return weight * wide.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _normalised(x: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps). Its own backward sums rows as its forward does: bits that depend on the row alone."""
-    return _normalised_forward(x, eps)[0]
-
-
 def _normalised_forward(x: jax.Array, eps: float) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     scale = lax.rsqrt(row_sum(x * x)[..., None] / x.shape[-1] + jnp.asarray(eps, x.dtype))
     return x * scale, (x, scale)
@@ -59,7 +54,14 @@ def _normalised_backward(eps: float, kept: tuple[jax.Array, jax.Array], d_y: jax
     return (scale * (d_y - y * (row_sum(d_y * y)[..., None] / x.shape[-1])),)
 
 
-_normalised.defvjp(_normalised_forward, _normalised_backward)
+def _normaliser() -> Callable[[jax.Array, float], jax.Array]:
+    """x / sqrt(mean(x^2) + eps). Its own backward sums rows as its forward does: bits that depend on the row alone."""
+    ruled: Any = jax.custom_vjp(lambda x, eps: _normalised_forward(x, eps)[0], nondiff_argnums=(1,))
+    ruled.defvjp(_normalised_forward, _normalised_backward)
+    return ruled
+
+
+_normalised = _normaliser()
 
 
 def gated(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
