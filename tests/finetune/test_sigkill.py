@@ -1,0 +1,113 @@
+"""A job whose process is killed, at any moment and at every named point, ends as if nothing had been."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+
+from jaxserve import faults
+from jaxserve.finetune.folder import read_events, read_job
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+KILLS = 20
+STEPS = 60
+POINTS = [point for point in faults.POINTS if point.startswith(("ckpt.", "fs.", "job."))]
+
+
+class Command:
+    """One job's command, in a directory of its own; programs are compiled once for all processes."""
+
+    def __init__(self, place: Path, model: Path, data: Path, cache: Path):
+        self.root = place
+        self.arguments = [
+            "finetune", str(model), str(data), "--adapter", "a", "--output-dir", str(place), "--rank", "4",
+            "--max-steps", str(STEPS), "--batch-size", "2", "--save-steps", "1", "--dropout", "0.1",
+            "--dtype", "float32",
+            "--max-model-len", "128", "--finetune-window", "16", "--block-size", "16", "--validation-fraction", "0.2",
+            "--eval-steps", "6", "--json",
+        ]  # fmt: skip
+        self.environment = {
+            **os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": os.pathsep.join(sys.path),
+        }  # fmt: skip
+
+    def start(self, spec: str = "") -> subprocess.Popen:
+        helper = Path(__file__).parents[1] / "killed_job.py"
+        return subprocess.Popen(
+            [sys.executable, str(helper), spec, *self.arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=self.environment,
+        )  # fmt: skip
+
+    def finish(self) -> None:
+        process = self.start()
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said[-3000:]
+
+    def result(self) -> tuple[list, list, bytes]:
+        assert read_job(self.root)["status"] == "succeeded"
+        events = read_events(self.root)
+        losses = [(e.step, e.loss) for e in events if e.loss is not None]
+        checked = [(e.step, e.validation_loss) for e in events if e.validation_loss is not None]
+        return losses, checked, (self.root / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sigkill")
+    model = tiny_models.build(place / "model", "llama")
+    words = ["hello there", "the sea and the bear", "on and on", "a tale", "in the end", "no more", "well", "so it is"]
+    data = place / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": w, "completion": " " + w[::-1] * 3}) + "\n" for w in words))
+    commands = {
+        name: Command(place / name, model, data, place / "cache") for name in ("undisturbed", "moments", "points")
+    }
+    commands["undisturbed"].finish()
+    return commands
+
+
+def test_kills_at_random_moments_change_nothing(made):
+    command, rng, done = made["moments"], random.Random(5), 0
+    for _ in range(KILLS):
+        process = command.start()
+        assert process.stdout is not None
+        if rng.random() < 0.25:  # while it loads and compiles, or early
+            time.sleep(rng.uniform(0.5, 8.0))
+        else:
+            wanted = rng.randint(1, 3)
+            for line in process.stdout:  # one of the next steps, and some time into it
+                wanted -= '"loss"' in line
+                if wanted <= 0:
+                    break
+            time.sleep(rng.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        killed = process.returncode == -signal.SIGKILL
+        done += killed
+        if not killed:  # it was over already
+            break
+    assert done >= 3
+    command.finish()
+    assert command.result() == made["undisturbed"].result()
+
+
+def test_kills_at_every_named_point_change_nothing(made):
+    command, rng, reached = made["points"], random.Random(6), []
+    for point in POINTS:
+        process = command.start(f"{point}=kill@{rng.randint(1, 2)}")
+        process.communicate(timeout=600)
+        if process.returncode == -signal.SIGKILL:
+            reached.append(point)
+        elif read_job(command.root)["status"] == "succeeded":
+            break
+    assert len(reached) >= len([point for point in POINTS if point.startswith("ckpt.")]), reached
+    command.finish()
+    assert command.result() == made["undisturbed"].result()
