@@ -5,6 +5,8 @@ change with it. Its matrix product does not, as long as both operands contract t
 two rows on either side; so on CPU a row sum is a product with ones. Everywhere else it is a plain sum.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,6 +43,23 @@ def apart(x: jax.Array, one: jax.Array) -> jax.Array:
         return lax.fori_loop(0, one, turn, x)
 
     return lax.platform_dependent(x, one, cpu=alone, default=lambda x, one: x)
+
+
+def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
+    """x, from which nothing can be computed before ``others`` are there; on a CPU just x.
+
+    A dependency that no compiler takes away, as XLA does with ``lax.optimization_barrier`` before it puts instructions
+    in order.
+    """
+
+    def dependent(x: jax.Array, others: tuple[jax.Array, ...]) -> jax.Array:
+        for other in others:
+            first = lax.slice(other, (0,) * other.ndim, (1,) * other.ndim)
+            never = first == jnp.finfo(other.dtype).max  # of a value that is not there, as the compiler cannot know
+            x = jnp.where(never.reshape((1,) * x.ndim), jnp.zeros_like(x), x)
+        return x
+
+    return lax.platform_dependent(x, tuple(others), cpu=lambda x, _: x, default=dependent)
 
 
 def _by_matmul(x: jax.Array) -> jax.Array:

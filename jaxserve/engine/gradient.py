@@ -34,7 +34,7 @@ from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig
 from jaxserve.models.layers import rms_norm
 from pallas_kernels.cross_entropy import loss_and_gradient
-from pallas_kernels.numerics import apart, wide_dtype
+from pallas_kernels.numerics import after, apart, wide_dtype
 from pallas_kernels.ragged_paged_attention import (
     AttentionLayout,
     ragged_paged_attention,
@@ -211,6 +211,8 @@ class GradientRows:
         for index in reversed(range(spec.config.num_layers)):
             d_x_WD, lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
             self.train = _with_lanes(self.train, lanes, index)  # the next layer's sums are read there: no copy of any
+            # nothing else waits for the sums, and what they are of would be kept until the end
+            d_x_WD = after(d_x_WD, jax.tree.leaves(lanes))
         return replace(self.train, acc=acc), {"loss_W": loss_W, "train_logprob_W": logprob_W}
 
     def _head(self, hidden_QD):

@@ -51,12 +51,15 @@ class Command:
         said, _ = process.communicate(timeout=600)
         assert process.returncode == 0, said[-3000:]
 
-    def result(self) -> tuple[list, list, bytes]:
+    def result(self) -> tuple[list, bytes]:
         assert read_job(self.root)["status"] == "succeeded"
         events = read_events(self.root)
-        losses = [(e.step, e.loss) for e in events if e.loss is not None]
-        checked = [(e.step, e.validation_loss) for e in events if e.validation_loss is not None]
-        return losses, checked, (self.root / "adapter" / "adapter_model.safetensors").read_bytes()
+        numbers = [
+            (e.kind, {key: value for key, value in e.data.items() if "loss" in key or key == "step"})
+            for e in events
+            if any("loss" in key for key in e.data)
+        ]
+        return numbers, (self.root / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.fixture(scope="module")
