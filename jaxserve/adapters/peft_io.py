@@ -223,8 +223,19 @@ def save_peft(weights: AdapterWeights, path: str | os.PathLike[str]) -> None:
     stored = {name: np.ascontiguousarray(tensor.astype(dtype)) for name, tensor in tensors.items()}
     with contextlib.suppress(FileNotFoundError):
         os.unlink(directory / CONFIG_FILE)
-    _write(directory / TENSOR_FILE, safetensors.numpy.save(stored, metadata))
+    _write(directory / TENSOR_FILE, _in_order(safetensors.numpy.save(stored, metadata)))
     _write(directory / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True, allow_nan=False).encode())
+
+
+def _in_order(content: bytes) -> bytes:
+    """The same file with its metadata in order: safetensors writes them in one that differs between processes, and an
+    adapter that is the same should be the same file."""
+    size = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= size - 8, f"{len(text)=} {size=}"
+    return content[:8] + text.ljust(size - 8) + content[size:]
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -14,6 +14,7 @@ _CALLED = re.compile(
 )
 # the shape may be a tuple, with spaces in it
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ([a-z][\w\-]*)\(")
+_FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _NOT_KERNELS = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -67,9 +68,14 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 def kernels(text: str) -> Counter[str]:
     """How many kernels of each kind a step starts; what lies in a loop counts once."""
     count: Counter[str] = Counter()
+    lines, _ = _computations(text)
+    pallas = {name for name, inside in lines.items() if any("mosaic" in line for line in inside)}
     for opcode, _, line in _instructions(text):
         base = opcode.removesuffix("-start")
         if opcode in _NOT_KERNELS or opcode.endswith("-done") or base in COLLECTIVES:
+            continue
+        if opcode == "fusion" and (called := _FUSED.search(line)) and called[1] in pallas:
+            count["Pallas"] += 1  # with the slices that it reads and writes in place
             continue
         target = _TARGET.search(line) if opcode == "custom-call" else None
         name = opcode if target is None else target[1]

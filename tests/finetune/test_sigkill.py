@@ -99,7 +99,8 @@ def test_kills_at_random_moments_change_nothing(made):
         done += killed
         if not killed:  # it was over already
             break
-    assert done >= 3
+    assert done >= KILLS - 5
+    assert read_job(command.root)["step"] > STEPS // 3  # not all of them at the start
     command.finish()
     assert command.result() == made["undisturbed"].result()
 

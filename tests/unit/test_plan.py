@@ -23,6 +23,11 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %add = f32[8]{0} add(%p0, %p1)
 }
 
+%dynamic-slice-fusion (p0: f32[8]) -> f32[8] {
+  %p0 = f32[8]{0} parameter(0)
+  ROOT %inner = f32[8]{0} custom-call(%p0), custom_call_target="mosaic_gpu_v2"
+}
+
 %sum (a: f32[], b: f32[]) -> f32[] {
   %a = f32[] parameter(0)
   %b = f32[] parameter(1)
@@ -59,6 +64,7 @@ ENTRY %main (w: bf16[512,128], y: f32[8]) -> (bf16[64,128], f32[8]) {
   %gemm = (bf16[64,128]{1,0}, s8[1024]{0}) custom-call(%copy.1), custom_call_target="__cublas$gemm"
   %loop = (s32[], bf16[64,128]{1,0}) while(%start), condition=%condition, body=%body
   %fusion = f32[8]{0} fusion(%y, %y), kind=kLoop, calls=%fused_add
+  %sliced = f32[8]{0} fusion(%y), kind=kCustom, calls=%dynamic-slice-fusion
   %chosen = f32[8]{0} conditional(%p, %y, %fusion), branch_computations={%branch_a, %branch_b}
   %all-gather = f32[16]{0} all-gather(%fusion), dimensions={0}
   ROOT %out = (bf16[64,128]{1,0}, f32[8]{0}) tuple(%x.9, %chosen)
@@ -68,7 +74,7 @@ ENTRY %main (w: bf16[512,128], y: f32[8]) -> (bf16[64,128], f32[8]) {
 
 def test_what_runs_is_counted_and_what_is_fused_is_not():
     found = hlo.kernels(PROGRAM)
-    assert found == {"Pallas": 1, "matrix product": 1, "fusion": 1, "copy": 2, "compare": 1}
+    assert found == {"Pallas": 2, "matrix product": 1, "fusion": 1, "copy": 2, "compare": 1}
     assert hlo.collectives(PROGRAM) == {"all-reduce": 1, "all-gather": 1}
 
 
