@@ -30,6 +30,7 @@ from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
 from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
+from jaxserve.engine.lane_sums import LaneSums
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.planner import Planned, Planner
@@ -291,7 +292,7 @@ class EngineCore:
         state, output = step(self.params, state, ints, floats, scales, spec=spec)
         if state.train is not None:
             assert self.trainer is not None
-            self.trainer.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
+            self.trainer.sums.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
         self.state = replace(state, train=None)
         return output
 
@@ -300,8 +301,10 @@ class EngineCore:
         carry the finetuning state."""
         state, kept, trainer = self.state, None, self.trainer if bucket.grad_rows else None
         if trainer is not None:
-            kept = None if spec.scaled else trainer.state.scale_lanes
-            state = replace(state, train=trainer.state if spec.scaled else replace(trainer.state, scale_lanes=None))
+            kept = None if spec.scaled else trainer.sums.state.scale_lanes
+            state = replace(
+                state, train=trainer.sums.state if spec.scaled else replace(trainer.sums.state, scale_lanes=None)
+            )
         return state, kept, self.writer.scales if spec.scaled and self.writer is not None else None
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
@@ -317,18 +320,16 @@ class EngineCore:
         with self.lock, self.compiles.preparing():
             rows = c.max_grad_rows // c.row_block * c.row_block
             shape = TrainShape(TRAIN_SLOTS, 2 * c.pages_per_seq, lanes * c.adapter_pages, c.remat, lanes)
+            empty = partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype)
             self.trainer = Trainer(
                 self.model,
                 self.mesh,
-                self.bank,
-                shape,
-                partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype),
+                LaneSums(shape, self.bank, self.mesh, empty, self._device_shapes),
                 self.pool,
                 self.residency,
                 store,
                 row_block=c.row_block,
                 max_window=rows,
-                device_shapes=self._device_shapes,
                 clock=self.clock,
             )
             self.packer.train = shape
@@ -337,13 +338,13 @@ class EngineCore:
             self.planner.set_buckets(buckets)
             self.planner.finetuning = self.trainer
             if self.extras.scales:
-                self.trainer.enable_scales()
+                self.trainer.sums.enable_scales()
             return self._try_all(self._add_specs(buckets, extended=False) + self._extended_specs())
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
         assert self.writer is not None
-        train = TrainState(acc=[], lanes=self.trainer.state.lanes, scale_lanes=self.trainer.state.scale_lanes)
+        train = TrainState(acc=[], lanes=self.trainer.sums.state.lanes, scale_lanes=self.trainer.sums.state.scale_lanes)
         return DeviceShapes(
             self.mesh,
             self.writer.shape,
@@ -361,7 +362,7 @@ class EngineCore:
                 self.writer.enable_scales()
                 self._warm_up_writer()
                 if self.trainer is not None:
-                    self.trainer.enable_scales()
+                    self.trainer.sums.enable_scales()
             self.extras = extras
             return self._try_all(self._extended_specs())
 
@@ -633,7 +634,7 @@ class EngineCore:
         assert self.state.bank is not None
         if isinstance(version.weights, LiveWeights):
             assert self.trainer is not None
-            bank, self.writer.scales = self.trainer.upload(
+            bank, self.writer.scales = self.trainer.versions.upload(
                 version, pages, self.state.bank, self.writer.scales, self.params
             )
         else:
