@@ -20,7 +20,8 @@ from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compiles import use_compilation_cache
-from jaxserve.engine.loop import EngineCore, News
+from jaxserve.engine.loop import EngineCore
+from jaxserve.engine.results import News
 from jaxserve.engine.sizes import core_config
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape
 from jaxserve.config import EngineConfig
-from jaxserve.engine.loop import CoreConfig
+from jaxserve.engine.specs import CoreConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig

@@ -14,7 +14,7 @@ from test_jobs import SIZES, examples, requests, settled
 import jaxserve
 from jaxserve import faults
 from jaxserve.adapters.peft_io import load_peft
-from jaxserve.engine import loop, saver, trainer
+from jaxserve.engine import programs, saver, trainer
 from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.folder import read_events, read_job
 
@@ -267,7 +267,7 @@ def test_an_adapter_that_cannot_be_written_is_tried_again(engine, tmp_path, monk
 
 def break_steps(monkeypatch, broken):
     """Makes the device fail at these calls of the step, after it has taken the state."""
-    real, calls = loop.step, []
+    real, calls = programs.step, []
 
     def step(*args, spec):
         calls.append(spec.layout.bucket)
@@ -276,7 +276,7 @@ def break_steps(monkeypatch, broken):
             raise RuntimeError("the device is on fire")
         return state, output
 
-    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(programs, "step", step)
     return calls
 
 
