@@ -32,7 +32,7 @@ from jaxserve.sampling import SamplingParams
 from pallas_kernels.cross_entropy import CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO
 
 if TYPE_CHECKING:
-    from jaxserve.llm import Engine
+    from jaxserve.training import TrainingEngine
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "dpo")
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
@@ -42,7 +42,7 @@ _OVERRIDES = ("learning_rate", "beta1", "beta2", "eps", "momentum", "weight_deca
 class TrainingCalls:
     """The open adapters of one engine."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "TrainingEngine"):
         self.engine = engine
         self.sessions: dict[str, Session] = {}
 

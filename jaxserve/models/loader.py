@@ -6,6 +6,7 @@ parameter at a time beside the arrays themselves.
 
 import os
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +33,13 @@ def load_config(model_dir: str | os.PathLike) -> ModelConfig:
       ModelError: no such directory or file, not JSON, or a model that is not supported.
     """
     return ModelConfig.from_dict(read_json(directory(model_dir) / "config.json"))
+
+
+def stored_dtype(model_dir: str | os.PathLike) -> str:
+    """The dtype config.json names; float32 where it names none that can be served."""
+    hf = read_json(Path(model_dir) / "config.json")
+    named = hf.get("dtype") or hf.get("torch_dtype") or hf.get("text_config", {}).get("dtype")
+    return named if named in ("float32", "bfloat16", "float16") else "float32"
 
 
 def load_generation_config(model_dir: str | os.PathLike) -> dict[str, Any]:
