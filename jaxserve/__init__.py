@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     )
     from jaxserve.finetune.config import FinetuneConfig
     from jaxserve.finetune.errors import DataError
-    from jaxserve.llm import Engine, FinetuneJob
+    from jaxserve.finetuning import FinetuneJob
+    from jaxserve.llm import Engine
     from jaxserve.outputs import Completion, Event, RequestOutput
     from jaxserve.sampling import SamplingParams
 
@@ -35,7 +36,8 @@ _HOMES = {
     ),
     "jaxserve.finetune.config": ("FinetuneConfig",),
     "jaxserve.finetune.errors": ("DataError",),
-    "jaxserve.llm": ("Engine", "FinetuneJob"),
+    "jaxserve.finetuning": ("FinetuneJob",),
+    "jaxserve.llm": ("Engine",),
     "jaxserve.outputs": ("Completion", "Event", "RequestOutput"),
     "jaxserve.sampling": ("SamplingParams",),
 }

@@ -23,10 +23,10 @@ from jaxserve.finetune.job import Job, JobEvent
 from jaxserve.models.config import ModelConfig
 
 if TYPE_CHECKING:
-    from jaxserve.llm import Engine
+    from jaxserve.training import TrainingEngine
 
 
-def make_job(engine: "Engine", data: Source, adapter: str, config: FinetuneConfig, tenant: str) -> Job:
+def make_job(engine: "TrainingEngine", data: Source, adapter: str, config: FinetuneConfig, tenant: str) -> Job:
     """Reads the data, makes or loads the adapter's start and queues the job.
 
     Raises:
@@ -54,7 +54,7 @@ def make_job(engine: "Engine", data: Source, adapter: str, config: FinetuneConfi
     return job
 
 
-def _datasets(engine: "Engine", data: Source, config: FinetuneConfig) -> tuple[Dataset, Dataset | None]:
+def _datasets(engine: "TrainingEngine", data: Source, config: FinetuneConfig) -> tuple[Dataset, Dataset | None]:
     def load(source: Source) -> Dataset:
         return load_dataset(
             source,
@@ -72,7 +72,9 @@ def _datasets(engine: "Engine", data: Source, config: FinetuneConfig) -> tuple[D
     return dataset, None
 
 
-def _folder(engine: "Engine", adapter: str, config: FinetuneConfig, dataset: Dataset, tenant: str) -> JobFolder | None:
+def _folder(
+    engine: "TrainingEngine", adapter: str, config: FinetuneConfig, dataset: Dataset, tenant: str
+) -> JobFolder | None:
     if config.output_dir is None:
         return None
     identity = {
@@ -86,13 +88,13 @@ def _folder(engine: "Engine", adapter: str, config: FinetuneConfig, dataset: Dat
     return JobFolder(config.output_dir, identity, config.save_total_limit)
 
 
-def _check_name(engine: "Engine", adapter: str) -> None:
+def _check_name(engine: "TrainingEngine", adapter: str) -> None:
     engine.adapters.check_name(adapter)
     if engine.core.trainer is not None and adapter in engine.core.trainer.adapters():
         raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
 
 
-def make_start(engine: "Engine", adapter: str, config: FinetuneConfig) -> AdapterWeights:
+def make_start(engine: "TrainingEngine", adapter: str, config: FinetuneConfig) -> AdapterWeights:
     """What the adapter is before the first step. Raises ConfigError, InvalidRequest, AdapterError."""
     _check_name(engine, adapter)
     compiled = engine.config.finetune_remat
@@ -104,7 +106,7 @@ def make_start(engine: "Engine", adapter: str, config: FinetuneConfig) -> Adapte
     return replace(weights, base_digest=engine.base_digest)
 
 
-def _start(engine: "Engine", config: FinetuneConfig) -> AdapterWeights:
+def _start(engine: "TrainingEngine", config: FinetuneConfig) -> AdapterWeights:
     if config.start != "init":
         return _known(engine, config.start)
     described, rng = config.adapter_config(), np.random.default_rng(config.seed)
@@ -115,7 +117,7 @@ def _start(engine: "Engine", config: FinetuneConfig) -> AdapterWeights:
     return lora.initial(described, engine.model, rng)
 
 
-def _known(engine: "Engine", start: str) -> AdapterWeights:
+def _known(engine: "TrainingEngine", start: str) -> AdapterWeights:
     """A loaded adapter by its name, else a PEFT directory, a job's directory, or one of checkpoints."""
     try:
         return engine.adapters.get(start).weights.fetched
@@ -123,7 +125,7 @@ def _known(engine: "Engine", start: str) -> AdapterWeights:
         return _from_directory(engine, Path(start))
 
 
-def _from_directory(engine: "Engine", path: Path) -> AdapterWeights:
+def _from_directory(engine: "TrainingEngine", path: Path) -> AdapterWeights:
     for place in (path, path / ADAPTER):
         if (place / CONFIG_FILE).exists():
             return load_peft(place, engine.model, base_digest=engine.base_digest)
@@ -149,7 +151,7 @@ def _like(config: Mapping[str, Any], model: ModelConfig) -> AdapterWeights:
 class FinetuneJob:
     """A handle on a finetuning job."""
 
-    def __init__(self, engine: "Engine", job: Job):
+    def __init__(self, engine: "TrainingEngine", job: Job):
         self._engine, self._job = engine, job
 
     @property

@@ -1,4 +1,4 @@
-"""The public engine: text and token ids in, events and results out."""
+"""The public engine: text and token ids in, events and results out; training comes with ``TrainingEngine``."""
 
 import dataclasses
 import hashlib
@@ -7,8 +7,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,11 @@ from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compiles import use_compilation_cache
-from jaxserve.engine.loop import EngineCore, News
+from jaxserve.engine.loop import EngineCore
+from jaxserve.engine.results import News
 from jaxserve.engine.sizes import core_config
-from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
-from jaxserve.finetune.config import FinetuneConfig
-from jaxserve.finetune.data import Source
-from jaxserve.finetune.session import BatchResult
-from jaxserve.finetuning import FinetuneJob, make_job
+from jaxserve.live import LiveRequest
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import (
     check_tokenizer,
@@ -38,34 +34,18 @@ from jaxserve.models.loader import (
     stored_dtype,
     weights_fingerprint,
 )
-from jaxserve.outputs import Completion, Event, RequestOutput
-from jaxserve.primitives import LOSSES, TrainingCalls
+from jaxserve.outputs import Event, RequestOutput
+from jaxserve.prompts import Prompt, as_list, prompt_ids, spread
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.request import Request
-from jaxserve.scheduler.request import Sequence as Choice
-from jaxserve.text import TextStream
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.training import TrainingEngine
 from sharding import make_mesh
 
 logger = logging.getLogger(__name__)
 
-Prompt = str | Sequence[int]
 
-
-@dataclass
-class _Live:
-    """A request that is not over."""
-
-    request: Request
-    prompt: str | None
-    choices: list[Choice]
-    streams: list[TextStream]
-    output: RequestOutput
-    open: set[int] = field(default_factory=set)  # choices not finished
-    collect: bool = False  # generate() wants the result
-
-
-class Engine:
+class Engine(TrainingEngine):
     """Serves a base model and its LoRA adapters with continuous batching.
 
     ``from_pretrained`` loads and compiles; then either ``generate``, or ``add_request`` and a loop over ``step``.
@@ -83,6 +63,7 @@ class Engine:
         name: str = "base",
         weights: bytes = b"",
     ):
+        super().__init__()
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.generation_config = generation_config or {}
         self.base_digest = digest = _base_digest(model, weights)
@@ -91,11 +72,9 @@ class Engine:
         self.adapters = AdapterStore(
             model, config.max_cpu_loras, base_names=(name,), base_digest=digest, read=self._read
         )
-        self._live: dict[str, _Live] = {}
+        self._live: dict[str, LiveRequest] = {}
         self._finished: dict[str, RequestOutput] = {}
         self._aborted: deque[Event] = deque()
-        self._jobs: list[FinetuneJob] = []
-        self._calls = TrainingCalls(self)
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
         self._totals = {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
@@ -228,7 +207,7 @@ class Engine:
         """
         params = params or SamplingParams()
         params.validate(self.model.vocab_size, max_logprobs=self.config.max_logprobs)
-        text, ids = self._prompt_ids(prompt)
+        text, ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size)
         objectives = self.core.config.objectives
         if slo_class not in objectives:
             known = ", ".join(name for name in objectives if name) or "none"
@@ -247,25 +226,15 @@ class Engine:
                 arrival=self.core.clock(),
                 objective=objectives[slo_class],
             )
-            self._track(request, text, version)
+            self._track(request, text)
         except BaseException:
             if version is not None:
                 self.adapters.release(version)
             raise
         return request.id
 
-    def _track(self, request: Request, text: str | None, version: AdapterVersion | None) -> None:
-        params = request.params
-        output = RequestOutput(
-            request_id=request.id,
-            prompt=text,
-            prompt_token_ids=list(request.prompt_ids),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None for _ in request.prompt_ids],
-            outputs=[Completion(index=i, logprobs=None if params.logprobs is None else []) for i in range(params.n)],
-            adapter=version and version.name,
-            adapter_version=version and version.version,
-        )
-        live = _Live(request, text, [], [self._stream(params) for _ in range(params.n)], output, set(range(params.n)))
+    def _track(self, request: Request, text: str | None) -> None:
+        live = LiveRequest.make(request, text, self.tokenizer)
         with self.core.lock:
             if request.id in self._live:
                 raise InvalidRequest(
@@ -276,42 +245,19 @@ class Engine:
             self._totals["requests"] += 1
             self._totals["prompt_tokens"] += len(request.prompt_ids)
 
-    def _stream(self, params: SamplingParams) -> TextStream:
-        decoder = None if self.tokenizer is None else self.tokenizer.stream(params.skip_special_tokens)
-        return TextStream(decoder, params.stops, params.include_stop_str_in_output, params.min_tokens)
-
     def _with_seed(self, params: SamplingParams) -> SamplingParams:
         if params.seed is not None:
             return params
         return dataclasses.replace(params, seed=int(self._seeds.integers(2**63)))
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise InvalidRequest(
-                    "prompt is text, and this model directory has no tokenizer; give token ids", "prompt"
-                )
-            return prompt, tuple(self._check_ids(self.tokenizer.encode(prompt)))
-        return None, tuple(self._check_ids(prompt))
-
-    def _check_ids(self, ids: Sequence[int]) -> list[int]:
-        """Token ids as ints inside the vocabulary: JAX would read another row for a bad one and say nothing."""
-        try:
-            whole = np.asarray(ids)
-        except (ValueError, OverflowError):
-            whole = np.asarray(None)
-        if whole.ndim != 1 or (whole.size and whole.dtype.kind not in "iu"):
-            raise InvalidRequest(f"prompt is {str(ids)[:64]!r}; it must be a list of token ids", "prompt")
-        if whole.size and not 0 <= whole.min() <= whole.max() < self.model.vocab_size:
-            bad = whole[(whole < 0) | (whole >= self.model.vocab_size)][0]
-            raise InvalidRequest(f"prompt has token id {bad}; ids go from 0 to {self.model.vocab_size - 1}", "prompt")
-        return whole.tolist()
-
     def abort(self, request_id: str) -> bool:
         """Ends a request in any phase; its remaining choices end with finish_reason "abort". False: not alive."""
         with self.core.lock:
             ended = self.core.abort(request_id)
-            self._aborted.extend(self._end(seq, "abort") for seq in ended)
+            for seq in ended:
+                live = self._live[seq.request.id]
+                self._aborted.append(live.end(seq.index, "abort"))
+                self._forget_if_over(live)
         return bool(ended)
 
     def has_work(self) -> bool:
@@ -335,64 +281,21 @@ class Engine:
         live = self._live.get(seq.request.id)
         if live is None or seq.index not in live.open:
             return None
-        if live.output.prompt_logprobs is not None:
-            for position, logprobs in news.prompt_logprobs:
-                live.output.prompt_logprobs[position] = logprobs
-        if token is None:
-            return self._end(seq, "error", error=news.error) if news.outcome.finish_reason else None
-        completion = live.output.outputs[seq.index]
-        completion.token_ids.append(token)
-        self._totals["generation_tokens"] += 1
-        if news.logprobs is not None and completion.logprobs is not None:
-            completion.logprobs.append(news.logprobs)
-        text, stop, reason = self._text(live, seq, token, news.outcome.finish_reason)
-        new = {"token_ids": [token], "text": text, "logprobs": [] if news.logprobs is None else [news.logprobs]}
-        completion.text += text
-        if reason is not None:
-            return self._end(seq, reason, stop_reason=stop, **new)
-        return self._event(live, seq, **new)
-
-    def _text(
-        self, live: _Live, seq: Choice, token: int, reason: str | None
-    ) -> tuple[str, str | int | None, str | None]:
-        """New text of a token, what stopped the choice, and why it ends, if it does."""
-        stream = live.streams[seq.index]
-        if reason == "stop":  # a stop token is no part of the text
-            return stream.finish(), token, "stop"
-        text, hit = stream.push(token)
-        if hit is not None:
+        self._totals["generation_tokens"] += token is not None
+        event = live.take(news)
+        if event is not None and isinstance(event.stop_reason, str):
             self.core.finish(seq, "stop")
-            return text, hit, "stop"
-        return (text + stream.finish(), None, reason) if reason else (text, None, None)
-
-    def _event(self, live: _Live, seq: Choice, **fields: Any) -> Event:
-        output = live.output
-        return Event(
-            request_id=seq.request.id,
-            index=seq.index,
-            adapter=output.adapter,
-            adapter_version=output.adapter_version,
-            **fields,
-        )
-
-    def _end(self, seq: Choice, reason: str, *, stop_reason=None, error: str | None = None, **new: Any) -> Event:
-        """Closes a choice, and with the last one its request."""
-        live = self._live[seq.request.id]
-        completion = live.output.outputs[seq.index]
-        completion.finish_reason, completion.stop_reason, completion.error = reason, stop_reason, error
-        if reason in ("abort", "error"):
-            new["text"] = live.streams[seq.index].finish()
-            completion.text += new["text"]
-        live.open.discard(seq.index)
-        event = self._event(live, seq, finish_reason=reason, stop_reason=stop_reason, error=error, **new)
-        if not live.open:
-            del self._live[seq.request.id]
-            live.output.num_cached_tokens = live.choices[0].num_cached
-            if live.request.adapter is not None:
-                self.adapters.release(live.request.adapter)
-            if live.collect:
-                self._finished[seq.request.id] = live.output
+        self._forget_if_over(live)
         return event
+
+    def _forget_if_over(self, live: LiveRequest) -> None:
+        if live.open:
+            return
+        del self._live[live.request.id]
+        if live.request.adapter is not None:
+            self.adapters.release(live.request.adapter)
+        if live.collect:
+            self._finished[live.request.id] = live.output
 
     def generate(
         self,
@@ -411,8 +314,8 @@ class Engine:
         Raises:
           InvalidRequest, AdapterNotFound: naming the first bad prompt; nothing is left running.
         """
-        every: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
-        each = zip(every, _spread("params", params, every), _spread("adapter", adapter, every), strict=True)
+        every = as_list(prompts)
+        each = zip(every, spread("params", params, every), spread("adapter", adapter, every), strict=True)
         todo, ids = deque(each), []
         try:
             while todo or not all(i in self._finished for i in ids):
@@ -442,145 +345,6 @@ class Engine:
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.generate([ids], params, **options)[0]
 
-    # finetuning
-
-    def finetune(
-        self,
-        data: Source,
-        adapter: str,
-        config: FinetuneConfig | None = None,
-        *,
-        tenant: str = "",
-        **fields: Any,
-    ) -> FinetuneJob:
-        """Queues a job that trains an adapter while requests are served; ``step`` moves both on.
-
-        After each optimizer step the adapter's new version answers requests from the next step on. On the first
-        call the steps with gradient rows are compiled, unless max_finetune_jobs asked for that at start-up; a job's
-        own small programs are compiled here, too. With ``output_dir`` the job keeps checkpoints, and goes on from the
-        newest one when it is begun again with the same data and settings.
-
-        Args:
-          data: a JSONL file (chat messages, prompt and completion, or text), or an iterable of what its lines hold or
-            of (token ids, weights) pairs.
-          adapter: name under which the adapter is published.
-          config: a FinetuneConfig; or give its fields as keywords.
-          tenant: who is charged for it.
-
-        Raises:
-          ConfigError, DataError, InvalidRequest, AdapterError, CheckpointError: before anything is trained.
-        """
-        job = make_job(self, data, adapter, config or FinetuneConfig(**fields), tenant)
-        self._jobs.append(FinetuneJob(self, job))
-        return self._jobs[-1]
-
-    def jobs(self) -> list[FinetuneJob]:
-        """All jobs of this engine's life, in the order they came."""
-        return list(self._jobs)
-
-    # training by calls
-
-    def open_adapter(
-        self, adapter: str, config: FinetuneConfig | None = None, *, tenant: str = "", **fields: Any
-    ) -> None:
-        """Makes an adapter that ``forward_backward`` and ``optim_step`` train; it takes one of max_finetune_jobs.
-
-        Args:
-          config: method, rank, targets, start, optimizer, learning rate, dropout and window of a FinetuneConfig; or
-            give its fields as keywords. What is about data and schedules is not used.
-
-        Raises:
-          ConfigError, InvalidRequest, AdapterError.
-        """
-        self._calls.open(adapter, config or FinetuneConfig(**fields), tenant)
-
-    def close_adapter(self, adapter: str) -> None:
-        """Ends an adapter's training by calls; its published versions stay."""
-        self._calls.close(adapter)
-
-    def forward_backward(
-        self,
-        adapter: str,
-        batch: Iterable[Any],
-        loss: str = "cross_entropy",
-        *,
-        clip: tuple[float, float] = (0.8, 1.2),
-        beta: float = 0.1,
-        reference: str | None = None,
-    ) -> BatchResult:
-        """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs.
-
-        Args:
-          batch: (token ids, weights) pairs, {"input_ids", "weights"} or records as in a JSONL file. For
-            importance_sampling and ppo {"input_ids", "weights", "logprobs", "advantages"}; weights, logprobs and
-            advantages are one per token, entry t is about predicting token t. For dpo {"chosen", "rejected"}, and
-            "reference_logprobs" (two sums) if they are known.
-          loss: cross_entropy, importance_sampling, ppo or dpo; see ``jaxserve.primitives``. All are sums over tokens.
-          clip: the range of ppo's ratio; beta: of dpo; reference: dpo's reference, an adapter or None for the base.
-
-        Returns: each token's loss and log-probability; of dpo each pair's loss, and accuracy and margin as metrics.
-
-        Raises:
-          InvalidRequest: what is wrong with which item; nothing was computed.
-        """
-        if loss == "dpo":
-            return self._calls.dpo(adapter, batch, beta, reference)
-        if loss not in LOSSES:
-            raise InvalidRequest(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}", "loss")
-        return self._calls.forward_backward(adapter, batch, loss, clip)
-
-    def forward(self, adapter: str, batch: Iterable[Any]) -> BatchResult:
-        """Losses and log-probabilities of a batch under an open adapter, without gradients and without dropout."""
-        return self._calls.forward(adapter, batch)
-
-    def optim_step(self, adapter: str, **overrides: float | None) -> dict[str, Any]:
-        """Updates the adapter by the gradients that have been added, and publishes it.
-
-        Args:
-          overrides: learning_rate, beta1, beta2, eps, momentum, weight_decay, max_grad_norm, in place of the
-            config's.
-
-        Returns: step, applied (False where a gradient was not finite: nothing has changed), gradient_norm,
-          learning_rate, adapter_version.
-        """
-        return self._calls.optim_step(adapter, overrides)
-
-    def sample(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, adapter: str | None = None
-    ) -> list[RequestOutput]:
-        """``generate`` with the drawn tokens' log-probabilities, which a policy loss asks for."""
-        params = params or SamplingParams()
-        if params.logprobs is None:
-            params = dataclasses.replace(params, logprobs=0)
-        return self.generate(prompts, params, adapter=adapter)
-
-    def save_state(self, adapter: str, directory: str | Path) -> None:
-        """Saves an open adapter with its optimizer's state and the gradients added so far.
-
-        Raises:
-          CheckpointError: the disk refused, or the directory has the state of something else.
-        """
-        self._calls.save_state(adapter, directory)
-
-    def load_state(self, adapter: str, directory: str | Path) -> None:
-        """Puts an open adapter back to where it was saved, and publishes that as its newest version.
-
-        Raises:
-          CheckpointError: it is the state of another model or adapter configuration.
-        """
-        self._calls.load_state(adapter, directory)
-
-    def prepare_finetuning(self, *, scales: bool = False, dropout: bool = False) -> Trainer:
-        """Compiles what jobs need, where that has not been done; ``scales`` is for (IA)3 and DoRA."""
-        start, seconds = time.perf_counter(), {}
-        if self.core.trainer is None:
-            seconds = self.core.enable_training(self.adapters, max(self.config.max_finetune_jobs, 1))
-        seconds |= self.core.enable(scales=scales, dropout=dropout)
-        if seconds:
-            logger.info("ready to finetune: %d programs in %.1f s", len(seconds), time.perf_counter() - start)
-        assert self.core.trainer is not None
-        return self.core.trainer
-
     def run(self) -> list[Event]:
         """Steps until no request and no job has anything left to do; returns all events."""
         events = []
@@ -593,14 +357,6 @@ class Engine:
         events = self.step()
         with self.core.lock:
             self._aborted.extend(events)
-
-    def close(self) -> None:
-        """Stops every job where it is, saves those that have a directory and lets others use it."""
-        for job in self._jobs:
-            if job.status in ("queued", "running"):
-                job.pause()
-        if self.core.trainer is not None:
-            self.core.trainer.close()
 
     # numbers
 
@@ -621,16 +377,3 @@ def _tokenizer(directory: Path, config: EngineConfig) -> Tokenizer | None:
         return load_tokenizer(config.tokenizer)
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     return load_tokenizer(directory) if any((directory / name).exists() for name in names) else None
-
-
-def _is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-
-
-def _spread(name: str, value: Any, prompts: Sequence[Any]) -> Iterable[Any]:
-    """One value per prompt."""
-    if value is None or isinstance(value, str | SamplingParams):
-        return [value] * len(prompts)
-    if len(value) != len(prompts):
-        raise InvalidRequest(f"{name} has {len(value)} entries for {len(prompts)} prompts", name)
-    return value

@@ -32,7 +32,7 @@ from jaxserve.sampling import SamplingParams
 from pallas_kernels.cross_entropy import CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO
 
 if TYPE_CHECKING:
-    from jaxserve.llm import Engine
+    from jaxserve.training import TrainingEngine
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "dpo")
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
@@ -42,7 +42,7 @@ _OVERRIDES = ("learning_rate", "beta1", "beta2", "eps", "momentum", "weight_deca
 class TrainingCalls:
     """The open adapters of one engine."""
 
-    def __init__(self, engine: "Engine"):
+    def __init__(self, engine: "TrainingEngine"):
         self.engine = engine
         self.sessions: dict[str, Session] = {}
 
@@ -198,7 +198,7 @@ class TrainingCalls:
             raise InvalidRequest(f"optim_step has no {unknown[0]!r}; there are {', '.join(_OVERRIDES)}", unknown[0])
         hyper = _hyper(session.config, overrides)
         with self.engine.core.lock:
-            norm, applied = self.trainer.optim_step(session, hyper)
+            norm, applied = self.trainer.sessions.optim_step(session, hyper)
         return {
             "step": session.step,
             "applied": applied,
@@ -211,7 +211,7 @@ class TrainingCalls:
         session, engine = self.of(name), self.engine
         with CheckpointWriter(directory, self._identity(session), keep=1) as writer:
             with engine.core.lock:
-                state = self.trainer.state_of(session)
+                state = self.trainer.sessions.state_of(session)
             found = load_latest(directory)
             writer.save(
                 0 if found is None else found.step + 1, state, {"step": session.step, "calls": session.num_batches}
@@ -220,11 +220,11 @@ class TrainingCalls:
     def load_state(self, name: str, directory: Any) -> None:
         session = self.of(name)
         with self.engine.core.lock:
-            like = self.trainer.state_of(session)
+            like = self.trainer.sessions.state_of(session)
             found = load_latest(directory, like=like, expect=self._identity(session))
             if found is None:
                 raise InvalidRequest(f"there is no saved state in {str(directory)!r}", "directory")
-            self.trainer.set_state(session, found.state, **found.meta)
+            self.trainer.sessions.set_state(session, found.state, **found.meta)
 
     def _identity(self, session: Session) -> dict[str, Any]:
         return {"base_model": self.engine.base_digest.hex(), "adapter_config": dict(session.start.config)}

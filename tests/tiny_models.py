@@ -27,6 +27,15 @@ BOS, EOS, PAD, IM_START, IM_END = range(256 + len(MERGES), 256 + len(MERGES) + l
 TOKENIZER_SIZE = IM_END + 1
 VOCAB_SIZE = 300
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"

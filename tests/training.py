@@ -23,8 +23,8 @@ from jaxserve.engine.state import empty_state
 from jaxserve.engine.step import StepSpec, step
 from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, total_rows
 from jaxserve.models import decoder
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.params import BIASES, SITES, member_dims, param_specs
+from jaxserve.models.config import ModelConfig, member_dims
+from jaxserve.models.params import BIASES, SITES, param_specs
 from jaxserve.scheduler.plan import StepPlan
 from sharding import make_mesh, named_sharding
 

@@ -23,8 +23,8 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.params import SITES, Part, member_dims
+from jaxserve.models.config import ModelConfig, member_dims
+from jaxserve.models.params import SITES, Part
 from pallas_kernels.lora_matmul import PAGE_RANK
 from pallas_kernels.numerics import wide_dtype
 from sharding import ArraySpec, lora_specs, zeros
@@ -123,15 +123,17 @@ class BankShape:
 @partial(jax.jit, donate_argnames="bank", static_argnames="num_pages")
 def write_page(bank: Bank, page: jax.Array, content: dict, num_pages: int) -> Bank:
     """Writes one page of every layer, in place."""
-
-    def write(pool_PXY, new_LXY):
-        index_L = jnp.arange(new_LXY.shape[0], dtype=jnp.int32) * num_pages + page
-        return pool_PXY.at[index_L].set(new_LXY, unique_indices=True)
-
+    write = partial(with_page, page=page, num_pages=num_pages)
     return {
         site: SiteBank(write(old.a_PRD, content[site][0]), tuple(map(write, old.members, content[site][1])))
         for site, old in bank.items()
     }
+
+
+def with_page(pool: jax.Array, content: jax.Array, page: jax.Array, num_pages: int) -> jax.Array:
+    """A pool [L * P, ...] with content [L, ...] in one page of every layer."""
+    index_L = jnp.arange(content.shape[0], dtype=jnp.int32) * num_pages + page
+    return pool.at[index_L].set(content, unique_indices=True)
 
 
 def sites_touched(members: Sequence[str]) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxserve.adapters import fields, lora
-from jaxserve.adapters.weights import AdapterWeights, Key, ModelShape, ScaleVector, member_dims, module_name
+from jaxserve.adapters.weights import AdapterWeights, Key, ModelShape, ScaleVector, module_name
+from jaxserve.models.config import member_dims
 
 NAME = "dora"
 FIELDS = fields.LORA

@@ -8,7 +8,8 @@ import numpy as np
 from jaxserve.adapters import fields
 from jaxserve.adapters.lora import PREFIX
 from jaxserve.adapters.targets import Matcher
-from jaxserve.adapters.weights import AdapterWeights, Key, ModelShape, ScaleVector, member_dims, module_name
+from jaxserve.adapters.weights import AdapterWeights, Key, ModelShape, ScaleVector, module_name
+from jaxserve.models.config import member_dims
 
 NAME = "ia3"
 FIELDS = fields.IA3

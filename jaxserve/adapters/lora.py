@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxserve.adapters import fields
 from jaxserve.adapters.targets import Matcher
-from jaxserve.adapters.weights import AdapterWeights, Key, LoraPair, ModelShape, member_dims, module_name
+from jaxserve.adapters.weights import AdapterWeights, Key, LoraPair, ModelShape, module_name
+from jaxserve.models.config import member_dims
 
 NAME = "lora"
 FIELDS = fields.LORA

@@ -24,9 +24,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from jaxserve.adapters import dora, ia3
-from jaxserve.adapters.bank import BankShape
+from jaxserve.adapters.bank import BankShape, with_page
 from jaxserve.adapters.weights import AdapterWeights, Key, Weights
-from jaxserve.models.params import SITES, member_dims
+from jaxserve.models.config import member_dims
+from jaxserve.models.params import SITES
 from pallas_kernels.numerics import wide_dtype
 from sharding import ArraySpec, full, lora_specs
 
@@ -103,11 +104,7 @@ class ScalesShape:
 @partial(jax.jit, donate_argnames="scales", static_argnames="num_pages")
 def write_scales(scales: Scales, page: jax.Array, content: dict, num_pages: int) -> Scales:
     """Writes one page of every layer, in place."""
-
-    def write(pool, new):
-        index_L = jnp.arange(new.shape[0], dtype=jnp.int32) * num_pages + page
-        return pool.at[index_L].set(new, unique_indices=True)
-
+    write = partial(with_page, page=page, num_pages=num_pages)
     return {
         site: SiteScales(*jax.tree.map(write, (old.input_PMD, old.outputs, old.bias_P), content[site]))
         for site, old in scales.items()

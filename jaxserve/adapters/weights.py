@@ -8,9 +8,11 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from jaxserve.models.config import ModelShape
 
 Key = tuple[int, str]
 
@@ -23,23 +25,6 @@ MEMBERS = {  # member -> the block it sits in
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
-
-
-class ModelShape(Protocol):
-    """What an adapter has to know of the base model."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
 
 
 class Weights:
@@ -63,21 +48,6 @@ class Weights:
     def fetched(self) -> "AdapterWeights":
         """The content itself, on the host."""
         raise NotImplementedError
-
-
-def member_dims(model: ModelShape) -> dict[str, tuple[int, int]]:
-    """Member name to (in, out) of its base matrix."""
-    hidden, ffn = model.hidden_size, model.intermediate_size
-    q, kv = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    return {
-        "q_proj": (hidden, q),
-        "k_proj": (hidden, kv),
-        "v_proj": (hidden, kv),
-        "o_proj": (q, hidden),
-        "gate_proj": (hidden, ffn),
-        "up_proj": (hidden, ffn),
-        "down_proj": (ffn, hidden),
-    }
 
 
 def module_name(layer: int, member: str) -> str:

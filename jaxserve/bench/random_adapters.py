@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxserve.adapters.weights import MEMBERS, AdapterWeights, LoraPair, ModelShape, member_dims
+from jaxserve.adapters.weights import MEMBERS, AdapterWeights, LoraPair, ModelShape
 from jaxserve.errors import ConfigError
+from jaxserve.models.config import member_dims
 
 B_SCALE = 0.01
 

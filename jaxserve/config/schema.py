@@ -30,6 +30,20 @@ class Section(BaseModel):
     )
 
 
+class Keywords(Section):
+    """Taken as keyword arguments.
+
+    Raises:
+      ConfigError: unknown or wrong fields, all of them at once.
+    """
+
+    def __init__(self, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError([p.line() for p in problems(error, type(self))]) from None
+
+
 class ModelOptions(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Dtype of weights, activations and KV pages; auto is the checkpoint's own."""
@@ -243,18 +257,12 @@ class JobOptions(Section):
     """init for a new adapter, or the name or directory of one to go on from, or a directory of checkpoints."""
 
 
-class EngineConfig(ModelOptions, EngineOptions, LoraOptions, FinetuneOptions):
+class EngineConfig(Keywords, ModelOptions, EngineOptions, LoraOptions, FinetuneOptions):
     """Keyword arguments of ``Engine.from_pretrained``.
 
     Raises:
       ConfigError: unknown or wrong fields, all of them at once.
     """
-
-    def __init__(self, **fields: Any):
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigError([p.line() for p in problems(error, type(self))]) from None
 
 
 class LoraModule(NamedTuple):

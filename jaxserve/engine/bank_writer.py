@@ -11,8 +11,7 @@ from jaxserve.adapters.bank import Bank, BankShape, write_page
 from jaxserve.adapters.scales import MAGNITUDE, Scales, ScalesShape, magnitudes, write_scales
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.engine.lanes import SITE_OF, leaf_axes, set_gains
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.params import member_dims
+from jaxserve.models.config import ModelConfig, member_dims
 from sharding import named_sharding
 
 

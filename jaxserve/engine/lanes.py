@@ -24,8 +24,8 @@ from jaxserve.adapters.scales import INPUT, MAGNITUDE, OUTPUT, Scales, ScalesSha
 from jaxserve.adapters.weights import AdapterWeights, LoraPair, ScaleVector
 from jaxserve.engine.gradient import TrainState
 from jaxserve.models import decoder
-from jaxserve.models.config import ModelConfig
-from jaxserve.models.params import SITES, member_dims, param_specs
+from jaxserve.models.config import ModelConfig, member_dims
+from jaxserve.models.params import SITES, param_specs
 from pallas_kernels.lora_matmul import PAGE_RANK
 from pallas_kernels.numerics import row_sum, wide_dtype
 from sharding import AXIS, lora_specs, named_sharding, partition_spec, tree_specs

@@ -4,13 +4,10 @@ The loop runs one step ahead: step n + 1 goes to the device before the host has 
 work hides behind the device's. A sequence that turns out to have ended at step n has one wasted row in step n + 1.
 """
 
-import logging
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,47 +16,40 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.adapters.bank import sites_touched
 from jaxserve.adapters.residency import Residency
-from jaxserve.adapters.scales import fused_inputs, is_scaled
+from jaxserve.adapters.scales import is_scaled
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Key
 from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.gradient import TrainState, empty_train_state
+from jaxserve.engine.gradient import empty_train_state
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
+from jaxserve.engine.lane_sums import LaneSums
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
-from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
+from jaxserve.engine.pack import Edits, Packer, Slots, adapter_rows, check_edits, slot_edits, slot_tokens
 from jaxserve.engine.planner import Planned, Planner
+from jaxserve.engine.programs import Arrays, Extras, ProgramKey, Programs
+from jaxserve.engine.recovery import Recovery
+from jaxserve.engine.results import News, read_news, read_tokens
 from jaxserve.engine.sharing import sharing
-from jaxserve.engine.specs import TRAIN_SLOTS, CoreConfig, step_spec, train_shape
+from jaxserve.engine.specs import TRAIN_SLOTS, CoreConfig, train_shape
 from jaxserve.engine.state import EngineState, copy_pages, empty_state, write_slot
-from jaxserve.engine.step import StepOutput, StepSpec, step
+from jaxserve.engine.step import StepOutput
 from jaxserve.engine.times import StepLoad
 from jaxserve.engine.trainer import Trainer
-from jaxserve.errors import EngineError, InvalidRequest
+from jaxserve.errors import InvalidRequest
 from jaxserve.finetune.live import LiveWeights
+from jaxserve.finetune.windows import FinetunePlan
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler.plan import NO_REQUESTS, Outcome, StepPlan, StepResult
+from jaxserve.scheduler.plan import NO_REQUESTS, StepPlan
 from jaxserve.scheduler.request import Request, Sequence
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
 
-logger = logging.getLogger(__name__)
-
 COPIES = 16  # page copies per device call
 DISK_SECONDS = 0.05  # waited for at a time when jobs wait for nothing but the disk
-MAX_COMPILERS = 4  # each may take gigabytes for a large model
-MAX_REPLAYS = 2  # failed steps in a row before the requests in flight are given up
-
-
-class Extras(NamedTuple):
-    """What the extended programs know; the others cost nothing for it."""
-
-    scales: bool = False
-    dropout: bool = False
 
 
 class InFlight(NamedTuple):
@@ -70,15 +60,6 @@ class InFlight(NamedTuple):
     output: StepOutput
     chunk_slots: list[int]  # as they were then: by the time the step is read, a sequence may have lost its slot
     started: float
-
-
-class News(NamedTuple):
-    """What became of one sequence in one step, with the log-probabilities it asked for."""
-
-    outcome: Outcome
-    logprobs: dict[int, float] | None
-    prompt_logprobs: list[tuple[int, dict[int, float]]]  # (prompt position, log-probabilities) that became known
-    error: str | None = None  # why, where the outcome is an error
 
 
 class EngineCore:
@@ -114,12 +95,13 @@ class EngineCore:
             base_digest=base_digest,
         )
         self.scheduler = Scheduler(limits, self.pool, self.residency)
-        self.extras = Extras()
-        self.specs: dict[tuple[Bucket, bool], StepSpec] = {}  # by bucket, and whether it knows the extras
+        self.compiles = CompileCounter()
+        self.programs = Programs(config, model, mesh, self.bank, clock, self.compiles.preparing)
+        self.specs = self.programs.specs
         self.slots = Slots(config.max_num_seqs, config.pages_per_seq, TRAIN_SLOTS)
         self.packer = Packer(
             self.slots,
-            {},
+            self.programs.layouts,
             config.row_block,
             config.num_pages,
             config.page_size,
@@ -127,8 +109,7 @@ class EngineCore:
             config.bank_pages,
         )
         self.in_flight: deque[InFlight] = deque()
-        self.compiles = CompileCounter()
-        self.num_steps = self.failures = 0
+        self.num_steps = 0
         self.host_seconds = 0.0
         self._idle = False
         self.on_accelerator = mesh.devices.flat[0].platform != "cpu"
@@ -136,11 +117,12 @@ class EngineCore:
         budget = LatencyBudget(tuple(config.objectives.values()), config.finetune_floor)
         buckets = Buckets.make(limits.max_chunk_rows, config.max_num_seqs, config.row_block)
         self.planner = Planner(
-            self.scheduler, buckets, config.max_model_len, budget, sharing(config.sharing), self._needs_extras
+            self.scheduler, buckets, config.max_model_len, budget, sharing(config.sharing), self.programs.need_extras
         )
+        self.recovery = Recovery(self.scheduler, self.planner, self._rebuild)
         self._last_done = 0.0
         self.lock = threading.RLock()
-        self._add_specs(buckets, extended=False)
+        self.programs.add(buckets, extended=False)
 
     # start-up
 
@@ -154,26 +136,6 @@ class EngineCore:
             num_slots=c.max_num_seqs,
             dtype=c.dtype,
             bank=self.bank,
-        )
-
-    def _add_specs(self, buckets: Iterable[Bucket], extended: bool) -> list[tuple[Bucket, bool]]:
-        """Declares programs; returns those that are new."""
-        specs = {(bucket, extended): self._spec(bucket, extended) for bucket in buckets}
-        new = [key for key, spec in specs.items() if self.specs.get(key) != spec]
-        self.specs |= specs
-        self.packer.layouts |= {key: spec.layout for key, spec in specs.items()}
-        return new
-
-    def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
-        return step_spec(
-            bucket,
-            self.config,
-            self.model,
-            self.mesh,
-            self.bank,
-            self.trainer.shape if self.trainer else None,
-            scaled=extended and self.extras.scales,
-            dropout=extended and self.extras.dropout,
         )
 
     def warm_up(self) -> dict[str, float]:
@@ -190,11 +152,11 @@ class EngineCore:
         self.compiles.mark_ready()
         return seconds
 
-    def _try_all(self, keys: Iterable[tuple[Bucket, bool]]) -> dict[str, float]:
+    def _try_all(self, keys: Iterable[ProgramKey]) -> dict[str, float]:
         """Compiles programs and runs each twice on nothing; the second run is its time. Returns the seconds that each
         took to compile."""
         seconds = {}
-        for (bucket, extended), compiling in self._compile(list(keys)).items():
+        for (bucket, extended), compiling in self.programs.compile(keys, self._arrays()).items():
             ints, _, floats, _ = self.specs[bucket, extended].layout.empty()
             jax.block_until_ready(self._run(bucket, extended, ints, floats))
             start = self.clock()
@@ -203,45 +165,17 @@ class EngineCore:
             seconds[f"{bucket} extended" if extended else str(bucket)] = compiling
         return seconds
 
-    def _compile(self, keys: list[tuple[Bucket, bool]]) -> dict[tuple[Bucket, bool], float]:
-        """Compiles programs side by side, each on a thread: the compiler keeps but one core busy. A call finds the
-        program that was compiled for its arguments. Returns seconds by program."""
-
-        def compile_one(lowered: Any) -> float:
-            start = self.clock()
-            with self.compiles.preparing():
-                lowered.compile()
-            return self.clock() - start
-
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_COMPILERS)) as pool:
-            futures = {key: pool.submit(compile_one, self._lower(*key)) for key in keys}
-            return {key: future.result() for key, future in futures.items()}
-
-    def _lower(self, bucket: Bucket, extended: bool) -> Any:
-        spec = self.specs[bucket, extended]
-        ints, _, floats, _ = spec.layout.empty()
-        state, _, scales = self._arguments(bucket, spec)
-        return step.lower(self.params, state, ints, floats, scales, spec=spec)
+    def _arrays(self) -> Arrays:
+        train = self.trainer.sums.state if self.trainer is not None else None
+        return Arrays(self.params, self.state, train, self.writer.scales if self.writer is not None else None)
 
     def _run(self, bucket: Bucket, extended: bool, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
         """One step on the device."""
-        spec = self.specs[bucket, extended]
-        state, kept, scales = self._arguments(bucket, spec)
-        state, output = step(self.params, state, ints, floats, scales, spec=spec)
-        if state.train is not None:
+        self.state, train, output = self.programs.run((bucket, extended), self._arrays(), ints, floats)
+        if train is not None:
             assert self.trainer is not None
-            self.trainer.state = replace(state.train, scale_lanes=kept) if kept is not None else state.train
-        self.state = replace(state, train=None)
+            self.trainer.sums.state = train
         return output
-
-    def _arguments(self, bucket: Bucket, spec: StepSpec) -> tuple[EngineState, Any, Any]:
-        """The state that a program takes, the sums that it leaves alone, and scales. Only steps with gradient rows
-        carry the finetuning state."""
-        state, kept, trainer = self.state, None, self.trainer if bucket.grad_rows else None
-        if trainer is not None:
-            kept = None if spec.scaled else trainer.state.scale_lanes
-            state = replace(state, train=trainer.state if spec.scaled else replace(trainer.state, scale_lanes=None))
-        return state, kept, self.writer.scales if spec.scaled and self.writer is not None else None
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
         """Makes room for finetuning jobs and compiles the steps with gradient rows. Returns seconds by program."""
@@ -256,33 +190,32 @@ class EngineCore:
         with self.lock, self.compiles.preparing():
             rows = c.max_grad_rows // c.row_block * c.row_block
             shape = train_shape(c, lanes)
+            empty = partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype)
             self.trainer = Trainer(
                 self.model,
                 self.mesh,
-                self.bank,
-                shape,
-                partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype),
+                LaneSums(shape, self.bank, self.mesh, empty, self._device_shapes),
                 self.pool,
                 self.residency,
                 store,
                 row_block=c.row_block,
                 max_window=rows,
-                device_shapes=self._device_shapes,
                 clock=self.clock,
             )
+            self.programs.train = shape
             self.packer.train = shape
             self.scheduler.reclaim = self.trainer.queue.give_way
             buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
             self.planner.set_buckets(buckets)
             self.planner.finetuning = self.trainer
-            if self.extras.scales:
-                self.trainer.enable_scales()
-            return self._try_all(self._add_specs(buckets, extended=False) + self._extended_specs())
+            if self.programs.extras.scales:
+                self.trainer.sums.enable_scales()
+            return self._try_all(self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets))
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
         assert self.writer is not None
-        train = TrainState(acc=[], lanes=self.trainer.state.lanes, scale_lanes=self.trainer.state.scale_lanes)
+        train = replace(self.trainer.sums.state, acc=[])
         return DeviceShapes(
             self.mesh,
             self.writer.shape,
@@ -293,22 +226,17 @@ class EngineCore:
         """Compiles the programs that know scales (of (IA)3 and DoRA adapters) or dropout, once either is asked for.
         Returns seconds by program."""
         with self.lock, self.compiles.preparing():
-            extras = Extras(self.extras.scales or scales, self.extras.dropout or dropout)
-            if self.writer is None or extras == self.extras:
+            had = self.programs.extras
+            extras = Extras(had.scales or scales, had.dropout or dropout)
+            if self.writer is None or extras == had:
                 return {}
-            if extras.scales and not self.extras.scales:
+            if extras.scales and not had.scales:
                 self.writer.enable_scales()
                 self._warm_up_writer()
                 if self.trainer is not None:
-                    self.trainer.enable_scales()
-            self.extras = extras
-            return self._try_all(self._extended_specs())
-
-    def _extended_specs(self) -> list[tuple[Bucket, bool]]:
-        """Programs that know all extras which are enabled; without gradient rows there is no dropout to know."""
-        with_scales = [bucket for bucket in self.planner.buckets if self.extras.scales]
-        with_dropout = [bucket for bucket in self.planner.buckets if self.extras.dropout and bucket.grad_rows]
-        return self._add_specs(dict.fromkeys([*with_scales, *with_dropout]), extended=True)
+                    self.trainer.sums.enable_scales()
+            self.programs.extras = extras
+            return self._try_all(self.programs.add_extended(self.planner.buckets))
 
     def _warm_up_writer(self) -> None:
         assert self.writer is not None
@@ -384,7 +312,7 @@ class EngineCore:
                 try:
                     self.in_flight.append(self._dispatch(planned))
                 except Exception as error:
-                    return self._recover(error, planned.plan)
+                    return self.recovery.failed(error, planned.plan)
             self.host_seconds += time.perf_counter() - start
             if planned is not None and len(self.in_flight) < 2:
                 return []
@@ -397,14 +325,14 @@ class EngineCore:
             jax.block_until_ready(oldest.output)
         except Exception as error:
             with self.lock:
-                return self._recover(error, oldest.plan)
+                return self.recovery.failed(error, oldest.plan)
         with self.lock:
             try:
                 self._commit_finetune(oldest)
             except Exception as error:
-                return self._recover(error, oldest.plan)
+                return self.recovery.failed(error, oldest.plan)
             self.in_flight.popleft()
-            self.failures = 0
+            self.recovery.succeeded()
             return self._commit(oldest)
 
     def _dispatch(self, planned: Planned) -> InFlight:
@@ -426,39 +354,19 @@ class EngineCore:
         chunk_slots = [segment.seq.slot for segment in plan.chunks if segment.seq.slot is not None]
         return InFlight(plan, load, output, chunk_slots, self.clock())
 
-    def _needs_extras(self, plan: StepPlan) -> bool:
-        """Some row's adapter has scales, or is trained with dropout."""
-        if not any(self.extras):
-            return False
-        grads, forwards = plan.finetune or ((), ())
-        if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):
-            return True
-        adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
-        return any(version is not None and is_scaled(version.weights) for version in adapters)
-
     def _admit(self, seq: Sequence) -> None:
         """Gives a sequence that starts, or starts again, its slot's parameters."""
         p = seq.request.params
         special = bool(p.logit_bias or p.min_tokens or p.uses_penalties)
         if special:
             self.state = self._write_slot(seq.slot, seq.tokens, seq.prompt_len, slot_edits(seq))
-        self.slots.admit(seq, self._adapter_rows(seq.request.adapter), edited=bool(p.logit_bias or p.min_tokens))
+        version = seq.request.adapter
+        rows = None if version is None else adapter_rows(version.weights, self.residency.pages_of(version))
+        self.slots.admit(seq, rows, edited=bool(p.logit_bias or p.min_tokens))
 
-    def _adapter_rows(self, version: AdapterVersion | None) -> AdapterRows | None:
-        if version is None:
-            return None
-        weights = version.weights
-        sites = sites_touched(sorted({member for _, member in weights.scaling}))
-        return AdapterRows(self.residency.pages_of(version), sites, is_scaled(weights), fused_inputs(weights))
-
-    def _write_slot(
-        self, slot: int | None, tokens: list[int], prompt_len: int, edits: tuple[np.ndarray, ...]
-    ) -> EngineState:
+    def _write_slot(self, slot: int | None, tokens: list[int], prompt_len: int, edits: Edits) -> EngineState:
         assert slot is not None
-        token_S, kind_S = np.zeros(self.config.max_model_len, np.int32), np.zeros(self.config.max_model_len, np.int32)
-        token_S[: len(tokens)] = tokens
-        kind_S[: len(tokens)] = 1
-        kind_S[:prompt_len] = 2
+        token_S, kind_S = slot_tokens(tokens, prompt_len, self.config.max_model_len)
         return write_slot(self.state, np.int32(slot), token_S, kind_S, *edits)
 
     def _copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
@@ -481,82 +389,20 @@ class EngineCore:
         self._last_done = now
         if plan.index == NO_REQUESTS:
             return []
-        chunk_finite = np.asarray(output.finite_B)[done.chunk_slots].tolist()
-        count = len(plan.samples)
-        finite = np.asarray(output.finite_R)[:count].tolist()
-        for i, sample in enumerate(plan.samples):
-            if sample.kind == "chunk":
-                finite[i] = finite[i] and chunk_finite[sample.segment_index]
-        tokens = np.asarray(output.token_R)[:count].tolist()
-        prompt = self._prompt_logprobs(plan, output)
-        outcomes = self.scheduler.commit(plan, StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite), now)
-        news = [News(o, self._logprobs(o, output), prompt.pop(id(o.seq), []), _why(o)) for o in outcomes]
-        waiting = [segment.seq for segment in plan.chunks if id(segment.seq) in prompt]
-        news += [News(Outcome(seq, None, None, None), None, prompt[id(seq)]) for seq in waiting]
+        outcomes = self.scheduler.commit(plan, read_tokens(plan, output, done.chunk_slots), now)
+        news = read_news(plan, output, outcomes, self.config.row_block)
         self.host_seconds += time.perf_counter() - start
         return news
 
-    def _logprobs(self, outcome: Outcome, output: StepOutput) -> dict[int, float] | None:
-        """The drawn token's log-probability and those of the top N, likeliest first after it."""
-        wanted = outcome.seq.request.params.logprobs
-        if wanted is None or outcome.token is None:
-            return None
-        found = {outcome.token: float(np.asarray(output.logprob_R)[outcome.sample])}
-        if wanted:
-            tokens = np.asarray(output.top_token_RN)[outcome.sample, :wanted].tolist()
-            values = np.asarray(output.top_logprob_RN)[outcome.sample, :wanted].tolist()
-            found |= {token: value for token, value in zip(tokens, values, strict=True) if token not in found}
-        return found
-
-    def _prompt_logprobs(self, plan: StepPlan, output: StepOutput) -> dict[int, list[tuple[int, dict[int, float]]]]:
-        """By sequence: (position, log-probabilities) of the prompt tokens that this step's chunks predict."""
-        found: dict[int, list[tuple[int, dict[int, float]]]] = {}
-        row = 0
-        for segment in plan.chunks:
-            wanted, prompt = segment.seq.request.params.prompt_logprobs, segment.seq.request.prompt_ids
-            if wanted is not None:
-                values = np.asarray(output.prompt_logprob_T)
-                tops = np.asarray(output.prompt_top_token_TN), np.asarray(output.prompt_top_logprob_TN)
-                entries = found.setdefault(id(segment.seq), [])
-                for offset in range(min(segment.length, len(prompt) - 1 - segment.start)):
-                    position, at = segment.start + offset + 1, row + offset
-                    entry = {prompt[position]: float(values[at])}
-                    pairs = zip(tops[0][at, :wanted].tolist(), tops[1][at, :wanted].tolist(), strict=True)
-                    entry |= {token: value for token, value in pairs if token not in entry}
-                    entries.append((position, entry))
-            row += -(-segment.length // self.config.row_block) * self.config.row_block
-        return found
-
-    # faults
-
-    def _recover(self, error: Exception, plan: StepPlan) -> list[News]:
-        """After a failed step: the donated pool is gone. Rebuild it and replay from the tokens the host has read.
-
-        A step with finetune windows is blamed on them first: the requests go alone in the next one.
-        """
-        windows = plan.finetune is not None
-        self.failures += not windows
-        logger.exception("step failed (%d in a row%s)", self.failures, ", with finetune windows" if windows else "")
-        if isinstance(error, EngineError):
-            raise error
+    def _rebuild(self, windows: FinetunePlan | None) -> None:
+        """The device's side with nothing in it but the adapters, after a step failed that had these windows."""
         self.in_flight.clear()
-        self.planner.forget()
-        running = list(self.scheduler.running)
         self.state = self._empty_state()
-        self.scheduler.reset()
         if self.trainer is not None:
-            self.trainer.recover(plan.finetune)
+            self.trainer.recover(windows)
         self._uploads.clear()
         for version in self.residency.resident():
             self._upload(version, list(self.residency.pages_of(version)))
-        if self.failures <= MAX_REPLAYS:
-            return []
-        lost = [seq for first in running for seq in self.scheduler.abort(first.request.id)]
-        for seq in lost:
-            seq.finish_reason = "error"
-        reason = f"the engine's step failed {self.failures} times in a row"
-        self.failures = 0
-        return [News(Outcome(seq, None, "error", None), None, [], reason) for seq in lost]
 
     # adapters
 
@@ -572,14 +418,10 @@ class EngineCore:
         assert self.state.bank is not None
         if isinstance(version.weights, LiveWeights):
             assert self.trainer is not None
-            bank, self.writer.scales = self.trainer.upload(
+            bank, self.writer.scales = self.trainer.versions.upload(
                 version, pages, self.state.bank, self.writer.scales, self.params
             )
         else:
             assert isinstance(version.weights, AdapterWeights), version
             bank = self.writer.write(self.state.bank, version.weights, pages, self.params)
         self.state = replace(self.state, bank=bank)
-
-
-def _why(outcome: Outcome) -> str | None:
-    return "the model's numbers are not finite for this request" if outcome.finish_reason == "error" else None

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from jaxserve.adapters.bank import sites_touched
+from jaxserve.adapters.scales import fused_inputs, is_scaled
+from jaxserve.adapters.weights import Weights
 from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import FROM_DEVICE, LORA_ITEM_FIELDS, NOWHERE, BatchLayout
 from jaxserve.engine.buckets import Bucket
@@ -25,6 +28,7 @@ from pallas_kernels.token_sampling import GREEDY_BELOW
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 MAY_BE_NOWHERE = ("acc_table_BM", "grad_lane_N")
+Edits = tuple[np.ndarray, np.ndarray, np.ndarray]  # see slot_edits
 INTS = ("top_k", "choice", "edited", "counted", "logprobs")
 
 
@@ -46,6 +50,12 @@ class AdapterRows:
     sites: tuple[int, ...]
     scaled: bool = False
     fused_inputs: bool = False
+
+
+def adapter_rows(weights: Weights, pages: tuple[int, ...]) -> AdapterRows:
+    """What packing must know of an adapter in these bank pages."""
+    sites = sites_touched(sorted({member for _, member in weights.scaling}))
+    return AdapterRows(pages, sites, is_scaled(weights), fused_inputs(weights))
 
 
 @dataclass
@@ -336,7 +346,16 @@ def check_edits(params: SamplingParams, eos_token_ids: Iterable[int]) -> None:
         )
 
 
-def slot_edits(seq: Sequence | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def slot_tokens(tokens: Seq[int], prompt_len: int, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """A sequence's tokens so far and their kinds (2 prompt, 1 output, 0 padding), [S] int32 each."""
+    token_S, kind_S = np.zeros(max_model_len, np.int32), np.zeros(max_model_len, np.int32)
+    token_S[: len(tokens)] = tokens
+    kind_S[: len(tokens)] = 1
+    kind_S[:prompt_len] = 2
+    return token_S, kind_S
+
+
+def slot_edits(seq: Sequence | None) -> Edits:
     """A sequence's logit edits: logit_bias for ever, its stop tokens held back until min_tokens. None: no edits.
 
     Returns: token [Z], value [Z], until [Z]; an entry applies to tokens drawn at a position below ``until``.

@@ -5,13 +5,11 @@ import json
 import math
 from typing import Any
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import field_validator, model_validator
 
 from jaxserve.adapters import ia3, lora
 from jaxserve.adapters.patterns import Budget, Pattern, PatternError
-from jaxserve.config.messages import problems
-from jaxserve.config.schema import JobOptions
-from jaxserve.errors import ConfigError
+from jaxserve.config.schema import JobOptions, Keywords
 
 _IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # PEFT's own choice for decoders
 _IA3_FEEDFORWARD = ("down_proj",)
@@ -19,18 +17,12 @@ _IA3_FEEDFORWARD = ("down_proj",)
 _HOUSEKEEPING = frozenset({"output_dir", "save_steps", "save_total_limit", "eval_steps", "validation_data", "start"})
 
 
-class FinetuneConfig(JobOptions):
+class FinetuneConfig(Keywords, JobOptions):
     """How an adapter is trained. Frozen.
 
     Raises:
       ConfigError: unknown or wrong fields, all of them at once.
     """
-
-    def __init__(self, **fields: Any):
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise ConfigError([p.line() for p in problems(error, type(self))]) from None
 
     @field_validator("target_modules", "feedforward_modules")
     @classmethod

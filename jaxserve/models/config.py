@@ -7,7 +7,7 @@ keys mean what. A key that changes the maths and that the family did not read is
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jaxserve.errors import ModelError
 
@@ -253,3 +253,35 @@ def layer_windows(fields: Fields, num_layers: int, window: int | None, default: 
 def _show(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+class ModelShape(Protocol):
+    """What linear layers and adapters have to know of a model."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def member_dims(config: ModelShape) -> dict[str, tuple[int, int]]:
+    """(in, out) of every projection, unsharded, under the names PEFT knows."""
+    D, F = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "q_proj": (D, q),
+        "k_proj": (D, kv),
+        "v_proj": (D, kv),
+        "o_proj": (q, D),
+        "gate_proj": (D, F),
+        "up_proj": (D, F),
+        "down_proj": (F, D),
+    }

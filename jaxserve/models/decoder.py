@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig
+from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig, member_dims
 from jaxserve.models.layers import accumulator, gated, matmul, rms_norm, soft_cap
-from jaxserve.models.params import BIASES, SITES, member_dims
+from jaxserve.models.params import BIASES, SITES
 from jaxserve.models.rope import cos_sin, rotate
 
 __all__ = [

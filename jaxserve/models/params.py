@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.errors import ModelError
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import ModelConfig, member_dims
 from jaxserve.models.registry import FAMILIES
 
 SITES = {
@@ -71,21 +71,6 @@ def check_tp(config: ModelConfig, tp: int) -> None:
         raise ModelError(
             f"tensor_parallel {tp} and num_key_value_heads {config.num_kv_heads}: one must divide the other"
         )
-
-
-def member_dims(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(in, out) of every projection, unsharded, under the names PEFT knows."""
-    D, F = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return {
-        "q_proj": (D, q),
-        "k_proj": (D, kv),
-        "v_proj": (D, kv),
-        "o_proj": (q, D),
-        "gate_proj": (D, F),
-        "up_proj": (D, F),
-        "down_proj": (F, D),
-    }
 
 
 def param_specs(config: ModelConfig, tp: int) -> dict[str, Any]:

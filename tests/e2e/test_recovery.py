@@ -5,7 +5,7 @@ import logging
 import pytest
 import serving
 
-from jaxserve.engine import bank_writer, loop
+from jaxserve.engine import bank_writer, programs
 from jaxserve.sampling import SamplingParams
 
 REQUESTS = [
@@ -32,7 +32,7 @@ class Bomb:
 
 def break_step(monkeypatch, when, how):
     """Breaks the calls of the step whose numbers are in ``when``; returns the list of broken ones."""
-    real, calls, broken = loop.step, [], []
+    real, calls, broken = programs.step, [], []
 
     def step(*args, spec):
         calls.append(spec.layout.bucket)
@@ -47,7 +47,7 @@ def break_step(monkeypatch, when, how):
             raise Broken(how)
         return state, output.replace(token_R=Bomb())
 
-    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(programs, "step", step)
     return broken
 
 

@@ -14,7 +14,7 @@ from test_jobs import SIZES, examples, requests, settled
 import jaxserve
 from jaxserve import faults
 from jaxserve.adapters.peft_io import load_peft
-from jaxserve.engine import loop, trainer
+from jaxserve.engine import programs, saver, trainer
 from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.folder import read_events, read_job
 
@@ -233,7 +233,7 @@ def test_closing_the_engine_saves_what_was_read_last(engine, tmp_path, undisturb
 
 
 def test_a_full_disk_pauses_the_job_and_serving_goes_on(engine, tmp_path, monkeypatch, undisturbed):
-    monkeypatch.setattr(trainer, "RETRY_SECONDS", 0.2)
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.2)
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "save_steps": 2, "validation_fraction": 0.3, "eval_steps": 2}
     job = engine.finetune(examples(1), adapter="a", **fields)
     faults.arm("ckpt.before_fsync=ENOSPC@1")
@@ -254,7 +254,7 @@ def test_a_full_disk_pauses_the_job_and_serving_goes_on(engine, tmp_path, monkey
 
 @pytest.mark.parametrize("point", ["job.before_adapter", "job.after_adapter"])
 def test_an_adapter_that_cannot_be_written_is_tried_again(engine, tmp_path, monkeypatch, point):
-    monkeypatch.setattr(trainer, "RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(saver, "RETRY_SECONDS", 0.05)
     faults.arm(f"{point}=EIO@1")
     job = engine.finetune(examples(1), adapter="a", output_dir=str(tmp_path / "job"), **JOB).wait()
     assert job.status == "succeeded"
@@ -267,7 +267,7 @@ def test_an_adapter_that_cannot_be_written_is_tried_again(engine, tmp_path, monk
 
 def break_steps(monkeypatch, broken):
     """Makes the device fail at these calls of the step, after it has taken the state."""
-    real, calls = loop.step, []
+    real, calls = programs.step, []
 
     def step(*args, spec):
         calls.append(spec.layout.bucket)
@@ -276,7 +276,7 @@ def break_steps(monkeypatch, broken):
             raise RuntimeError("the device is on fire")
         return state, output
 
-    monkeypatch.setattr(loop, "step", step)
+    monkeypatch.setattr(programs, "step", step)
     return calls
 
 

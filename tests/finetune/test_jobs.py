@@ -48,7 +48,7 @@ def settled(engine) -> None:
     shape = engine.core.trainer.shape
     engine.core.trainer.queue.check(shape.num_slots, shape.acc_pages)
     assert engine.core.residency.counts().num_refs == 0
-    assert all(not np.asarray(pool).any() for layer in engine.core.trainer.state.acc for pool in layer)
+    assert all(not np.asarray(pool).any() for layer in engine.core.trainer.sums.state.acc for pool in layer)
 
 
 def test_requests_and_jobs_do_not_change_each_others_bits(engine):

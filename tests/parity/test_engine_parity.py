@@ -7,15 +7,8 @@ import numpy as np
 import pytest
 import serving
 import tiny_models
+from tiny_models import LLAMA3, YARN
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
     "llama": ("llama", {}),
     "llama-mqa-tied-llama3-rope": (

@@ -8,20 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_models
+from tiny_models import LLAMA3, YARN
 
 from jaxserve.models import decoder
 from jaxserve.models.loader import load_config, load_params
 from sharding import make_mesh
 
 NUM_TOKENS = 40  # longer than every window below
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 CASES = {
     "llama-gqa": ("llama", {}),
     "llama-mha-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),

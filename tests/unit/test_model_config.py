@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import tiny_models
+from tiny_models import LLAMA3, YARN
 
 from jaxserve.errors import ModelError
 from jaxserve.models.config import ModelConfig, RopeConfig
@@ -13,15 +14,6 @@ from jaxserve.models.loader import load_config, load_generation_config
 from jaxserve.models.params import param_specs
 from jaxserve.models.registry import FAMILIES
 from jaxserve.models.rope import inverse_frequencies
-
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
 def parse(family="llama", **overrides):

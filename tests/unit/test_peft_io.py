@@ -31,8 +31,9 @@ from tiny_adapters import (
 
 from jaxserve.adapters import dora, ia3, lora
 from jaxserve.adapters.peft_io import load_peft, save_peft
-from jaxserve.adapters.weights import MEMBERS, LoraPair, member_dims
+from jaxserve.adapters.weights import MEMBERS, LoraPair
 from jaxserve.errors import AdapterError
+from jaxserve.models.config import member_dims
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -271,9 +272,7 @@ def test_mixed_dtypes_are_kept_exactly_as_float32(tmp_path):
     assert np.array_equal(weights.pairs[0, "q_proj"].b, tensors[B0].astype(np.float32))
 
 
-def test_member_dims_are_the_models_own():
-    params = pytest.importorskip("jaxserve.models.params")
-    assert member_dims(TINY) == params.member_dims(TINY)
+def test_members_are_the_models_linear_layers():
     assert set(MEMBERS) == set(member_dims(TINY))
 
 

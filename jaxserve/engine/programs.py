@@ -1,0 +1,147 @@
+"""The programs of an engine: a step for each bucket, and another one where rows may have scales or dropout.
+
+They are declared, compiled side by side, and run on the arrays that the engine has at the time.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.adapters.bank import BankShape
+from jaxserve.adapters.scales import Scales, is_scaled
+from jaxserve.engine.batch import BatchLayout
+from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.gradient import TrainShape, TrainState
+from jaxserve.engine.specs import CoreConfig, step_spec
+from jaxserve.engine.state import EngineState
+from jaxserve.engine.step import StepOutput, StepSpec, step
+from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.plan import StepPlan
+
+MAX_COMPILERS = 4  # each may take gigabytes for a large model
+
+ProgramKey = tuple[Bucket, bool]  # and whether the program knows the extras
+
+
+class Extras(NamedTuple):
+    """What the extended programs know; the others cost nothing for it."""
+
+    scales: bool = False
+    dropout: bool = False
+
+
+class Arrays(NamedTuple):
+    """What an engine has on its devices."""
+
+    params: Any
+    state: EngineState  # without the finetuning state
+    train: TrainState | None
+    scales: Scales | None
+
+
+class Programs:
+    """Specifications by bucket, and what is done with them.
+
+    Args:
+      expected: a context in which a thread's compilations are no surprise.
+    """
+
+    def __init__(
+        self,
+        config: CoreConfig,
+        model: ModelConfig,
+        mesh: Mesh,
+        bank: BankShape | None,
+        clock: Callable[[], float],
+        expected: Callable[[], AbstractContextManager[None]],
+    ):
+        self._config, self._model, self._mesh, self._bank = config, model, mesh, bank
+        self._clock, self._expected = clock, expected
+        self.extras = Extras()
+        self.train: TrainShape | None = None  # of an engine that finetunes
+        self.specs: dict[ProgramKey, StepSpec] = {}
+        self.layouts: dict[ProgramKey, BatchLayout] = {}
+
+    def add(self, buckets: Iterable[Bucket], extended: bool) -> list[ProgramKey]:
+        """Declares programs; returns those that are new."""
+        specs = {(bucket, extended): self._spec(bucket, extended) for bucket in buckets}
+        new = [key for key, spec in specs.items() if self.specs.get(key) != spec]
+        self.specs |= specs
+        self.layouts |= {key: spec.layout for key, spec in specs.items()}
+        return new
+
+    def add_extended(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
+        """Declares programs that know all extras which are enabled; without gradient rows there is no dropout to
+        know."""
+        with_scales = [bucket for bucket in buckets if self.extras.scales]
+        with_dropout = [bucket for bucket in buckets if self.extras.dropout and bucket.grad_rows]
+        return self.add(dict.fromkeys([*with_scales, *with_dropout]), extended=True)
+
+    def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
+        return step_spec(
+            bucket,
+            self._config,
+            self._model,
+            self._mesh,
+            self._bank,
+            self.train,
+            scaled=extended and self.extras.scales,
+            dropout=extended and self.extras.dropout,
+        )
+
+    def need_extras(self, plan: StepPlan) -> bool:
+        """Some row's adapter has scales, or is trained with dropout."""
+        if not any(self.extras):
+            return False
+        grads, forwards = plan.finetune or ((), ())
+        if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):
+            return True
+        adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
+        return any(version is not None and is_scaled(version.weights) for version in adapters)
+
+    def compile(self, keys: Iterable[ProgramKey], arrays: Arrays) -> dict[ProgramKey, float]:
+        """Compiles programs side by side, each on a thread: the compiler keeps but one core busy. A call finds the
+        program that was compiled for its arguments. Returns seconds by program."""
+
+        def compile_one(lowered: Any) -> float:
+            start = self._clock()
+            with self._expected():
+                lowered.compile()
+            return self._clock() - start
+
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_COMPILERS)) as pool:
+            futures = {key: pool.submit(compile_one, self._lower(key, arrays)) for key in keys}
+            return {key: future.result() for key, future in futures.items()}
+
+    def _lower(self, key: ProgramKey, arrays: Arrays) -> Any:
+        spec = self.specs[key]
+        ints, _, floats, _ = spec.layout.empty()
+        state, scales = _arguments(spec, arrays)
+        return step.lower(arrays.params, state, ints, floats, scales, spec=spec)
+
+    def run(
+        self, key: ProgramKey, arrays: Arrays, ints: np.ndarray, floats: np.ndarray
+    ) -> tuple[EngineState, TrainState | None, StepOutput]:
+        """One step on the device; takes the state, and the finetuning state of a step with gradient rows. Returns the
+        state, the finetuning state where it was taken, and the output."""
+        spec = self.specs[key]
+        state, scales = _arguments(spec, arrays)
+        state, output = step(arrays.params, state, ints, floats, scales, spec=spec)
+        train = state.train
+        if train is not None and arrays.train is not None and not spec.scaled:
+            train = replace(train, scale_lanes=arrays.train.scale_lanes)
+        return replace(state, train=None), train, output
+
+
+def _arguments(spec: StepSpec, arrays: Arrays) -> tuple[EngineState, Scales | None]:
+    """The state that a program takes, and scales: the sums of scales stay out of programs that know none."""
+    state, train = arrays.state, arrays.train if spec.layout.bucket.grad_rows else None
+    if train is not None:
+        state = replace(state, train=train if spec.scaled else replace(train, scale_lanes=None))
+    return state, arrays.scales if spec.scaled else None

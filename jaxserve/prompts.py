@@ -1,0 +1,54 @@
+"""What callers give as prompts, checked: text or token ids, one or many."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxserve.errors import InvalidRequest
+from jaxserve.sampling import SamplingParams
+from jaxserve.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, vocab_size: int) -> tuple[str | None, tuple[int, ...]]:
+    """A prompt's text, if it has one, and its token ids.
+
+    Raises:
+      InvalidRequest: text where there is no tokenizer, or what is no list of ids inside the vocabulary.
+    """
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise InvalidRequest("prompt is text, and this model directory has no tokenizer; give token ids", "prompt")
+        return prompt, tuple(_checked(tokenizer.encode(prompt), vocab_size))
+    return None, tuple(_checked(prompt, vocab_size))
+
+
+def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
+    """Token ids as ints inside the vocabulary: JAX would read another row for a bad one and say nothing."""
+    try:
+        whole = np.asarray(ids)
+    except (ValueError, OverflowError):
+        whole = np.asarray(None)
+    if whole.ndim != 1 or (whole.size and whole.dtype.kind not in "iu"):
+        raise InvalidRequest(f"prompt is {str(ids)[:64]!r}; it must be a list of token ids", "prompt")
+    if whole.size and not 0 <= whole.min() <= whole.max() < vocab_size:
+        bad = whole[(whole < 0) | (whole >= vocab_size)][0]
+        raise InvalidRequest(f"prompt has token id {bad}; ids go from 0 to {vocab_size - 1}", "prompt")
+    return whole.tolist()
+
+
+def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
+    """Prompts, or the only one, as a list."""
+    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
+    return [prompts] if one else list(prompts)
+
+
+def spread(name: str, value: Any, prompts: Sequence[Any]) -> Iterable[Any]:
+    """One value per prompt."""
+    if value is None or isinstance(value, str | SamplingParams):
+        return [value] * len(prompts)
+    if len(value) != len(prompts):
+        raise InvalidRequest(f"{name} has {len(value)} entries for {len(prompts)} prompts", name)
+    return value
