@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.bench.load import BASE
 from jaxserve.bench.replay import Mix, MixedRun, MixedStep, ServedRequest
 from jaxserve.bench.report import is_good, metrics, objectives, share_met
 from jaxserve.metrics import summary
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from jaxserve import FinetuneJob
 
 WIDTH = 66
-BASE = "base"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ import numpy as np
 
 from jaxserve.bench import html
 from jaxserve.bench.coserve_numbers import (
-    BASE,
     REQUEST_COLUMNS,
     STEP_COLUMNS,
     Answer,
@@ -20,6 +19,7 @@ from jaxserve.bench.coserve_numbers import (
     write_csv,
 )
 from jaxserve.bench.html import Limit, Plot, Series, Span
+from jaxserve.bench.load import BASE
 from jaxserve.bench.replay import ServedRequest
 
 REPORT = "report.html"

@@ -6,38 +6,61 @@ device, on which the simulator runs the same load: how far the two are apart is 
 
 import copy
 import multiprocessing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.assets import locate
 from jaxserve.bench.arrivals import rows_at
-from jaxserve.bench.coserve_numbers import BASE
+from jaxserve.bench.engine import load_engine, room_for
 from jaxserve.bench.finetune import make_examples
-from jaxserve.bench.load import read_prompts, with_prompts
+from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch
 from jaxserve.bench.replay import Replay
+from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import run_load, sampling, warm_up_load
 from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
 from jaxserve.bench.virtual import simulated
-from jaxserve.bench.workload import Workload, make_workload
+from jaxserve.bench.workload import Workload
 from jaxserve.config import Config
+from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.planner import Planned
 from jaxserve.engine.sharing import CoServing, sharing
+from jaxserve.engine.times import StepLoad, StepTimes
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset
 from jaxserve.finetune.job import Job
 
 if TYPE_CHECKING:
-    from jaxserve import Engine, FinetuneJob
+    from jaxserve import FinetuneJob
 
 DRAIN_SECONDS = 30.0  # after the last arrival; a request that is not over by then counts as missed
 READY_SECONDS = 600.0  # that a second process may take to load and compile
 TRAINED = "trained"  # the adapter of made-up examples
-ENDLESS = {
+ENDLESS: dict[str, Any] = {
     "max_steps": 10**9, "epochs": None, "schedule": "constant", "warmup_steps": None, "warmup_ratio": None,
     "output_dir": None, "validation_fraction": 0.0, "validation_data": None, "eval_steps": None,
 }  # fmt: skip
+
+
+class MeasuredDevice(FittedDevice):
+    """An engine's model of its steps, set right for each bucket by what the steps of a run took.
+
+    Args:
+      loads, seconds: of each step.
+    """
+
+    def __init__(self, times: StepTimes, loads: Sequence[StepLoad], seconds: Sequence[float]):
+        super().__init__(times)
+        sums: dict[Bucket, tuple[float, float]] = {}
+        for load, measured in zip(loads, seconds, strict=True):
+            done, told = sums.get(load.bucket, (0.0, 0.0))
+            sums[load.bucket] = done + measured, told + times.predict(load)
+        self.ratios = {bucket: done / told for bucket, (done, told) in sums.items()}
+
+    def seconds(self, planned: Planned) -> float:
+        return super().seconds(planned) * self.ratios.get(planned.load.bucket, 1.0)
 
 
 class Live:
@@ -45,34 +68,27 @@ class Live:
 
     def __init__(self, config: Config):
         self.config = config
-        self.engine = make_engine(config)
+        self.jobs = endless_jobs(config)
+        self.engine = load_engine(config, room_for(config, list(self.jobs.values())))
         self.datasets: dict[str, tuple[FinetuneConfig, Dataset]] = {}  # of the jobs, by adapter
+        self.steps: dict[str, tuple[StepTimes, list[StepLoad], list[float]]] = {}  # by run: its device
         load = self.workload("warm-up", 1.0, 8.0)
         run_load(config, self.engine, warm_up_load(load, self.engine.config.max_num_seqs))
 
     def workload(self, name: str, rate: float, seconds: float) -> Workload:
         """The requests; ``name`` is in their tenant's, so that no run finds another one's prompts in the cache."""
-        config, engine, bench = self.config, self.engine, self.config.bench
+        config, engine = self.config, self.engine
         rows, source = rows_at(config, rate, seconds) if rate else ([], "no requests")
-        longest = engine.core.config.max_model_len
-        if config.coserve.prompts is not None and rows:
-            prompts = read_prompts(locate(config.coserve.prompts), engine.tokenizer)
-            load = with_prompts(rows, prompts, source=source, max_model_len=longest, seed=bench.seed)
-        else:
-            load = make_workload(
-                rows,
-                source=source,
-                vocab_size=engine.model.vocab_size,
-                max_model_len=longest,
-                shared_prefix_len=bench.shared_prefix_len,
-                seed=bench.seed,
-            )
-        assigned = load.on_adapters(config.coserve.answer_with, bench.lora_assignment, bench.seed)
-        requests = (
-            replace(r, tenant=f"{name}\0{r.tenant}", adapter=None if r.adapter == BASE else r.adapter)
-            for r in assigned.requests
+        load = make_load(
+            config,
+            rows,
+            source,
+            config.coserve.answer_with,
+            vocab_size=engine.model.vocab_size,
+            max_model_len=engine.core.config.max_model_len,
+            tokenizer=engine.tokenizer,
         )
-        return replace(assigned, requests=tuple(requests))
+        return replace(load, requests=tuple(replace(r, tenant=f"{name}\0{r.tenant}") for r in load.requests))
 
     # a Backend
 
@@ -122,9 +138,11 @@ class Live:
         finally:
             core.planner.sharing = CoServing()
             self._end(jobs.values())
+        self.steps[name] = copy.deepcopy(core.planner.times), watch.loads, [step.seconds for step in watch.steps]
+        lasted = seconds if stopped is None else min(seconds, run.duration)
         return Ran(
             name=name,
-            seconds=seconds,
+            seconds=lasted,
             requests=[
                 _asked(request.tenant, record) for request, record in zip(load.requests, run.served, strict=False)
             ],
@@ -136,19 +154,15 @@ class Live:
     def _start(self) -> "dict[str, FinetuneJob]":
         """Jobs that go on for ever."""
         config, engine, bench = self.config, self.engine, self.config.bench
-        shared = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
-        shared |= {"batch_size": bench.finetune_batch} if not config.coserve.jobs else {}
-        if config.coserve.jobs:
-            sources = [(job.adapter, locate(job.data), job.settings) for job in config.coserve.jobs]
-        else:
+        sources: dict[str, Any] = {job.adapter: locate(job.data) for job in config.coserve.jobs}
+        if not sources:
             longest = min(bench.finetune_longest, engine.core.config.max_model_len)
             shortest = min(bench.finetune_shortest, longest)
             examples = make_examples(bench.finetune_examples, shortest, longest, engine.model.vocab_size, bench.seed)
-            sources = [(TRAINED, [(ids, None) for ids in examples], {})]
+            sources = {TRAINED: [(ids, None) for ids in examples]}
         jobs = {}
-        for adapter, data, own in sources:
-            settings = FinetuneConfig(**shared | own | ENDLESS)
-            jobs[adapter] = engine.finetune(data, adapter, settings)
+        for adapter, settings in self.jobs.items():
+            jobs[adapter] = engine.finetune(sources[adapter], adapter, settings)
             self.datasets[adapter] = (settings, jobs[adapter]._job.dataset)
         return jobs
 
@@ -165,7 +179,7 @@ class Live:
     # the same on the virtual clock
 
     def predict(self, how: str, rate: float) -> Ran:
-        """What the simulator says about a run, on a device that takes as long as the engine's steps took."""
+        """What the simulator says about a run, on a device whose steps take as long as those of the run did."""
         core = self.engine.core
         trainer = core.trainer
         assert trainer is not None, "no job has run"
@@ -181,7 +195,8 @@ class Live:
             sharing=how,
         )
         jobs = [Job(name, own, data, start=None) for name, (own, data) in self.datasets.items()]  # pyright: ignore[reportArgumentType]
-        device = FittedDevice(copy.deepcopy(core.planner.times))
+        times, loads, seconds = self.steps[f"{how} at {rate:g}" if rate else how]
+        device = MeasuredDevice(copy.deepcopy(times), loads, seconds)
         simulator = Simulator(settings, device, [] if how == "inference-only" else jobs)
         name = f"{how} at {rate:g}, simulated"
         return simulated(
@@ -189,23 +204,13 @@ class Live:
         )
 
 
-def make_engine(config: Config) -> "Engine":
-    """The engine, with room for the jobs where the user left that open."""
-    from jaxserve import Engine
-
-    count, lora = max(len(config.coserve.jobs), 1), config.lora
-    ranks = [int(job.settings.get("rank", config.job.rank)) for job in config.coserve.jobs] or [config.job.rank]
-    room: dict[str, Any] = {
-        "max_finetune_jobs": count,
-        "max_lora_rank": max([lora.max_lora_rank, *ranks] if "max_lora_rank" in lora.model_fields_set else ranks),
-    }
-    given = {key for part in (config.engine, lora, config.finetune) for key in part.model_fields_set}
-    options = dict(config.engine_config()) | {key: value for key, value in room.items() if key not in given}
-    assert config.model.path is not None, "check() was not called"
-    engine = Engine.from_pretrained(locate(config.model.path), **options)
-    for module in lora.modules:
-        engine.load_adapter(module.name, module.path)
-    return engine
+def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
+    """By adapter: those of coserve.jobs, or one on made-up examples; none of them ends by itself."""
+    shared: dict[str, Any] = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
+    if not config.coserve.jobs:
+        shared["batch_size"] = config.bench.finetune_batch
+        return {TRAINED: FinetuneConfig(**shared | ENDLESS)}
+    return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}
 
 
 def _asked(tenant: str, record: Any) -> Asked:
@@ -223,6 +228,7 @@ def _asked(tenant: str, record: Any) -> Asked:
 def _finetune_alone(config: Config, name: str, parent: Connection) -> None:
     """The second process: loads, says so, and finetunes from one word of its parent to the next."""
     live = Live(config)
+    live.watched("warm-up", "finetune-only", 0.0, stopped=lambda: True)  # compiles what jobs need
     parent.send("ready")
     parent.recv()
     parent.send(live.watched(name, "finetune-only", 0.0, stopped=parent.poll))
@@ -230,8 +236,6 @@ def _finetune_alone(config: Config, name: str, parent: Connection) -> None:
 
 def agreement(measured: Ran, simulated: Ran, goals: Mapping[str, float]) -> dict[str, Any]:
     """How far the simulator is from the engine."""
-    from jaxserve.bench.report import share_met
-
     shares = [share_met(ran.requests, goals) for ran in (measured, simulated)]
     rates = [ran.finetune_rate for ran in (measured, simulated)]
     both = [share for share in shares if share is not None]

@@ -6,11 +6,15 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxserve.adapters.files import strict_json
-from jaxserve.bench.workload import BenchRequest, Row, Workload, clip
+from jaxserve.assets import locate
+from jaxserve.bench.workload import BenchRequest, Row, Workload, clip, make_workload
+from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.records import Problems, read_lines
 from jaxserve.tokenizer import Tokenizer
+
+BASE = "base"  # the base model, where adapters are named
 
 
 class Bursts(NamedTuple):
@@ -100,3 +104,42 @@ def with_prompts(
             )
         )
     return Workload(requests=tuple(requests), source=source, num_clipped=num_clipped)
+
+
+def make_load(
+    config: Config,
+    rows: Sequence[Row],
+    source: str,
+    names: Sequence[str],
+    *,
+    vocab_size: int,
+    max_model_len: int,
+    tokenizer: Tokenizer | None = None,
+    seed: int | None = None,
+) -> Workload:
+    """Rows with prompts, real ones where coserve.prompts names some, dealt out to adapters.
+
+    Args:
+      names: of the adapters, ``BASE`` among them for the base model; none: all on the base model.
+      tokenizer: for real prompts.
+      seed: by default bench.seed.
+
+    Raises:
+      ConfigError: of ``read_prompts``.
+    """
+    bench, prompts = config.bench, config.coserve.prompts
+    seed = bench.seed if seed is None else seed
+    if prompts is not None and rows:
+        source += f", prompts of {prompts}, whose lengths they keep"
+        known = read_prompts(locate(prompts), tokenizer)
+        load = with_prompts(rows, known, source=source, max_model_len=max_model_len, seed=seed)
+    else:
+        load = make_workload(
+            rows,
+            source=source,
+            vocab_size=vocab_size,
+            max_model_len=max_model_len,
+            shared_prefix_len=bench.shared_prefix_len,
+            seed=seed,
+        )
+    return load.on_adapters([None if name == BASE else name for name in names], bench.lora_assignment, bench.seed)

@@ -18,6 +18,7 @@ import numpy as np
 from jaxserve.bench.replay import Mix, mix_of
 from jaxserve.bench.report import RequestRecord, share_met
 from jaxserve.engine.planner import Planned, Planner
+from jaxserve.engine.times import StepLoad
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.scheduler.scheduler import Scheduler
 
@@ -90,6 +91,7 @@ class Watch:
     def __init__(self, core: Core, replica: int = 0):
         self.core, self.replica = core, replica
         self.steps: list[StepRow] = []
+        self.loads: list[StepLoad] = []  # of the steps
         self.evictions = 0
         self._flying: deque[Planned] = deque()
 
@@ -115,12 +117,13 @@ class Watch:
         return watched
 
     def _measuring(self, measured: Callable[..., None]) -> Callable[..., None]:
-        def watched(load: Any, seconds: float, now: float) -> None:
+        def watched(load: StepLoad, seconds: float, now: float) -> None:
             measured(load, seconds, now)
             if not self._flying:  # sent before the context began
                 return
             planned, scheduler, pool = self._flying.popleft(), self.core.scheduler, self.core.pool
             bucket = planned.load.bucket
+            self.loads.append(load)
             self.steps.append(
                 StepRow(
                     self.replica,

@@ -175,6 +175,12 @@ def sampling(config: Config, fixed: frozenset[str] = FIXED) -> SamplingParams:
     return replace(GREEDY, **{name: getattr(config.sampling, name) for name in given})
 
 
+def goodput_of(config: Config) -> tuple[str, ...]:
+    """bench.goodput, or the objectives that the scheduler keeps."""
+    kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
+    return config.bench.goodput or tuple(f"{name}:{ms:g}" for name, ms in kept.items() if ms is not None)
+
+
 def run_load(config: Config, engine: "Engine", workload: Workload) -> Run:
     return Runner(engine, workload, sampling(config), config.bench.max_concurrency)()
 

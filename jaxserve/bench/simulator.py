@@ -73,7 +73,7 @@ class RooflineDevice:
     """A named accelerator running a model.
 
     Args:
-      rank: of every adapter.
+      rank: of every adapter; targets: the linear layers it changes.
       host_seconds: from one step's end to the next one's start.
     """
 
@@ -85,16 +85,24 @@ class RooflineDevice:
         *,
         tensor_parallel: int = 1,
         rank: int = 16,
+        targets: Sequence[str] = roofline.ALL_LINEAR,
         remat: str = "attention",
         host_seconds: float = 0.0,
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
-        self.tensor_parallel, self.rank, self.remat, self.host_seconds = tensor_parallel, rank, remat, host_seconds
+        self.tensor_parallel, self.remat, self.host_seconds = tensor_parallel, remat, host_seconds
+        self.rank, self.targets = rank, targets
 
     def seconds(self, planned: Planned) -> float:
-        load = self.load(planned)
-        parts = roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
+        return self.alone(self.parts(planned))
+
+    def alone(self, parts: Iterable[roofline.Work]) -> float:
+        """Seconds of a step of these parts that has the device to itself."""
         return roofline.seconds(parts, self.device, self.efficiency) + self.host_seconds
+
+    def parts(self, planned: Planned) -> tuple[roofline.Work, ...]:
+        load = self.load(planned)
+        return roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
 
     def load(self, planned: Planned) -> roofline.StepLoad:
         """The step in the terms of the roofline."""
@@ -118,6 +126,7 @@ class RooflineDevice:
             adapters=[self.rank] * (len(requests) + len(lanes)),
             adapter_rows=planned.load.adapter_rows,
             grad_rank=self.rank,
+            targets=self.targets,
         )
 
 

@@ -13,12 +13,13 @@ from jaxserve.bench.arrivals import bursts_of, rows_at
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
-from jaxserve.bench.serving import circumstances_of, write_result
+from jaxserve.bench.serving import circumstances_of, goodput_of, write_result
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import ConfigError
 from jaxserve.models.loader import load_config
+from jaxserve.tokenizer import load_tokenizer
 
 SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
 
@@ -66,15 +67,16 @@ def check(config: Config) -> None:
 
 
 def goals_of(config: Config) -> dict[str, float]:
-    """Objectives in seconds: bench.goodput, or those that the scheduler keeps."""
-    kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
-    return objectives(config.bench.goodput) or {name: ms / 1000 for name, ms in kept.items() if ms is not None}
+    """Objectives in seconds."""
+    return objectives(goodput_of(config))
 
 
 def make_backend(config: Config) -> Backend:
     assert config.model.path is not None, "check() was not called"
     if config.sweep.simulate != "none":
-        return Virtual(config=config, model=load_config(Path(locate(config.model.path))))
+        path = Path(locate(config.model.path))
+        tokenizer = None if config.coserve.prompts is None else load_tokenizer(path)
+        return Virtual(config=config, model=load_config(path), tokenizer=tokenizer)
     from jaxserve.bench.live import Live
 
     return Live(config)

@@ -15,11 +15,11 @@ import numpy as np
 
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
-from jaxserve.bench.coserve_numbers import BASE
+from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import NOT_OVER, Asked, Ran, StepRow, Watch
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
-from jaxserve.bench.workload import BenchRequest, make_workload
+from jaxserve.bench.workload import BenchRequest
 from jaxserve.config import Config
 from jaxserve.engine.planner import Planned
 from jaxserve.errors import ConfigError
@@ -27,6 +27,7 @@ from jaxserve.finetune.job import Job
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
+from jaxserve.tokenizer import Tokenizer
 
 DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
 RESERVE_BYTES = 2 << 30  # of each device: runtime, buffers of steps without gradient rows
@@ -109,20 +110,8 @@ def objective_of(config: Config) -> Objective:
     return Objective(*(NEVER if ms is None else ms / 1000 for ms in given))
 
 
-class TargetedDevice(RooflineDevice):
-    """A device whose adapters change some of the linear layers."""
-
-    targets: Sequence[str] = ALL_LINEAR
-
-    def load(self, planned: Planned) -> roofline.StepLoad:
-        return replace(super().load(planned), targets=self.targets)
-
-    def parts(self, planned: Planned) -> tuple[roofline.Work, ...]:
-        load = self.load(planned)
-        return roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
-
-    def alone(self, parts: Sequence[roofline.Work]) -> float:
-        return roofline.seconds(parts, self.device, self.efficiency) + self.host_seconds
+class SharedDevice(RooflineDevice):
+    """A device that two processes may share."""
 
     def shared(self, parts: Sequence[roofline.Work], other: float) -> float:
         """Seconds beside another process.
@@ -144,7 +133,7 @@ class _Measured:
     """A device that adds up its traffic and its time beside another process, to see what share of the bandwidth it asks
     for."""
 
-    def __init__(self, device: TargetedDevice, other: float = 0.0, is_shared: bool = False):
+    def __init__(self, device: SharedDevice, other: float = 0.0, is_shared: bool = False):
         self.device, self.other, self.is_shared = device, other, is_shared
         self.traffic = self.busy = 0.0
 
@@ -167,7 +156,7 @@ class BesideRequests:
       busy: (start, end) of the other's steps in order; other: the share of the bandwidth that it asks for.
     """
 
-    def __init__(self, device: TargetedDevice, busy: Sequence[tuple[float, float]], other: float):
+    def __init__(self, device: SharedDevice, busy: Sequence[tuple[float, float]], other: float):
         self.device, self.other = device, other
         self._edges = _stretches(busy)
         self._at = 0.0
@@ -214,6 +203,7 @@ class Virtual:
 
     config: Config
     model: ModelConfig
+    tokenizer: Tokenizer | None = None  # for real prompts
 
     @property
     def device(self) -> roofline.Device:
@@ -224,18 +214,17 @@ class Virtual:
         given = self.config.sweep.matmul_efficiency
         return roofline.EXPECTED if given is None else replace(roofline.EXPECTED, matmul=given)
 
-    def make_device(self) -> TargetedDevice:
+    def make_device(self) -> SharedDevice:
         config = self.config
-        device = TargetedDevice(
+        return SharedDevice(
             self.model,
             self.device,
             self.efficiency,
             tensor_parallel=config.engine.tensor_parallel,
             rank=config.job.rank,
+            targets=targets_of(config),
             remat=config.finetune.finetune_remat,
         )
-        device.targets = targets_of(config)
-        return device
 
     def assumptions(self) -> list[str]:
         """What the numbers rest on, in words."""
@@ -304,15 +293,17 @@ class Virtual:
         config, replicas = self.config, self.config.sweep.replicas
         rows = rows_at(config, rate * replicas, config.sweep.seconds)[0] if rate else []
         for replica in range(replicas):
-            workload = make_workload(
+            load = make_load(
+                config,
                 rows[replica::replicas],
-                source="",
+                "",
+                config.coserve.answer_with,
                 vocab_size=self.model.vocab_size,
                 max_model_len=min(config.model.max_model_len or MAX_LENGTH, self.model.max_position_embeddings),
-                shared_prefix_len=config.bench.shared_prefix_len,
+                tokenizer=self.tokenizer,
                 seed=config.bench.seed + replica,
-            ).on_adapters(config.coserve.answer_with, config.bench.lora_assignment, config.bench.seed)
-            yield tuple(replace(r, adapter=None) if r.adapter == BASE else r for r in workload.requests)
+            )
+            yield load.requests
 
     def _replica(self, settings: Settings, device: Device, requests: Sequence[BenchRequest], replica: int) -> Ran:
         jobs = [] if settings.sharing == "inference-only" else self.jobs()

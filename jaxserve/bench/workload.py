@@ -46,8 +46,8 @@ class Workload:
     def total_output_tokens(self) -> int:
         return sum(request.output_tokens for request in self.requests)
 
-    def on_adapters(self, names: Sequence[str], assignment: str = "round-robin", seed: int = 0) -> "Workload":
-        """The same requests, each on one of these adapters; no names: on the base model."""
+    def on_adapters(self, names: Sequence[str | None], assignment: str = "round-robin", seed: int = 0) -> "Workload":
+        """The same requests, each on one of these adapters (None: the base model); no names: all on the base model."""
         chosen = assign(self.requests, names, assignment, seed)
         requests = tuple(replace(r, adapter=name) for r, name in zip(self.requests, chosen, strict=True))
         return replace(self, requests=requests)
@@ -187,7 +187,7 @@ def make_workload(
 
 
 def assign(
-    requests: Sequence[BenchRequest], names: Sequence[str], assignment: str, seed: int = 0
+    requests: Sequence[BenchRequest], names: Sequence[str | None], assignment: str, seed: int = 0
 ) -> Sequence[str | None]:
     """An adapter for each request: in turn, at random, or by tenant (from the start again when they run out)."""
     if not names:

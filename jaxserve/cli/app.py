@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxserve
-from jaxserve.cli.engine import load_engine
+from jaxserve.bench.engine import load_engine
 from jaxserve.cli.flags import configured
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError

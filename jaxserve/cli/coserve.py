@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jaxserve.assets import locate
-from jaxserve.bench.coserve_numbers import BASE, Answer, Coserved, numbers, recent, so_far, text_block
+from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, recent, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
-from jaxserve.bench.load import Bursts, read_prompts, with_prompts
+from jaxserve.bench.engine import load_engine, room_for
+from jaxserve.bench.load import BASE, Bursts, make_load
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
     circumstances,
+    goodput_of,
     made_up_rows,
     run_load,
     sampling,
@@ -19,8 +21,7 @@ from jaxserve.bench.serving import (
     warm_up_load,
     write_result,
 )
-from jaxserve.bench.workload import Workload, make_workload
-from jaxserve.cli.engine import load_engine
+from jaxserve.bench.workload import Workload
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config, dump_config
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 40
 RECENT_SECONDS = 2.0  # what "tokens/s" of the display looks back on
 UNUSED = ("against", "repeats", "num_adapters", "adapter_rank", "adapter_targets", "save_detailed")
-VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
 
 
 class Planned(NamedTuple):
@@ -57,7 +57,7 @@ def run(config: Config, json_lines: bool, title: str, prompts: Sequence[str] = (
     progress = make_progress(json_lines, config.coserve.progress_seconds)
     with progress.stage("compiling the step's shapes"):
         engine = make_engine(config, jobs)
-    workload, bursts = make_load(config, engine, [job.adapter for job in jobs])
+    workload, bursts = requests_of(config, engine, [job.adapter for job in jobs])
     progress.say(f"load: {workload.source}; {workload.num_clipped} of {len(workload.requests)} clipped")
     run_load(config, engine, warm_up_load(workload.on_adapters(()), engine.config.max_num_seqs))
     with progress.stage("preparing the jobs"):
@@ -126,18 +126,7 @@ def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], o
 
 def make_engine(config: Config, jobs: Sequence[Planned]) -> "Engine":
     """The engine with its adapters, and with room for the jobs where the user left that open."""
-    room: dict[str, Any] = {}
-    if jobs:
-        lora = config.lora
-        ranks = [job.config.rank for job in jobs if job.config.method != "ia3"]
-        count = VERSIONS * len(jobs) + len(lora.modules)
-        room = {
-            "max_finetune_jobs": len(jobs),
-            "max_lora_rank": max([lora.max_lora_rank, *ranks]),
-            "max_loras": max(lora.max_loras, count),
-            "max_cpu_loras": max(lora.max_cpu_loras, count),
-        }
-    return load_engine(config, room)
+    return load_engine(config, room_for(config, [job.config for job in jobs]))
 
 
 def start(engine: "Engine", jobs: Sequence[Planned]) -> "dict[str, FinetuneJob]":
@@ -150,7 +139,7 @@ def directories(jobs: Sequence[Planned]) -> dict[str, str]:
     return {job.adapter: job.config.output_dir for job in jobs if job.config.output_dir is not None}
 
 
-def make_load(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple[Workload, list[tuple[float, float]]]:
+def requests_of(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple[Workload, list[tuple[float, float]]]:
     """The requests, each for an adapter, and the (start, end) of bursts among them."""
     bench, options = config.bench, config.coserve
     bursts = Bursts(options.burst_factor, options.burst_seconds, options.burst_period)
@@ -162,30 +151,16 @@ def make_load(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple
         if bursts.factor > 1:
             rows, source = bursts.squeeze(rows), f"{source}, {bursts}"
             spans = bursts.spans(rows[-1].arrival_s)
-    longest = engine.core.config.max_model_len
-    if options.prompts is not None:
-        prompts = read_prompts(locate(options.prompts), engine.tokenizer)
-        source += f", prompts of {options.prompts}, whose lengths they keep"
-        workload = with_prompts(rows, prompts, source=source, max_model_len=longest, seed=bench.seed)
-    else:
-        workload = make_workload(
-            rows,
-            source=source,
-            vocab_size=engine.model.vocab_size,
-            max_model_len=longest,
-            shared_prefix_len=bench.shared_prefix_len,
-            seed=bench.seed,
-        )
-    names = options.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained)
-    assigned = workload.on_adapters(names, bench.lora_assignment, bench.seed)
-    requests = (replace(r, adapter=None) if r.adapter == BASE else r for r in assigned.requests)
-    return replace(assigned, requests=tuple(requests)), spans
-
-
-def objectives(config: Config) -> tuple[str, ...]:
-    """bench.goodput, or the objectives that the scheduler keeps."""
-    kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
-    return config.bench.goodput or tuple(f"{name}:{ms:g}" for name, ms in kept.items() if ms is not None)
+    load = make_load(
+        config,
+        rows,
+        source,
+        options.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained),
+        vocab_size=engine.model.vocab_size,
+        max_model_len=engine.core.config.max_model_len,
+        tokenizer=engine.tokenizer,
+    )
+    return load, spans
 
 
 def coserve(
@@ -199,7 +174,7 @@ def coserve(
     stopped: Stopping,
 ) -> Coserved:
     """The run itself, until requests and jobs are over or a signal comes."""
-    goodput = objectives(config)
+    goodput = goodput_of(config)
     controls = Controls({root: jobs[name] for name, root in directories.items()})
     told = {adapter: begun(job) for adapter, job in jobs.items()}
 

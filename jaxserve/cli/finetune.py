@@ -4,8 +4,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.bench.engine import load_engine
 from jaxserve.cli.coserve import Planned, begun, job_state, plan
-from jaxserve.cli.engine import load_engine
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config

@@ -3,8 +3,9 @@
     seconds = pace * (base(bucket) + weights . what the step holds)
 
 ``base`` is the time of a bucket with nothing in it; padding is computed like anything else, so most of a step's time is
-there. The weights stand for what grows with contexts and adapters, and are found by recursive least squares with
-forgetting, from measurements at start-up and from all later steps. ``pace`` follows a device that others slow down.
+there. It follows the bucket's own steps: start-up measures few, and maybe beside other work. The weights stand for what
+grows with contexts and adapters, and are found by recursive least squares with forgetting, from measurements at
+start-up and from all later steps. ``pace`` follows a device that others slow down.
 """
 
 from collections import deque
@@ -19,6 +20,7 @@ FORGETTING = 0.002  # of the least squares, per step: some hundred steps are rem
 NOISE = 0.05  # relative error of one measurement
 SPREAD = 0.5  # how far a weight may be from its prior, in units of the longest base
 PACE_SHARE = 0.1  # of a new measurement in ``pace``
+BASE_SHARE = 0.1  # of a new measurement in its bucket's own base
 PACE_LIMITS = (0.5, 4.0)
 OUTLIER = 3.0  # a measurement so many times off is a hiccup of the machine: it counts as this much
 NUM_ERRORS = 1024  # newest relative errors that are kept
@@ -120,6 +122,7 @@ class StepTimes:
         self.uncertainty += PACE_SHARE / 2 * (min(abs(error), 1.0) - self.uncertainty)
         seconds = min(max(seconds, linear * self.pace / OUTLIER), linear * self.pace * OUTLIER)
         self._learn(load, base, linear, seconds / self.pace)
+        self.base[load.bucket, load.extended] = base * (1 + BASE_SHARE * (seconds / (self.pace * linear) - 1))
         low, high = PACE_LIMITS
         self.pace = min(max(self.pace + PACE_SHARE * (seconds / linear - self.pace), low), high)
 

@@ -12,6 +12,7 @@ import pytest
 
 from jaxserve.adapters.bank import BankShape
 from jaxserve.bench.roofline import (
+    ALL_LINEAR,
     DEVICES,
     EXPECTED,
     Segment,
@@ -134,3 +135,18 @@ def test_an_empty_step_is_nothing():
 def test_the_roofline_needs_no_jax():
     script = "import sys, jaxserve.bench.roofline; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_adapters_cost_what_the_layers_they_change_cost():
+    def cost(targets):
+        load = StepLoad(decodes=[10] * 4, grads=[Segment(128)], adapters=[16], targets=targets)
+        return [part for part in step_work(LLAMA, load) if part.name.startswith("adapters")]
+
+    everything = cost(ALL_LINEAR)
+    assert step_work(LLAMA, StepLoad(decodes=[10] * 4, grads=[Segment(128)], adapters=[16])) == step_work(
+        LLAMA, StepLoad(decodes=[10] * 4, grads=[Segment(128)], adapters=[16], targets=ALL_LINEAR)
+    )
+    for whole, parts in zip(everything, zip(*(cost([member]) for member in ALL_LINEAR), strict=True), strict=True):
+        assert whole.flops == pytest.approx(sum(part.flops for part in parts))
+    rank, (inputs, outs) = 16, (LLAMA.intermediate_size, LLAMA.hidden_size)
+    assert cost(["down_proj"])[0].flops == 2 * 132 * rank * (inputs + outs) * LLAMA.num_layers

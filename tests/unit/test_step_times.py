@@ -87,3 +87,13 @@ def test_a_step_that_never_ran_is_not_taken_for_a_short_one(times):
 
 def test_its_error_is_unknown_before_anything_was_measured():
     assert StepTimes().error() == 0.0
+
+
+def test_a_bucket_that_was_measured_wrongly_at_start_up_is_put_right_by_its_steps(times):
+    wrong, other = list(BUCKETS)[-1], next(iter(BUCKETS))
+    times.calibrate(wrong, False, 4 * base(wrong))
+    for _ in range(200):
+        for bucket in (wrong, other):
+            times.observe(StepLoad(bucket), base(bucket))
+    for bucket in (wrong, other):
+        assert times.predict(StepLoad(bucket)) == pytest.approx(base(bucket), rel=0.1)

@@ -1,14 +1,30 @@
 """The engine of a configuration."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.assets import locate
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
+from jaxserve.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from jaxserve import Engine
+
+VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
+
+
+def room_for(config: Config, jobs: Sequence[FinetuneConfig]) -> dict[str, Any]:
+    """Options of an engine in which these jobs run beside requests that they and lora.modules answer."""
+    if not jobs:
+        return {}
+    lora, count = config.lora, VERSIONS * len(jobs) + len(config.lora.modules)
+    return {
+        "max_finetune_jobs": len(jobs),
+        "max_lora_rank": max([lora.max_lora_rank, *(job.rank for job in jobs if job.method != "ia3")]),
+        "max_loras": max(lora.max_loras, count),
+        "max_cpu_loras": max(lora.max_cpu_loras, count),
+    }
 
 
 def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engine":
