@@ -151,7 +151,7 @@ class FinetuneOptions(Section):
     """Jobs that train at once, prepared for at start-up; 0 prepares for one job when the first one comes."""
     finetune_window: Annotated[int, Field(ge=16, le=1 << 16)] = 256
     """Most gradient rows of a step: tokens whose backward runs in it."""
-    finetune_remat: Literal["none", "attention", "full"] = "attention"
+    finetune_remat: Literal["none", "elementwise", "attention", "full"] = "attention"
     """What a backward computes again rather than keeps."""
     tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
     """Mean time per output token that finetuning, and others' prompts, must leave to running requests; none lets them
@@ -223,7 +223,7 @@ class JobOptions(Section):
     """Optimizer steps, in place of epochs."""
     window: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     """Tokens that one backward pass covers; by default the engine's most."""
-    remat: Literal["none", "attention", "full"] | None = None
+    remat: Literal["none", "elementwise", "attention", "full"] | None = None
     """What a backward pass computes again rather than keep: what the engine's steps do, which all jobs share."""
     deterministic: bool = False
     """Cut windows by the example alone, so that load or a restart changes no bit."""

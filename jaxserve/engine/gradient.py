@@ -6,6 +6,7 @@ and the frozen weights get no gradient at all. How much of the forward is kept i
 
     full       each layer's input; the layer is run again, for the gradient rows alone, when its turn comes
     attention  that and attention's output; all but attention is run again
+    elementwise  those and what the linear layers gave; norms, rotations and activations are run again, no product is
     none       everything autodiff asks for, of all rows; nothing is run again
 
 Shapes: T rows, W gradient rows, L layers, D hidden, I in, O out, H query heads, K kv heads, C head dim, A accumulator
@@ -43,7 +44,7 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from sharding import ArraySpec, named_sharding, partition_spec, zeros
 
-REMAT = ("none", "attention", "full")
+REMAT = ("none", "elementwise", "attention", "full")
 
 
 @struct.dataclass
@@ -122,6 +123,7 @@ class Tape:
     remat: str
     inputs: list[Float[Array, "W D"]] = field(default_factory=list)  # of each layer
     attended: list[tuple[jax.Array, jax.Array]] = field(default_factory=list)  # attention's output, log-sum-exp
+    products: list[dict[str, jax.Array]] = field(default_factory=list)  # [W, O] of each layer's sites, before scales
     pulls: list[Callable] = field(default_factory=list)  # vector-Jacobian products of layers, policy none
     last: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
 
@@ -165,6 +167,7 @@ class GradientRows:
                 y_TD, kv = self._recorded_with_autodiff(p, x_TD, kv, len(self.tape.pulls))
             else:
                 self.tape.inputs.append(x_TD[: self.W])
+                self.tape.products.append({})
                 y_TD, kv = layer_step(p, x_TD, kv)
             self.tape.last = y_TD[: self.W]
             return y_TD, kv
@@ -172,8 +175,17 @@ class GradientRows:
         return recorded
 
     def record_attention(self, out_THC, lse_TH) -> None:
-        if self.tape.remat == "attention":
+        if self.tape.remat in ("elementwise", "attention"):
             self.tape.attended.append((out_THC[: self.W], lse_TH[: self.W]))
+
+    def linear(self, site: str, p: dict, x_TI):
+        """The linear slot of the forward; notes what the policy keeps."""
+        linear = self.linears.of_all_rows(site, p["index"])
+        if self.tape.remat != "elementwise":
+            return linear(p, x_TI)
+        z_TO = linear.before_scaling(p, x_TI)
+        self.tape.products[-1][site] = z_TO[: self.W]
+        return linear.finish(p, z_TO)
 
     def _recorded_with_autodiff(self, p, x_TD, kv, index: int):
         """Policy none: the layer over all rows under autodiff. ``self.all_rows`` gives the engine's own slots."""
@@ -246,7 +258,8 @@ class GradientRows:
                 return self._attention(q, k, v, acc, kv, layer, known), kv
 
             def linear(site, p, x):
-                return self._linear(self.linears.of_gradient_rows(site, p["index"]), p, x, lanes[site])
+                known = self.tape.products[index].get(site)
+                return self._linear(self.linears.of_gradient_rows(site, p["index"]), p, x, lanes[site], known)
 
             y_WD, _ = decoder.layer(
                 p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv
@@ -269,16 +282,23 @@ class GradientRows:
         scales = dict.fromkeys(SITE_NAMES) if train.scale_lanes is None else train.scale_lanes
         return {site: jax.tree.map(of_layer, Lanes(train.lanes[site], scales[site])) for site in SITE_NAMES}
 
-    def _linear(self, linear: Linear, p: dict, x, lanes: Lanes):
+    def _linear(self, linear: Linear, p: dict, x, lanes: Lanes, known=None):
         """``linear``, differentiable in x's first W rows. The cotangent of ``lanes`` is not a gradient but the sums as
-        these rows leave them."""
+        these rows leave them.
+
+        Args:
+          known: [W, O], what it gave before scales; by default it is run.
+        """
         W, rows = self.W, self.linears.of_gradient_rows(linear.site, p["index"])
 
+        def before_scaling(x):
+            return linear.before_scaling(p, x) if known is None else known
+
         def run(x, lanes):
-            return linear(p, x)
+            return linear.finish(p, before_scaling(x))
 
         def run_forward(x, lanes):
-            z = linear.before_scaling(p, x)
+            z = before_scaling(x)
             return linear.finish(p, z), (x[:W], z[:W] if linear.scales is not None else None, lanes)
 
         def run_backward(kept, d_y):

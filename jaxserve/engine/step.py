@@ -155,7 +155,7 @@ def forward_rows(
         position_T,
         config=spec.config,
         lookup=partial(_lookup, shard=spec.shard),
-        linear=linears.all_rows,
+        linear=linears.all_rows if gradient is None else gradient.linear,
         attend=attend_rows,
         kv=state.kv,
         **wrap,
