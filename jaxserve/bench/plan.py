@@ -62,8 +62,7 @@ def plan(
       ModelError: a model that cannot be split so.
     """
     check_tp(model, options.tensor_parallel)
-    if layers is not None and not 1 <= layers <= model.num_layers:
-        raise ConfigError([f"--layers {layers}: the model has 1 to {model.num_layers}"])
+    compiled = first_layers(model, layers)
     mesh = ahead.mesh_of(device, options.tensor_parallel)
     dtype = stored if options.dtype == "auto" else options.dtype
     options = options.model_copy(update={"dtype": dtype})
@@ -72,7 +71,7 @@ def plan(
     train = train_shape(core, max(options.max_finetune_jobs, 1)) if core.max_loras else None
     params, state, plain = ahead.abstract_arguments(core, model, mesh, train)
     memory = _memory(params, state)
-    compiled = model if layers is None else _cut(model, range(layers))
+
     buckets = _buckets(core, train is not None, every_bucket)
     kernels = _kernels(core, model, device, mesh.size, train, buckets)
     programs = [_program(core, compiled, mesh, train, bucket) for bucket in buckets]
@@ -126,6 +125,19 @@ def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) ->
             ]
         )
     return dataclasses.replace(small, num_pages=int(pages))
+
+
+def first_layers(model: ModelConfig, count: int | None) -> ModelConfig:
+    """The model with so many layers; None: with all.
+
+    Raises:
+      ConfigError: it has not so many.
+    """
+    if count is None:
+        return model
+    if not 1 <= count <= model.num_layers:
+        raise ConfigError([f"--layers {count}: the model has 1 to {model.num_layers}"])
+    return _cut(model, range(count))
 
 
 def _cut(model: ModelConfig, indices: Iterable[int]) -> ModelConfig:

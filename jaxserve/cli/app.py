@@ -176,6 +176,26 @@ def plan(
     raise typer.Exit(main(config, device.value, layers, context, all_buckets, as_json))
 
 
+@bench_app.command()
+@configured("model", "engine", "finetune")
+def memory(
+    config: Config,
+    model: Model = None,
+    device: Annotated[Device, typer.Option(help="The GPU that is compiled for; it need not be there.")] = Device.h200,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 2048,
+    window: Annotated[int, typer.Option(min=1, help="Gradient rows of a step.")] = 512,
+    layers: Annotated[int | None, typer.Option(min=1, help="Compile so many layers; by default all.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Compile what finetuning a sequence takes in each of several ways, and print the memory of each."""
+    from jaxserve.bench.environment import prepare_environment
+
+    prepare_environment()
+    from jaxserve.bench.memory import main
+
+    raise typer.Exit(main(config, device.value, length, window, layers, as_json))
+
+
 @bench_app.command(
     "gpu", context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False
 )
