@@ -30,8 +30,8 @@ from sharding import AXIS, named_sharding
 DUMP = "MOSAIC_GPU_DUMP_TO"  # a variable that Pallas reads: where to write what it knows of each kernel
 NUMPY = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}  # of the same size
 NOT_HERE = (
-    "no compiler for CUDA here: `jaxserve plan` needs an environment with '.[cuda13]' (Python 3.12 or newer); a GPU is "
-    "not needed"
+    "no compiler for CUDA here: compiling for a GPU that need not be there takes an environment with '.[cuda13]' "
+    "(Python 3.12 or newer)"
 )
 _TEMPLATE = """
 gpu_device_info {{

@@ -24,8 +24,7 @@ from jaxserve.bench import ahead, roofline
 from jaxserve.bench.plan import first_layers
 from jaxserve.config import Config, EngineConfig
 from jaxserve.engine.buckets import MIN_ROWS, Bucket
-from jaxserve.engine.gradient import REMAT
-from jaxserve.engine.linear import contract
+from jaxserve.engine.gradient import REMAT, frozen_head
 from jaxserve.engine.sizes import core_config
 from jaxserve.engine.specs import step_spec, train_shape
 from jaxserve.errors import ConfigError
@@ -168,13 +167,8 @@ def whole_sequence(params: Any, adapters: Any, token_S: jax.Array, rows: LossRow
         )
         return hidden_SD
 
-    def head(hidden_QD: jax.Array) -> tuple[jax.Array, Any]:
-        table_VD = params["embed"] if model.tie_word_embeddings else params["lm_head"]
-        pull = lambda d_QV: contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))  # noqa: E731
-        return decoder.logits(params, hidden_QD, model), pull
-
     hidden_SD, pull = jax.vjp(run, params["layers"], adapters)
-    loss_S, _, d_hidden_SD = loss_and_gradient(hidden_SD, rows, head, shard)
+    loss_S, _, d_hidden_SD = loss_and_gradient(hidden_SD, rows, frozen_head(params, model, shard), shard)
     return jnp.sum(loss_S), pull(d_hidden_SD)
 
 

@@ -42,6 +42,7 @@ from pallas_kernels.ragged_paged_attention import (
     ragged_paged_attention_backward,
     take_rows,
 )
+from pallas_kernels.token_sampling import VocabShard
 from sharding import ArraySpec, named_sharding, partition_spec, zeros
 
 REMAT = ("none", "elementwise", "attention", "full")
@@ -216,8 +217,9 @@ class GradientRows:
         """Losses and gradients of this window; ``kv`` are the pools with all of the step's keys and values."""
         spec, tape = self.spec, self.tape
         assert tape.last is not None
+        head = frozen_head(self.params, spec.config, spec.shard)
         hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), tape.last)
-        loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, self._head, spec.shard)
+        loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, head, spec.shard)
         (d_x_WD,) = pull_norm(d_hidden_WD)
         acc = list(self.train.acc)
         for index in reversed(range(spec.config.num_layers)):
@@ -226,20 +228,6 @@ class GradientRows:
             # nothing else waits for the sums, and what they are of would be kept until the end
             d_x_WD = after(d_x_WD, jax.tree.leaves(lanes))
         return replace(self.train, acc=acc), {"loss_W": loss_W, "train_logprob_W": logprob_W}
-
-    def _head(self, hidden_QD):
-        """This shard's logits, and their pull-back to the hidden states."""
-        config = self.spec.config
-        logits_QV = decoder.logits(self.params, hidden_QD, config)
-        table_VD = self.params["embed"] if config.tie_word_embeddings else self.params["lm_head"]
-        token_V = self.spec.shard.offset(logits_QV.shape[1]) + jnp.arange(logits_QV.shape[1], dtype=jnp.int32)
-
-        def pull(d_QV):
-            if config.logits_softcap is not None:
-                d_QV = d_QV * (1 - (logits_QV / config.logits_softcap) ** 2)
-            return contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))
-
-        return jnp.where((token_V < config.vocab_size)[None], logits_QV, -jnp.inf), pull
 
     def _pull_layer(self, index: int, d_x_WD, kv):
         if self.tape.remat == "none":
@@ -342,6 +330,24 @@ class GradientRows:
             return (*pads, acc)
 
         return _with_vjp(run, run_forward, run_backward)(q, k, v, acc)
+
+
+def frozen_head(params: Any, config: ModelConfig, shard: VocabShard) -> Callable:
+    """The head as ``loss_and_gradient`` takes it: this shard's logits, and their pull-back to the hidden states."""
+    table_VD = params["embed"] if config.tie_word_embeddings else params["lm_head"]
+
+    def head(hidden_QD):
+        logits_QV = decoder.logits(params, hidden_QD, config)
+        token_V = shard.offset(logits_QV.shape[1]) + jnp.arange(logits_QV.shape[1], dtype=jnp.int32)
+
+        def pull(d_QV):
+            if config.logits_softcap is not None:
+                d_QV = d_QV * (1 - (logits_QV / config.logits_softcap) ** 2)
+            return contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))
+
+        return jnp.where((token_V < config.vocab_size)[None], logits_QV, -jnp.inf), pull
+
+    return head
 
 
 def _with_vjp(function: Callable, forward: Callable, backward: Callable) -> Callable:
