@@ -27,6 +27,23 @@ def room_for(config: Config, jobs: Sequence[FinetuneConfig]) -> dict[str, Any]:
     }
 
 
+def options_of(config: Config, room: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of the engine: the configuration's, and ``room`` where the user left them open."""
+    given = {key for part in (config.engine, config.lora, config.finetune) for key in part.model_fields_set}
+    return dict(config.engine_config()) | {name: value for name, value in room.items() if name not in given}
+
+
+def room_alone(config: Config, rank: int | None) -> dict[str, Any]:
+    """Options of an engine in which one job runs and nobody is served: few shapes are compiled.
+
+    Args:
+      rank: of its adapter; None: not known.
+    """
+    room = {"max_num_seqs": 2, "max_loras": 2, "max_cpu_loras": 2, "max_finetune_jobs": 1}
+    room["max_num_batched_tokens"] = config.finetune.finetune_window
+    return room if rank is None else room | {"max_lora_rank": rank}
+
+
 def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engine":
     """Loads the model and then lora.modules.
 
@@ -40,9 +57,7 @@ def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engin
         raise ConfigError(["MODEL: name a model directory, or set model.path"])
     from jaxserve import Engine
 
-    given = {key for part in (config.engine, config.lora, config.finetune) for key in part.model_fields_set}
-    options = dict(config.engine_config()) | {k: v for k, v in (room or {}).items() if k not in given}
-    engine = Engine.from_pretrained(locate(config.model.path), **options)
+    engine = Engine.from_pretrained(locate(config.model.path), **options_of(config, room or {}))
     for module in config.lora.modules:
         engine.load_adapter(module.name, module.path)
     return engine

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxserve.adapters.peft_io import save_peft
+from jaxserve.bench.engine import options_of, room_alone
 from jaxserve.bench.peers import require_peft
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import beside_peer, circumstances_of, model_directory, peer_dtype, write_result
@@ -136,7 +137,7 @@ def measure(config: Config, path: str, scratch: Path) -> dict[str, Any]:
     from jaxserve import Engine
 
     bench, peer = config.bench, config.bench.against == "peft"
-    options = beside_peer(config, dict(config.engine_config()) | {"max_finetune_jobs": 1})
+    options = beside_peer(config, options_of(config, room_alone(config, bench.adapter_rank)))
     engine = Engine.from_pretrained(path, **options)
     longest = min(bench.finetune_longest, engine.core.config.max_model_len)
     shortest = min(bench.finetune_shortest, longest)

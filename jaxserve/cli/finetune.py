@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.bench.engine import load_engine
+from jaxserve.bench.engine import load_engine, room_alone
 from jaxserve.cli.coserve import Planned, begun, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from jaxserve import Engine, FinetuneJob
 
 IDLE_SECONDS = 0.1
-ALONE = {"max_num_seqs": 2, "max_loras": 2, "max_cpu_loras": 2, "max_finetune_jobs": 1}  # it serves nobody
 
 
 def main(config: Config, json_lines: bool) -> int:
@@ -56,10 +55,8 @@ def check(config: Config) -> tuple[Planned, str]:
 
 def make_engine(config: Config, job: Planned) -> "Engine":
     """An engine for one job, as small as the user left open: few shapes are compiled."""
-    room: dict[str, Any] = {**ALONE, "max_num_batched_tokens": config.finetune.finetune_window}
-    if job.config.start == "init":
-        room["max_lora_rank"] = job.config.rank
-    return load_engine(config, room)
+    rank = job.config.rank if job.config.start == "init" else None
+    return load_engine(config, room_alone(config, rank))
 
 
 def train(engine: "Engine", job: "FinetuneJob", root: str, progress: Progress, stopped: Stopping) -> dict[str, Any]:
