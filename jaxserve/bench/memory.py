@@ -10,7 +10,7 @@ Letters: S tokens of the sequence, W rows of a window, D hidden, I in, O out, R 
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -52,19 +52,21 @@ def main(config: Config, device: str, length: int, window: int, layers: int | No
     if config.model.path is None:
         raise ConfigError(["MODEL: name a model directory, or set model.path"])
     path = locate(config.model.path)
-    model = first_layers(load_config(path), layers)
+    model = load_config(path)
     options = config.engine_config()
     if options.tensor_parallel != 1:
         raise ConfigError([f"engine.tensor_parallel {options.tensor_parallel}: one device is looked at"])
     if options.dtype == "auto":
         options = options.model_copy(update={"dtype": stored_dtype(path)})
     result = {"device": ahead.TARGETS[device]["name"]}
-    result |= ablation(model, options, ahead.mesh_of(device, 1), length, window)
+    result |= ablation(model, options, ahead.mesh_of(device, 1), length, window, layers)
     print(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
     return 0
 
 
-def ablation(model: ModelConfig, options: EngineConfig, mesh: Mesh, length: int, window: int) -> dict[str, Any]:
+def ablation(
+    model: ModelConfig, options: EngineConfig, mesh: Mesh, length: int, window: int, layers: int | None = None
+) -> dict[str, Any]:
     """Bytes by method, as JSON.
 
     Args:
@@ -72,32 +74,52 @@ def ablation(model: ModelConfig, options: EngineConfig, mesh: Mesh, length: int,
       mesh: one device, there or described. On a CPU the compiler puts work side by side rather than memory to use
         again, and the policies come out alike.
       length: tokens of the sequence; window: gradient rows of a step.
+      layers: compile so many layers, and half as many, and go on from there in a straight line: layers are alike, and
+        their programs long. None: compile all.
 
     Raises:
       ConfigError: sizes that do not go together.
     """
+    if layers is not None and layers < 2:
+        raise ConfigError([f"--layers {layers}: at least 2, because half as many are compiled too"])
     if not 0 < window <= length <= model.max_position_embeddings:
         most = model.max_position_embeddings
         raise ConfigError([f"--window {window}, --length {length}: 1 to the length, which may be {most} at most"])
     dtype = str(options.dtype)
     between = length * roofline.finetune_bytes(model, np.dtype(ahead.NUMPY[dtype]).itemsize)
-    rows = [
-        _row("every weight", "every weight trainable, nothing run again", _every_weight(model, dtype, length, mesh))
-    ]
-    for rows_at_once in dict.fromkeys((length, window)):
+    shapes = [model] if layers is None else [first_layers(model, n) for n in (layers // 2, layers)]
+    methods: list[tuple[str, str, int, Callable[[ModelConfig], int]]] = [
+        ("every weight", "every weight trainable, nothing run again", 0,
+         lambda model: _every_weight(model, dtype, length, mesh))
+    ]  # fmt: skip
+    for rows in dict.fromkeys((length, window)):
         for remat in REMAT:
-            kind = "windows" if rows_at_once < length else "frozen" if remat == "none" else "remat"
-            text = f"{'windows of ' + str(window) if kind == 'windows' else 'frozen weights pruned'}, remat {remat}"
-            kept = between if kind == "windows" else 0
-            rows.append(_row(kind, text, _step_bytes(model, options, length, rows_at_once, remat, mesh), kept))
+            kind = "windows" if rows < length else "frozen" if remat == "none" else "remat"
+            text = f"{f'windows of {window}' if kind == 'windows' else 'frozen weights pruned'}, remat {remat}"
+            step = partial(_step_bytes, options=options, length=length, rows=rows, remat=remat, mesh=mesh)
+            methods.append((kind, text, between if kind == "windows" else 0, step))
+    found = [
+        _row(kind, text, _at_all_layers(model, shapes, [compiled(shape) for shape in shapes]), kept)
+        for kind, text, kept, compiled in methods
+    ]
+    unit = found[0]["bytes"] / PUBLISHED["every weight"]
     return {
         "dtype": dtype,
         "layers": model.num_layers,
+        "layers_compiled": [shape.num_layers for shape in shapes],
         "tokens": length,
         "window": window,
         "published_units": PUBLISHED,
-        "methods": [row | {"units": PUBLISHED["every weight"] * row["bytes"] / rows[0]["bytes"]} for row in rows],
+        "methods": [row | {"units": row["bytes"] / unit} for row in found],
     }
+
+
+def _at_all_layers(model: ModelConfig, shapes: Sequence[ModelConfig], found: Sequence[int]) -> int:
+    """Bytes of the whole model, from those of as many layers as were compiled."""
+    if len(found) == 1:
+        return found[0]
+    (few, many), (less, more) = (shape.num_layers for shape in shapes), found
+    return round(more + (more - less) / (many - few) * (model.num_layers - many))
 
 
 def _row(kind: str, text: str, temporary: int, between: int = 0) -> dict[str, Any]:
@@ -225,7 +247,8 @@ def _attend(model: ModelConfig, length: int) -> Any:
 def lines(result: dict[str, Any]) -> list[str]:
     """The result as text."""
     told = [
-        f"{result['device']}, {result['dtype']}, {result['layers']} layers, a sequence of {result['tokens']} tokens",
+        f"{result['device']}, {result['dtype']}, {result['layers']} layers (compiled: "
+        f"{' and '.join(map(str, result['layers_compiled']))}), a sequence of {result['tokens']} tokens",
         "FlexLLM published {every weight:g} / {frozen:g} / {remat:g} / {windows:g}: everything, frozen weights pruned, "
         "with rematerialisation, token by token; units below are relative to the first line".format(
             **result["published_units"]

@@ -184,7 +184,9 @@ def memory(
     device: Annotated[Device, typer.Option(help="The GPU that is compiled for; it need not be there.")] = Device.h200,
     length: Annotated[int, typer.Option(min=1, help="Tokens of the sequence.")] = 2048,
     window: Annotated[int, typer.Option(min=1, help="Gradient rows of a step.")] = 512,
-    layers: Annotated[int | None, typer.Option(min=1, help="Compile so many layers; by default all.")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="Compile so many layers and half as many, and extrapolate.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Compile what finetuning a sequence takes in each of several ways, and print the memory of each."""

@@ -70,7 +70,7 @@ def test_sizes_that_do_not_go_together_are_refused(model):
 
 def test_units_are_relative_to_the_first_method(monkeypatch, model):
     monkeypatch.setattr(memory, "_every_weight", lambda *args: 6300)
-    monkeypatch.setattr(memory, "_step_bytes", lambda model, options, length, rows, remat, mesh: 100 * rows)
+    monkeypatch.setattr(memory, "_step_bytes", lambda model, **sizes: 100 * sizes["rows"])
     result = {"device": "none"} | memory.ablation(model, EngineConfig(dtype="float32"), make_mesh(1), 16, 4)
     units = {row["method"]: row["units"] for row in result["methods"]}
     assert units["every weight trainable, nothing run again"] == 63
@@ -78,3 +78,14 @@ def test_units_are_relative_to_the_first_method(monkeypatch, model):
     between = 16 * model.num_layers * 2 * model.num_kv_heads * model.head_dim * (4 + 4)
     assert units["windows of 4, remat none"] == pytest.approx((400 + between) / 100)
     assert len(memory.lines(result)) == 3 + len(units)
+
+
+def test_a_few_layers_stand_for_all(monkeypatch):
+    model = ModelConfig.from_dict(tiny_models.config_dict("llama", num_hidden_layers=10))
+    monkeypatch.setattr(memory, "_every_weight", lambda model, *args: 500 + 70 * model.num_layers)
+    monkeypatch.setattr(memory, "_step_bytes", lambda model, **sizes: 500 + sizes["rows"] * model.num_layers)
+    options, mesh = EngineConfig(dtype="float32"), make_mesh(1)
+    few, many = (memory.ablation(model, options, mesh, 16, 4, layers)["methods"] for layers in (4, None))
+    assert few == many
+    with pytest.raises(ConfigError, match="--layers 1"):
+        memory.ablation(model, options, mesh, 16, 4, 1)
