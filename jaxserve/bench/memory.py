@@ -23,8 +23,9 @@ from jaxserve.assets import locate
 from jaxserve.bench import ahead, roofline
 from jaxserve.bench.plan import first_layers
 from jaxserve.config import Config, EngineConfig
+from jaxserve.engine.activations import REMAT
 from jaxserve.engine.buckets import MIN_ROWS, Bucket
-from jaxserve.engine.gradient import REMAT, frozen_head
+from jaxserve.engine.gradient import frozen_head
 from jaxserve.engine.sizes import core_config
 from jaxserve.engine.specs import step_spec, train_shape
 from jaxserve.errors import ConfigError

@@ -17,9 +17,10 @@ from jax import tree
 from jaxserve.assets import locate
 from jaxserve.bench import ahead, hlo, roofline
 from jaxserve.config import Config, EngineConfig
+from jaxserve.engine.activations import activation_bytes
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.gradient import TrainShape
-from jaxserve.engine.sizes import core_config
+from jaxserve.engine.sizes import STEP_BYTES, core_config
 from jaxserve.engine.specs import CoreConfig, step_spec, train_shape
 from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
@@ -114,7 +115,10 @@ def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) ->
     train = train_shape(small, max(options.max_finetune_jobs, 1)) if small.max_loras else None
     one = dataclasses.replace(small, num_pages=1)
     params, state, _ = ahead.abstract_arguments(one, model, mesh, train)
-    left = budget - ahead.local_bytes(params) - ahead.local_bytes(state) - (1 << 30)  # a step's temporaries, at first
+    left = budget - ahead.local_bytes(params) - ahead.local_bytes(state) - STEP_BYTES
+    if train is not None:
+        itemsize = np.dtype(ahead.NUMPY[small.dtype]).itemsize
+        left -= activation_bytes(model, small.max_grad_rows, small.remat, itemsize, tp)
     wanted = small.max_num_seqs * small.pages_per_seq
     pages = min(wanted, left * tp // page_bytes(model, small.page_size, tp, small.dtype))
     if pages < small.pages_per_seq:

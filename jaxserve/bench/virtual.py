@@ -21,6 +21,7 @@ from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.config import Config
+from jaxserve.engine.activations import activation_bytes
 from jaxserve.engine.planner import Planned
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
@@ -52,15 +53,6 @@ def targets_of(config: Config) -> tuple[str, ...]:
     return names
 
 
-def activation_bytes(model: ModelConfig, rows: int, remat: str, tensor_parallel: int = 1) -> int:
-    """Bytes on one device that a backward of so many rows keeps, 16-bit: of every layer, or of one layer at a time and
-    each layer's input."""
-    heads = model.num_heads + 2 * model.num_kv_heads
-    layer = 12 * model.hidden_size + (2 * heads * model.head_dim + 4 * model.intermediate_size) // tensor_parallel
-    kept = layer * model.num_layers if remat == "none" else layer + model.hidden_size * model.num_layers
-    return 2 * rows * kept
-
-
 def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sharing: str, copies: int = 1) -> Settings:
     """The sizes of an engine on this device.
 
@@ -75,7 +67,7 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     rows = max(finetune.finetune_window // ROW_BLOCK, 1) * ROW_BLOCK
     accumulators = 2 * longest * kv_bytes(model, roofline.WIDE, shards)
     used = copies * weight_bytes(model, 2, shards) + RESERVE_BYTES + accumulators
-    used += activation_bytes(model, rows, finetune.finetune_remat, shards)
+    used += activation_bytes(model, rows, finetune.finetune_remat, tensor_parallel=shards)
     free = device.memory * engine.gpu_memory_utilization - used
     fitting = math.floor(free / (engine.block_size * kv_bytes(model, 2, shards)))
     pages = min(fitting, engine.num_kv_pages or fitting)

@@ -151,8 +151,9 @@ class FinetuneOptions(Section):
     """Jobs that train at once, prepared for at start-up; 0 prepares for one job when the first one comes."""
     finetune_window: Annotated[int, Field(ge=16, le=1 << 16)] = 256
     """Most gradient rows of a step: tokens whose backward runs in it."""
-    finetune_remat: Literal["none", "elementwise", "attention", "full"] = "attention"
-    """What a backward computes again rather than keeps."""
+    finetune_remat: Literal["none", "elementwise", "attention", "full"] = "elementwise"
+    """What a backward computes again rather than keeps: nothing; what lies between matrix products; all but attention;
+    or all. Keeping more takes more memory for each gradient row."""
     tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
     """Mean time per output token that finetuning, and others' prompts, must leave to running requests; none lets them
     take all they can."""

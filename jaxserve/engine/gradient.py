@@ -28,6 +28,7 @@ from jaxtyping import Array, Float
 from jaxserve.adapters.bank import SITE_NAMES, BankShape, SiteBank
 from jaxserve.adapters.scales import ScalesShape, SiteScales
 from jaxserve.engine import batch as flags
+from jaxserve.engine.activations import REMAT
 from jaxserve.engine.batch import TokenBatch
 from jaxserve.engine.linear import Lanes, Linear, Linears, contract
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
@@ -44,8 +45,6 @@ from pallas_kernels.ragged_paged_attention import (
 )
 from pallas_kernels.token_sampling import VocabShard
 from sharding import ArraySpec, named_sharding, partition_spec, zeros
-
-REMAT = ("none", "elementwise", "attention", "full")
 
 
 @struct.dataclass

@@ -9,14 +9,16 @@ from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape
 from jaxserve.config import EngineConfig
+from jaxserve.engine.activations import activation_bytes
 from jaxserve.engine.specs import CoreConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.request import NEVER, Objective
+from pallas_kernels.lora_matmul import PAGE_RANK
 
 HOST_POOL_BYTES = 1 << 30  # most the KV pool takes by default where the device is the host itself
-STEP_BYTES = 1 << 30  # left free on an accelerator for a step's temporaries
+STEP_BYTES = 1 << 30  # left free on an accelerator for the temporaries of a step without gradient rows
 ROW_BLOCKS = {"cpu": 16}  # rows of a chunk block; 64 on accelerators, the kernels' tile
 
 
@@ -76,10 +78,10 @@ def _pages_that_fit(config: EngineConfig, model: ModelConfig, params: Any, mesh:
     """Pages for every sequence at full length, or as many as there is memory for."""
     each = page_bytes(model, config.block_size, mesh.size, str(config.dtype))
     wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
-    return int(max(min(wanted, _free_bytes(config, model, params, mesh) // each), 1))
+    return int(max(min(wanted, _free_bytes(config, model, params, mesh, max_model_len) // each), 1))
 
 
-def _free_bytes(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh) -> int:
+def _free_bytes(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mesh, max_model_len: int) -> int:
     """Memory for the KV pool over all devices."""
     device = mesh.devices.flat[0]
     stats = device.memory_stats() if device.platform != "cpu" else None
@@ -87,13 +89,28 @@ def _free_bytes(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mes
         return HOST_POOL_BYTES
     total = int(stats["bytes_limit"] * config.gpu_memory_utilization) * mesh.size
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return max(total - weights - _bank_bytes(config, model, mesh) - STEP_BYTES * mesh.size, 0)
+    kept = weights + _finetune_bytes(config, model, mesh, max_model_len) + STEP_BYTES * mesh.size
+    if config.enable_lora:
+        kept += _bank_bytes(config, model, mesh, 1 + config.max_loras * _adapter_pages(config))
+    return max(total - kept, 0)
 
 
-def _bank_bytes(config: EngineConfig, model: ModelConfig, mesh: Mesh) -> int:
-    if not config.enable_lora:
+def _finetune_bytes(config: EngineConfig, model: ModelConfig, mesh: Mesh, max_model_len: int) -> int:
+    """Of the jobs that were asked for, over all devices: sums of gradients, and activations of a window."""
+    if not (config.enable_lora and config.max_finetune_jobs):
         return 0
-    pages = 1 + config.max_loras * -(-config.max_lora_rank // 16)
+    itemsize = jnp.dtype(str(config.dtype)).itemsize
+    sums = 2 * -(-max_model_len // config.block_size) * page_bytes(model, config.block_size, mesh.size, "float32")
+    lanes = _bank_bytes(config, model, mesh, config.max_finetune_jobs * _adapter_pages(config)) * 4 // itemsize
+    kept = activation_bytes(model, config.finetune_window, config.finetune_remat, itemsize, mesh.size)
+    return sums + lanes + kept * mesh.size
+
+
+def _adapter_pages(config: EngineConfig) -> int:
+    return -(-config.max_lora_rank // PAGE_RANK)
+
+
+def _bank_bytes(config: EngineConfig, model: ModelConfig, mesh: Mesh, pages: int) -> int:
     bank = BankShape(model, pages, mesh.size, str(config.dtype))
     leaves = jax.tree.leaves(bank.specs(), is_leaf=lambda x: hasattr(x, "axes"))
     return sum(int(np.prod(spec.shape)) for spec in leaves) * jnp.dtype(str(config.dtype)).itemsize

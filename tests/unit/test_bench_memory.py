@@ -1,6 +1,7 @@
 """The memory of finetuning, method by method: the program without pruning is right, and what is told of all of them."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,9 @@ def test_sizes_that_do_not_go_together_are_refused(model):
 def test_units_are_relative_to_the_first_method(monkeypatch, model):
     monkeypatch.setattr(memory, "_every_weight", lambda *args: 6300)
     monkeypatch.setattr(memory, "_step_bytes", lambda model, **sizes: 100 * sizes["rows"])
-    result = {"device": "none"} | memory.ablation(model, EngineConfig(dtype="float32"), make_mesh(1), 16, 4)
+    result: dict[str, Any] = {"device": "none"} | memory.ablation(
+        model, EngineConfig(dtype="float32"), make_mesh(1), 16, 4
+    )
     units = {row["method"]: row["units"] for row in result["methods"]}
     assert units["every weight trainable, nothing run again"] == 63
     assert units["frozen weights pruned, remat full"] == 16
