@@ -95,6 +95,9 @@ class Planner:
                 chosen = alone
             else:
                 chosen = self._with_windows(finetuning.queue, alone, self._allowed(alone, start))
+        if chosen is None and turn is Turn.REQUESTS and self._is_held_up():
+            assert finetuning is not None
+            chosen = self._with_windows(finetuning.queue, None, NEVER)
         if chosen is None:
             return None
         self.sharing.planned(chosen)
@@ -113,6 +116,12 @@ class Planner:
         """After a failed step: nothing is under way."""
         self._planned.clear()
         self._free_at = 0.0
+
+    def _is_held_up(self) -> bool:
+        """Requests can do nothing, and no step under way will change that: begun sequences hold the pages they need."""
+        finetuning = self.finetuning
+        under_way = finetuning is not None and any(seq.backward_begun for seq in finetuning.queue.active)
+        return under_way and self.scheduler.has_requests and not self._planned
 
     # requests
 
