@@ -93,11 +93,17 @@ class RooflineDevice:
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
         self.tensor_parallel, self.rank, self.remat, self.host_seconds = tensor_parallel, rank, remat, host_seconds
+        self._steps = roofline.Steps(model, tensor_parallel=tensor_parallel, remat=remat)
 
     def seconds(self, planned: Planned) -> float:
-        load = self.load(planned)
-        parts = roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
+        return self.alone(self.parts(planned))
+
+    def alone(self, parts: Iterable[roofline.Work]) -> float:
+        """Seconds of a step of these parts that has the device to itself."""
         return roofline.seconds(parts, self.device, self.efficiency) + self.host_seconds
+
+    def parts(self, planned: Planned) -> tuple[roofline.Work, ...]:
+        return self._steps.work(self.load(planned))
 
     def load(self, planned: Planned) -> roofline.StepLoad:
         """The step in the terms of the roofline."""
