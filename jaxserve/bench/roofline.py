@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from jaxserve.models.config import ModelConfig
 
@@ -70,8 +71,7 @@ EXPECTED = Efficiency(
 )
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Rows of one sequence, one after another."""
 
     rows: int

@@ -349,10 +349,11 @@ class Simulator:
         result = StepResult(
             tokens=done.tokens, finite=[True] * len(done.tokens), chunk_finite=[True] * len(plan.chunks)
         )
-        for seq, token, finish_reason, _ in self.scheduler.commit(plan, result, self.now):
+        now = self.now
+        for seq, token, finish_reason, _ in self.scheduler.commit(plan, result, now):
             assert token is not None, "every number is finite"
             record = self._records[seq]
-            record.token_times.append(self.now)
+            record.token_times.append(now)
             record.token_ids.append(token)
             if finish_reason is not None:
                 del self._records[seq]

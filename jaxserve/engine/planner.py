@@ -75,8 +75,9 @@ class Planner:
 
     def set_buckets(self, buckets: Buckets) -> None:
         self.buckets = buckets
-        self._fit = lru_cache(NUM_KEPT)(buckets.fit)
-        self._holding = lru_cache(NUM_KEPT)(lambda chunk_rows, decode_rows: [*buckets.holding(chunk_rows, decode_rows)])
+        known = {bucket: bucket for bucket in buckets}  # the very objects: looking one up compares nothing
+        self._fit = lru_cache(NUM_KEPT)(lambda *rows: known[buckets.fit(*rows)])
+        self._holding = lru_cache(NUM_KEPT)(lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)])
         self.times.resize(buckets, self.max_keys)
         self.row_block = self.scheduler.config.row_block
 
@@ -138,11 +139,11 @@ class Planner:
             return self.buckets.beside(self.buckets.grad_rows[-1])  # as they may take what they can, both go on
         if not self.budget.has_tpot:
             return None
-        decoding = [seq for seq in scheduler.running if not seq.prefilling]
+        decoding = [seq for seq in scheduler.running if seq.num_computed >= seq.prefill_end]
         if not decoding:
             return None
-        keys, span = sum(seq.num_computed + 1 for seq in decoding), max(seq.num_computed + 1 for seq in decoding)
-        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=keys, decode_span=span)
+        keys = [seq.num_computed + 1 for seq in decoding]
+        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=sum(keys), decode_span=max(keys))
         shortest = self.times.predict(alone)
         allowed = self.budget.slack(decoding, start, shortest) / (1 + self.times.uncertainty)
         rows, seconds = self._longest_chunk(alone, allowed)
@@ -152,7 +153,7 @@ class Planner:
 
     def _longest_chunk(self, alone: StepLoad, allowed: float) -> tuple[int, float]:
         """Rows and seconds of the largest chunk that a step of so long has room for; of the smallest, if of none."""
-        done = max((seq.num_computed for seq in self.scheduler.running if seq.prefilling), default=0)
+        done = max([seq.num_computed for seq in self.scheduler.running if seq.prefilling], default=0)
         best = None
         for rows in self.buckets.chunk_rows:
             bucket = self._fit(rows, alone.bucket.decode_rows)
@@ -312,11 +313,10 @@ def _worth(work: float, seconds: float, allowed: float) -> float:
 
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     """What a step of requests holds, as the model of step times sees it."""
-    decode_keys = decode_span = block_pairs = block_span = adapter_rows = 0
-    for seq, start, _ in plan.decodes:
-        decode_keys += start + 1
-        decode_span = max(decode_span, start + 1)
-        adapter_rows += seq.request.adapter is not None
+    block_pairs = block_span = 0
+    keys = [start + 1 for _, start, _ in plan.decodes]
+    decode_keys, decode_span = sum(keys), max(keys, default=0)
+    adapter_rows = sum([seq.request.adapter is not None for seq, _, _ in plan.decodes])
     for seq, start, length in plan.chunks:
         block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)
