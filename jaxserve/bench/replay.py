@@ -211,7 +211,7 @@ def mix_of(plan: Any) -> Mix:
     grads, forwards = plan.finetune or ((), ())
     return Mix(
         decode=len(plan.decodes),
-        prefill=sum(chunk.length for chunk in plan.chunks),
-        forward=sum(window.length for window in forwards),
-        backward=sum(window.length for window in grads),
+        prefill=sum([chunk.length for chunk in plan.chunks]),
+        forward=sum([window.length for window in forwards]),
+        backward=sum([window.length for window in grads]),
     )

@@ -11,14 +11,17 @@ Letters: D hidden, F ffn, V vocab, H query heads, K kv heads, C head dim, L laye
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import NamedTuple
 
 from jaxserve.models.config import ModelConfig
 
 PAGE_RANK = 16  # adapters are stored, and multiplied, in units of so many ranks
 HEAD_CHUNK = 64  # gradient rows whose logits exist at one time
 WIDE = 4  # bytes of what is summed in float32
+NUM_KEPT = 4096  # parts of steps of different sizes that are remembered
 MEMBERS = {  # of each site, by the names that PEFT's target_modules have
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "o_proj": ("o_proj",),
@@ -68,8 +71,7 @@ EXPECTED = Efficiency(
 )
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Rows of one sequence, one after another."""
 
     rows: int
@@ -131,20 +133,35 @@ class Work:
     kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
 
     def __mul__(self, times: float) -> "Work":
-        counted = ("flops", "bytes", "link_bytes", "kernels", "collectives")
-        return replace(self, **{name: getattr(self, name) * times for name in counted})
+        return Work(
+            self.name,
+            self.flops * times,
+            self.bytes * times,
+            self.link_bytes * times,
+            self.kernels * times,
+            self.collectives * times,
+            self.kind,
+        )
 
     def seconds(self, device: Device, efficiency: Efficiency = FLOOR) -> float:
-        arithmetic = self.flops / (device.flops * getattr(efficiency, self.kind))
-        memory = self.bytes / (device.bandwidth * efficiency.bandwidth)
-        link = self.link_bytes / (device.link * efficiency.link)
-        starts = self.kernels * efficiency.launch + self.collectives * efficiency.collective
-        return max(arithmetic, memory) + link + starts
+        return seconds([self], device, efficiency)
 
 
 def seconds(work: Iterable[Work], device: Device, efficiency: Efficiency = FLOOR) -> float:
     """The parts one after another."""
-    return sum(part.seconds(device, efficiency) for part in work)
+    flops = {
+        "matmul": device.flops * efficiency.matmul,
+        "attention": device.flops * efficiency.attention,
+        "attention_backward": device.flops * efficiency.attention_backward,
+    }
+    bandwidth, link = device.bandwidth * efficiency.bandwidth, device.link * efficiency.link
+    launch, collective = efficiency.launch, efficiency.collective
+    total = 0.0
+    for part in work:
+        arithmetic, memory = part.flops / flops[part.kind], part.bytes / bandwidth
+        starts = part.kernels * launch + part.collectives * collective
+        total += (arithmetic if arithmetic > memory else memory) + part.link_bytes / link + starts
+    return total
 
 
 # sizes of a model
@@ -209,14 +226,7 @@ def step_work(
       remat: what the backward computes again: none; elementwise (what lies between products); attention (all but
         attention); full.
     """
-    step = _Step(model, load, tensor_parallel, itemsize)
-    parts = [*step.linears("linear", load.rows), *step.attention(), step.between(load.rows), *step.head()]
-    if load.adapters:
-        parts.append(step.adapters(load.rows if load.adapter_rows is None else load.adapter_rows, load.adapters))
-    parts.append(step.all_reduces("all-reduce", load.rows))
-    if load.grads:
-        parts += step.backward(remat)
-    return tuple(part for part in parts if part.flops or part.bytes or part.link_bytes)
+    return Steps(model, tensor_parallel=tensor_parallel, itemsize=itemsize, remat=remat).work(load)
 
 
 def ideal_decode_seconds(model: ModelConfig, decodes: Sequence[int], device: Device, itemsize: int = 2) -> float:
@@ -225,12 +235,36 @@ def ideal_decode_seconds(model: ModelConfig, decodes: Sequence[int], device: Dev
     return (weights + sum(context + 1 for context in decodes) * kv_bytes(model, itemsize)) / device.bandwidth
 
 
-@dataclass(frozen=True)
-class _Step:
-    model: ModelConfig
-    load: StepLoad
-    shards: int
-    itemsize: int
+class Steps:
+    """The parts of many steps of one model; what depends on row counts alone is worked out once. See ``step_work``."""
+
+    def __init__(self, model: ModelConfig, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str = "full"):
+        self.model, self.shards, self.itemsize, self.remat = model, tensor_parallel, itemsize, remat
+        self._windows = Counter(layer.window for layer in model.layers)
+        self._of_rows = lru_cache(NUM_KEPT)(self.of_rows)
+        self._adapters = lru_cache(NUM_KEPT)(self.adapters)
+
+    def work(self, load: StepLoad) -> tuple[Work, ...]:
+        """Every part of one step on one device."""
+        grad_rows, targets = load.grad_rows, tuple(load.targets)
+        rows = len(load.decodes) + load.chunk_rows + grad_rows
+        parts = [*self._of_rows(rows, load.num_drawn, grad_rows, load.grad_rank, targets), *self.attention(load)]
+        if load.adapters:
+            adapter_rows = rows if load.adapter_rows is None else load.adapter_rows
+            parts.append(self._adapters(adapter_rows, tuple(load.adapters), targets))
+        if grad_rows:
+            parts += self.attention_backward(load)
+        return tuple(part for part in parts if part.flops or part.bytes or part.link_bytes)
+
+    def of_rows(
+        self, rows: int, drawn: int, grad_rows: int, grad_rank: int, targets: tuple[str, ...]
+    ) -> tuple[Work, ...]:
+        """The parts that know nothing of contexts and requests."""
+        parts = [*self.linears("linear", rows), self.between(rows), *self.head(rows, drawn)]
+        parts.append(self.all_reduces("all-reduce", rows))
+        if grad_rows:
+            parts += self.backward(grad_rows, grad_rank, targets)
+        return tuple(parts)
 
     def linears(self, name: str, rows: int, bytes_out: int | None = None) -> list[Work]:
         """The products of all layers: one part for each kind of matrix, since each is bound by what it is bound by."""
@@ -248,21 +282,35 @@ class _Step:
             for site, (inputs, outs) in site_dims(self.model).items()
         }
 
-    def attention(self) -> list[Work]:
-        decodes = [Segment(1, context) for context in self.load.decodes]
-        blocks = [*self.load.chunks, *self.load.grads]
-        parts = (("attention of decodes", decodes), ("attention of blocks", blocks))
-        return [self._attention(name, segments, 4, kernels=2) for name, segments in parts if segments]
+    def attention(self, load: StepLoad) -> list[Work]:
+        parts = []
+        if load.decodes:
+            keys = self._over_layers(lambda window: _keys_of_decodes(load.decodes, window))
+            parts.append(self._attention("attention of decodes", 4, len(load.decodes), keys, keys, kernels=2))
+        if load.chunks or load.grads:
+            parts.append(self._attention_of("attention of blocks", [*load.chunks, *load.grads], 4, kernels=2))
+        return parts
 
-    def _attention(self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind="attention") -> Work:
-        """``flops`` per query head, key seen and element of the head: 4 forward, for two products."""
+    def _attention_of(
+        self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind: str = "attention"
+    ) -> Work:
+        keys = self._over_layers(lambda window: sum([segment.keys(window) for segment in segments]))
+        reads = self._over_layers(lambda window: sum([segment.keys_read(window) for segment in segments]))
+        return self._attention(name, flops, sum([segment.rows for segment in segments]), keys, reads, kernels, kind)
+
+    def _over_layers(self, of_window: Callable[[int | None], int]) -> int:
+        return sum([layers * of_window(window) for window, layers in self._windows.items()])
+
+    def _attention(
+        self, name: str, flops: int, rows: int, keys: int, reads: int, kernels: int, kind: str = "attention"
+    ) -> Work:
+        """``flops`` per query head, key seen and element of the head: 4 forward, for two products.
+
+        Args:
+          keys: seen by the rows, reads: seen by at least one; both added up over the layers.
+        """
         m, heads = self.model, self._kv_heads
-        keys = reads = 0
-        for window, layers in Counter(layer.window for layer in m.layers).items():
-            keys += layers * sum(segment.keys(window) for segment in segments)
-            reads += layers * sum(segment.keys_read(window) for segment in segments)
-        rows = m.num_layers * sum(segment.rows for segment in segments)
-        query_heads = m.num_heads // self.shards
+        query_heads, rows = m.num_heads // self.shards, m.num_layers * rows
         moved = 2 * reads * heads + 2 * rows * query_heads + 2 * rows * heads  # K, V; q, out; K, V written
         return Work(
             name,
@@ -283,31 +331,31 @@ class _Step:
         elements = 9 * m.hidden_size + 2 * heads * m.head_dim + 3 * m.intermediate_size // self.shards
         return Work("between products", bytes=rows * elements * self.itemsize, kernels=7) * (m.num_layers * passes)
 
-    def head(self) -> list[Work]:
-        m, R = self.model, self.load.num_drawn
+    def head(self, rows: int, R: int) -> list[Work]:
+        m = self.model
         table = math.ceil(m.vocab_size / self.shards) * m.hidden_size
-        parts = [Work("embedding", bytes=2 * self.load.rows * m.hidden_size * self.itemsize, kernels=1)]
+        parts = [Work("embedding", bytes=2 * rows * m.hidden_size * self.itemsize, kernels=1)]
         if R:
             logits = R * math.ceil(m.vocab_size / self.shards) * WIDE
             parts.append(Work("head", 2 * R * table, table * self.itemsize + logits, kernels=1))
             parts.append(Work("sampling", bytes=4 * logits, kernels=8))
         return parts
 
-    def adapters(self, rows: int, ranks: Sequence[int]) -> Work:
+    def adapters(self, rows: int, ranks: tuple[int, ...], targets: tuple[str, ...]) -> Work:
         """Each adapter's factors are read once; two kernels for each site, the second adds to what the base wrote."""
         flops = moved = 0
         mean_rank = sum(map(_padded, ranks)) / len(ranks)
-        sites = self._adapted()
+        sites = self._adapted(targets)
         for members, inputs, outs in sites:
             flops += 2 * rows * mean_rank * (members * inputs + outs)
             moved += sum(_padded(rank) * (members * inputs + outs) for rank in ranks) + rows * (inputs + 2 * outs)
         return Work("adapters", flops, moved * self.itemsize, kernels=2 * len(sites)) * self.model.num_layers
 
-    def _adapted(self) -> list[tuple[int, int, int]]:
+    def _adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int, int]]:
         """(members with an adapter, in, out of those members together) of each site that has one, on one device."""
         found = []
         for site, (inputs, outs) in site_dims(self.model).items():
-            adapted = [out for name, out in zip(MEMBERS[site], outs, strict=True) if name in self.load.targets]
+            adapted = [out for name, out in zip(MEMBERS[site], outs, strict=True) if name in targets]
             if adapted:
                 by_row = site in ROW_PARALLEL
                 local = (inputs // self.shards, sum(adapted)) if by_row else (inputs, sum(adapted) // self.shards)
@@ -322,45 +370,53 @@ class _Step:
 
     # gradient rows
 
-    def backward(self, remat: str) -> list[Work]:
-        m, load, W = self.model, self.load, self.load.grad_rows
-        again = remat in ("attention", "full")
-        parts = self._loss()
+    def backward(self, W: int, grad_rank: int, targets: tuple[str, ...]) -> list[Work]:
+        """All but the attention of the gradient rows."""
+        again = self.remat in ("attention", "full")
+        parts = self._loss(W)
         if again:
             parts += self.linears("linear again", W)
-        if remat == "full":
-            parts.append(self._attention("attention again", load.grads, 4, kernels=1))
-        if remat != "none":
+        if self.remat != "none":
             parts.append(self.between(W))
         parts += self.linears("linear backward", W, bytes_out=WIDE)
-        attention = self._attention(
+        parts.append(self.between(W, passes=2))
+        parts.append(self._adapters_backward(W, grad_rank, targets, again))
+        return [*parts, self.all_reduces("all-reduce backward", W, per_layer=4 if again else 2)]
+
+    def attention_backward(self, load: StepLoad) -> list[Work]:
+        m = self.model
+        parts = [self._attention_of("attention again", load.grads, 4, kernels=1)] if self.remat == "full" else []
+        attention = self._attention_of(
             "attention backward", load.grads, 10, kernels=3, kind="attention_backward"
         )  # five products
-        sums = 4 * sum(segment.keys_read(None) for segment in load.grads) * self._kv_heads * m.head_dim * WIDE
-        parts.append(replace(attention, bytes=attention.bytes + sums * m.num_layers))
-        parts.append(self.between(W, passes=2))
-        parts.append(self._adapters_backward(W, again))
-        collectives = self.all_reduces("all-reduce backward", W, per_layer=4 if again else 2)
-        return [*parts, collectives]
+        sums = 4 * sum([segment.keys_read(None) for segment in load.grads]) * self._kv_heads * m.head_dim * WIDE
+        return [*parts, replace(attention, bytes=attention.bytes + sums * m.num_layers)]
 
-    def _loss(self) -> list[Work]:
+    def _loss(self, W: int) -> list[Work]:
         """The head's two products, logits and dx, a chunk of rows at a time."""
-        m, W = self.model, self.load.grad_rows
+        m = self.model
         vocab, chunks = math.ceil(m.vocab_size / self.shards), math.ceil(W / HEAD_CHUNK)
         table = vocab * m.hidden_size
         moved = 2 * chunks * table * self.itemsize + 4 * W * vocab * WIDE
         return [Work("loss", 4 * W * table, moved, kernels=6 * chunks)]
 
-    def _adapters_backward(self, W: int, again: bool) -> Work:
+    def _adapters_backward(self, W: int, grad_rank: int, targets: tuple[str, ...], again: bool) -> Work:
         """h and dh, dx, dA and dB; lanes are read and written in float32."""
-        rank = _padded(self.load.grad_rank)
+        rank = _padded(grad_rank)
         flops = moved = 0
-        sites = self._adapted()
+        sites = self._adapted(targets)
         for members, inputs, outs in sites:
             size = rank * (members * inputs + outs)
             flops += (3 + again) * 2 * W * size
             moved += W * (4 * inputs + 3 * outs) * self.itemsize + size * (2 * self.itemsize + 2 * WIDE)
         return Work("adapters backward", flops, moved, kernels=5 * len(sites)) * self.model.num_layers
+
+
+def _keys_of_decodes(contexts: Sequence[int], window: int | None) -> int:
+    """Keys that single rows behind so many tokens see, added up."""
+    if window is None:
+        return sum(contexts) + len(contexts)
+    return sum([min(context + 1, window) for context in contexts])
 
 
 def _padded(rank: int) -> int:

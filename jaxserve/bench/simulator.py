@@ -2,7 +2,8 @@
 
 A device is a function from a step to its seconds: ``RooflineDevice`` computes them from a model's floating point
 operations and bytes on a named accelerator, ``FittedDevice`` has them from the measurements of a running engine.
-Adapters are always resident, and a token is no more than its place: what is simulated is who computes what, and when.
+Adapters are always resident. What is simulated is who computes what, and when; with a ``FakeModel`` also what comes of
+it, so that a page or an adapter that is not a request's own shows in its tokens.
 """
 
 from collections import deque
@@ -13,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from jaxserve.bench import roofline
+from jaxserve.bench.fake_model import FakeModel
 from jaxserve.bench.replay import Mix, mix_of
 from jaxserve.bench.report import RequestRecord, share_met
 from jaxserve.bench.workload import BenchRequest
@@ -31,6 +33,7 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.plan import NO_REQUESTS, StepResult
 from jaxserve.scheduler.request import NO_OBJECTIVE, Objective, Request
+from jaxserve.scheduler.request import Sequence as Choice
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
 
@@ -90,8 +93,8 @@ class RooflineDevice:
         host_seconds: float = 0.0,
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
-        self.tensor_parallel, self.remat, self.host_seconds = tensor_parallel, remat, host_seconds
-        self.rank, self.targets = rank, targets
+        self.rank, self.targets, self.host_seconds = rank, targets, host_seconds
+        self._steps = roofline.Steps(model, tensor_parallel=tensor_parallel, remat=remat)
 
     def seconds(self, planned: Planned) -> float:
         return self.alone(self.parts(planned))
@@ -101,8 +104,7 @@ class RooflineDevice:
         return roofline.seconds(parts, self.device, self.efficiency) + self.host_seconds
 
     def parts(self, planned: Planned) -> tuple[roofline.Work, ...]:
-        load = self.load(planned)
-        return roofline.step_work(self.model, load, tensor_parallel=self.tensor_parallel, remat=self.remat)
+        return self._steps.work(self.load(planned))
 
     def load(self, planned: Planned) -> roofline.StepLoad:
         """The step in the terms of the roofline."""
@@ -228,6 +230,7 @@ class _Resident:
 
 class _Flying(NamedTuple):
     planned: Planned
+    tokens: list[int]
     sent: float
     start: float
     end: float
@@ -238,6 +241,7 @@ class Simulator:
 
     Args:
       look: called after every turn of the loop.
+      model: draws the tokens; None: all of them are 0.
     """
 
     def __init__(
@@ -246,9 +250,10 @@ class Simulator:
         device: Device,
         jobs: Sequence[Job] = (),
         look: "Callable[[Simulator], None]" = lambda simulator: None,
+        model: FakeModel | None = None,
     ):
         limits = settings.limits
-        self.settings, self.device, self.look = settings, device, look
+        self.settings, self.device, self.look, self.model = settings, device, look, model
         self.pool = PagePool(settings.num_pages, settings.page_size)
         self.scheduler = Scheduler(limits, self.pool, _Resident())
         rows = settings.max_grad_rows if jobs else 0
@@ -264,7 +269,7 @@ class Simulator:
             self.planner.times.calibrate(bucket, False, self._calibrated(nothing))
         self.now = self._free_at = self._last_done = 0.0
         self._flying: deque[_Flying] = deque()
-        self._records: dict[str, RequestRecord] = {}
+        self._records: dict[Choice, RequestRecord] = {}
         self.run = Simulated()
 
     def _calibrated(self, nothing: Planned) -> float:
@@ -291,14 +296,10 @@ class Simulator:
         return self.run
 
     def _add(self, request: BenchRequest) -> None:
-        number = len(self.run.requests)
-        record = RequestRecord(prompt_tokens=len(request.prompt_ids), start=request.arrival_s)
-        self.run.requests.append(record)
-        self._records[str(number)] = record
         params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=request.output_tokens)
-        self.scheduler.add(
+        self.add(
             Request(
-                id=str(number),
+                id=str(len(self.run.requests)),
                 prompt_ids=request.prompt_ids,
                 params=params,
                 adapter=request.adapter,
@@ -309,13 +310,24 @@ class Simulator:
             )
         )
 
+    def add(self, request: Request) -> list[RequestRecord]:
+        """Queues a request. Returns a record of each of its choices."""
+        added = []
+        for choice in self.scheduler.add(request):
+            record = RequestRecord(prompt_tokens=len(request.prompt_ids), start=request.arrival)
+            self._records[choice] = record
+            added.append(record)
+        self.run.requests += added
+        return added
+
     def _turn(self) -> bool:
         """One turn of the loop: the next step is sent, the one before is read. False: nothing to do."""
         planned = self.planner.plan(self.now)
         if planned is not None:
             start = max(self.now, self._free_at)
             self._free_at = start + self.device.seconds(planned)
-            self._flying.append(_Flying(planned, self.now, start, self._free_at))
+            tokens = self.model.run(planned.plan) if self.model else [0] * len(planned.plan.samples)
+            self._flying.append(_Flying(planned, tokens, self.now, start, self._free_at))
             if self.training is not None:
                 self.training.after_dispatch()
             if len(self._flying) < RUN_AHEAD:
@@ -336,13 +348,17 @@ class Simulator:
         )
         if plan.index == NO_REQUESTS:
             return
-        count = len(plan.samples)
-        result = StepResult(tokens=[0] * count, finite=[True] * count, chunk_finite=[True] * len(plan.chunks))
-        for outcome in self.scheduler.commit(plan, result, self.now):
-            record = self._records[outcome.seq.request.id]
-            record.token_times.append(self.now)
-            if outcome.finish_reason is not None:
-                del self._records[outcome.seq.request.id]
+        result = StepResult(
+            tokens=done.tokens, finite=[True] * len(done.tokens), chunk_finite=[True] * len(plan.chunks)
+        )
+        now = self.now
+        for seq, token, finish_reason, _ in self.scheduler.commit(plan, result, now):
+            assert token is not None, "every number is finite"
+            record = self._records[seq]
+            record.token_times.append(now)
+            record.token_ids.append(token)
+            if finish_reason is not None:
+                del self._records[seq]
 
 
 def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: object) -> Job:

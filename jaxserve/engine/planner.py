@@ -7,6 +7,7 @@ simulator's are both built around it.
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -21,6 +22,7 @@ from jaxserve.scheduler.request import NEVER
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.slo import LatencyBudget
 
+NUM_KEPT = 4096  # choices of buckets that are remembered
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
@@ -49,7 +51,7 @@ class Planner:
     """Plans steps, and learns from those that were measured.
 
     Args:
-      needs_extras: whether a plan needs a program that knows scales and dropout.
+      needs_extras: whether a plan needs a program that knows scales and dropout; by default none does.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Planner:
         max_keys: int,
         budget: LatencyBudget | None = None,
         sharing: Sharing | None = None,
-        needs_extras: Callable[[StepPlan], bool] = lambda plan: False,
+        needs_extras: Callable[[StepPlan], bool] | None = None,
     ):
         self.scheduler, self.budget, self.needs_extras = scheduler, budget or LatencyBudget(), needs_extras
         self.sharing: Sharing = sharing or CoServing()
@@ -73,6 +75,9 @@ class Planner:
 
     def set_buckets(self, buckets: Buckets) -> None:
         self.buckets = buckets
+        known = {bucket: bucket for bucket in buckets}  # the very objects: looking one up compares nothing
+        self._fit = lru_cache(NUM_KEPT)(lambda *rows: known[buckets.fit(*rows)])
+        self._holding = lru_cache(NUM_KEPT)(lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)])
         self.times.resize(buckets, self.max_keys)
         self.row_block = self.scheduler.config.row_block
 
@@ -95,6 +100,9 @@ class Planner:
                 chosen = alone
             else:
                 chosen = self._with_windows(finetuning.queue, alone, self._allowed(alone, start))
+        if chosen is None and turn is Turn.REQUESTS and self._is_held_up():
+            assert finetuning is not None
+            chosen = self._with_windows(finetuning.queue, None, NEVER)
         if chosen is None:
             return None
         self.sharing.planned(chosen)
@@ -114,6 +122,12 @@ class Planner:
         self._planned.clear()
         self._free_at = 0.0
 
+    def _is_held_up(self) -> bool:
+        """Requests can do nothing, and no step under way will change that: begun sequences hold the pages they need."""
+        finetuning = self.finetuning
+        under_way = finetuning is not None and any(seq.backward_begun for seq in finetuning.queue.active)
+        return under_way and self.scheduler.has_requests and not self._planned
+
     # requests
 
     def _chunk_room(self, now: float, start: float) -> int | None:
@@ -125,11 +139,11 @@ class Planner:
             return self.buckets.beside(self.buckets.grad_rows[-1])  # as they may take what they can, both go on
         if not self.budget.has_tpot:
             return None
-        decoding = [seq for seq in scheduler.running if not seq.prefilling]
+        decoding = [seq for seq in scheduler.running if seq.num_computed >= seq.prefill_end]
         if not decoding:
             return None
-        keys, span = sum(seq.num_computed + 1 for seq in decoding), max(seq.num_computed + 1 for seq in decoding)
-        alone = StepLoad(self.buckets.fit(0, len(decoding)), decode_keys=keys, decode_span=span)
+        keys = [seq.num_computed + 1 for seq in decoding]
+        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=sum(keys), decode_span=max(keys))
         shortest = self.times.predict(alone)
         allowed = self.budget.slack(decoding, start, shortest) / (1 + self.times.uncertainty)
         rows, seconds = self._longest_chunk(alone, allowed)
@@ -139,10 +153,10 @@ class Planner:
 
     def _longest_chunk(self, alone: StepLoad, allowed: float) -> tuple[int, float]:
         """Rows and seconds of the largest chunk that a step of so long has room for; of the smallest, if of none."""
-        done = max((seq.num_computed for seq in self.scheduler.running if seq.prefilling), default=0)
+        done = max([seq.num_computed for seq in self.scheduler.running if seq.prefilling], default=0)
         best = None
         for rows in self.buckets.chunk_rows:
-            bucket = self.buckets.fit(rows, alone.bucket.decode_rows)
+            bucket = self._fit(rows, alone.bucket.decode_rows)
             load = alone._replace(bucket=bucket, block_span=done + rows, block_pairs=(done + rows // 2) * rows)
             seconds = self.times.predict(load)
             if best is None or seconds <= allowed:
@@ -159,15 +173,9 @@ class Planner:
 
     def _alone(self, plan: StepPlan) -> Planned:
         """A step of requests."""
-        bucket = self.buckets.fit(plan.chunk_rows, len(plan.decodes))
-        load = request_load(plan, bucket, self.needs_extras(plan))
+        bucket = self._fit(plan.chunk_rows, len(plan.decodes))
+        load = request_load(plan, bucket, self.needs_extras is not None and self.needs_extras(plan))
         return Planned(plan, load, self.times.predict(load))
-
-    def _with(self, base: Planned, windows: FinetunePlan, bucket: Bucket) -> Planned:
-        """The step with windows beside what is in it."""
-        extended = base.load.extended or self.needs_extras(replace(NOTHING, finetune=windows))
-        load = with_windows(base.load, windows)._replace(bucket=bucket, extended=extended)
-        return Planned(replace(base.plan, finetune=windows), load, self.times.predict(load))
 
     # finetuning
 
@@ -193,7 +201,7 @@ class Planner:
             queue.admit(reserve=len(self.scheduler.running))
         if not queue.active:
             return alone
-        base = alone or Planned(NOTHING, StepLoad(self.buckets.fit(0, 0)), 0.0)
+        base = alone or Planned(NOTHING, StepLoad(self._fit(0, 0)), 0.0)
         best = self._best(queue, base, allowed)
         if best is None and alone is None:
             best = self._least(queue, base, NEVER)
@@ -238,17 +246,20 @@ class Planner:
         """(worth at most, seconds at least, bucket) of every bucket with room to spare for windows and,
         judging by its requests alone, short enough; the most promising first."""
         backward, forward, dropout = queue.left()
-        rows, found = base.plan.chunk_rows, []
-        for bucket in self.buckets.holding(rows, len(base.plan.decodes)):
-            if bucket.grad_rows == 0 and (bucket.chunk_rows == rows or dropout):
-                continue
-            seconds = self.times.predict(base.load._replace(bucket=bucket, extended=False))
+        rows = base.plan.chunk_rows
+        buckets = [
+            bucket
+            for bucket in self._holding(rows, len(base.plan.decodes))
+            if bucket.grad_rows or (bucket.chunk_rows != rows and not dropout)
+        ]
+        found = []
+        for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
                 work = GRADIENT_TOKEN * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
                     bucket.chunk_rows - rows, forward
                 )
                 found.append((_worth(work, seconds, allowed), seconds, bucket))
-        return sorted(found, key=lambda candidate: -candidate[0])
+        return sorted(found, key=_promise, reverse=True)
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
         best, most = None, 0.0
@@ -260,11 +271,22 @@ class Planner:
             work = GRADIENT_TOKEN * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
             if not work:
                 continue
-            planned = self._with(base, windows, self._tight(base.plan, windows, bucket))
-            worth = _worth(work, planned.seconds, allowed)
-            if planned.seconds <= allowed and worth > most:
-                best, most = planned, worth
-        return best
+            load = self._load_with(base, windows, self._tight(base.plan, windows, bucket))
+            seconds = self.times.predict(load)
+            worth = _worth(work, seconds, allowed)
+            if seconds <= allowed and worth > most:
+                best, most = (windows, load, seconds), worth
+        if best is None:
+            return None
+        windows, load, seconds = best
+        return Planned(replace(base.plan, finetune=windows), load, seconds)
+
+    def _load_with(self, base: Planned, windows: FinetunePlan, bucket: Bucket) -> StepLoad:
+        """What the step holds with windows beside what is in it."""
+        extended = base.load.extended
+        if not extended and self.needs_extras is not None:
+            extended = self.needs_extras(replace(NOTHING, finetune=windows))
+        return with_windows(base.load, windows, bucket, extended)
 
     def _tight(self, plan: StepPlan, windows: FinetunePlan, bucket: Bucket) -> Bucket:
         """The smallest bucket for these windows."""
@@ -272,11 +294,15 @@ class Planner:
         chunk_rows = plan.chunk_rows + total_rows(windows.forwards, self.row_block)
         if bucket.grad_rows:
             grad_rows = max(grad_rows, 1)  # only these programs know dropout
-        return self.buckets.fit(chunk_rows, len(plan.decodes), grad_rows)
+        return self._fit(chunk_rows, len(plan.decodes), grad_rows)
+
+
+def _promise(candidate: tuple[float, float, Bucket]) -> float:
+    return candidate[0]
 
 
 def _length(windows: Iterable[WindowRows]) -> int:
-    return sum(window.length for window in windows)
+    return sum([window.length for window in windows])
 
 
 def _worth(work: float, seconds: float, allowed: float) -> float:
@@ -287,11 +313,10 @@ def _worth(work: float, seconds: float, allowed: float) -> float:
 
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     """What a step of requests holds, as the model of step times sees it."""
-    decode_keys = decode_span = block_pairs = block_span = adapter_rows = 0
-    for seq, start, _ in plan.decodes:
-        decode_keys += start + 1
-        decode_span = max(decode_span, start + 1)
-        adapter_rows += seq.request.adapter is not None
+    block_pairs = block_span = 0
+    keys = [start + 1 for _, start, _ in plan.decodes]
+    decode_keys, decode_span = sum(keys), max(keys, default=0)
+    adapter_rows = sum([seq.request.adapter is not None for seq, _, _ in plan.decodes])
     for seq, start, length in plan.chunks:
         block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)
@@ -299,16 +324,28 @@ def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     return StepLoad(bucket, extended, decode_keys, decode_span, block_pairs, block_span, adapter_rows=adapter_rows)
 
 
-def with_windows(load: StepLoad, windows: FinetunePlan) -> StepLoad:
-    """The same with finetune windows."""
-    rows = (*windows.grads, *windows.forwards)
-    return load._replace(
-        block_pairs=load.block_pairs + sum(_pairs(w.start, w.length) for w in rows),
-        block_span=max([load.block_span, *(w.end for w in rows)]),
-        grad_pairs=sum(_pairs(w.start, w.length) for w in windows.grads),
-        grad_span=max((w.end for w in windows.grads), default=0),
-        adapter_rows=load.adapter_rows + _length(rows),
-        grad_rows=_length(windows.grads),
+def with_windows(load: StepLoad, windows: FinetunePlan, bucket: Bucket, extended: bool) -> StepLoad:
+    """The same with finetune windows, in another bucket."""
+    block_pairs, block_span, grad_pairs, grad_span, grad_rows, rows = load.block_pairs, load.block_span, 0, 0, 0, 0
+    for _, start, length in windows.grads:
+        grad_pairs += _pairs(start, length)
+        grad_span = max(grad_span, start + length)
+        grad_rows += length
+    for _, start, length in windows.forwards:
+        block_pairs += _pairs(start, length)
+        block_span = max(block_span, start + length)
+        rows += length
+    return StepLoad(
+        bucket,
+        extended,
+        load.decode_keys,
+        load.decode_span,
+        block_pairs + grad_pairs,
+        max(block_span, grad_span),
+        grad_pairs,
+        grad_span,
+        load.adapter_rows + grad_rows + rows,
+        grad_rows,
     )
 
 

@@ -86,9 +86,9 @@ class StepTimes:
         self._units = (*keys, *keys, decode + block, grad)
         self._theta = np.zeros(NUM_BASES + len(self._units))
         self._theta[0] = 1.0
-        self._prior = np.diag(np.array([0.1, 0.1, *[SPREAD] * len(self._units)]) ** 2)
-        self._covariance = self._prior
-        self._weights = self._theta.tolist()
+        prior = np.diag(np.array([0.1, 0.1, *[SPREAD] * len(self._units)]) ** 2)
+        self._covariance, self._forgotten = prior, FORGETTING * prior
+        self._set_weights()
 
     def calibrate(self, bucket: Bucket, extended: bool, seconds: float) -> None:
         """Notes the time of a bucket with nothing in it."""
@@ -102,13 +102,41 @@ class StepTimes:
             return float("inf")
         return self.pace * self._linear(load, base)
 
+    def predict_each(self, load: StepLoad, buckets: Iterable[Bucket]) -> list[float]:
+        """The same of the load in each of these buckets, with the plain program."""
+        slopes, found = self._slopes(load), []
+        for bucket in buckets:
+            base = self.base.get((bucket, False))
+            found.append(float("inf") if base is None else self.pace * self._in_bucket(bucket, base, slopes))
+        return found
+
     def _linear(self, load: StepLoad, base: float) -> float:
-        weights = self._weights
-        seconds = base * (weights[0] + weights[1] if load.bucket.grad_rows else weights[0])
-        more = 0.0
-        for amount, unit, weight in zip(load.weighed(), self._units, weights[NUM_BASES:], strict=True):
-            more += amount / unit * weight
-        return max(seconds + more * self._typical, 0.25 * base)
+        return self._in_bucket(load.bucket, base, self._slopes(load))
+
+    def _slopes(self, load: StepLoad) -> tuple[float, float, float, float]:
+        """Seconds that the load adds for every decode row, block row and gradient row of its bucket, and in any."""
+        decode, block, grad, keys, pairs, grad_pairs, adapter_rows, grad_rows = self._weights
+        typical = self._typical
+        anywhere = (
+            load.decode_keys * keys
+            + load.block_pairs * pairs
+            + load.grad_pairs * grad_pairs
+            + load.adapter_rows * adapter_rows
+            + load.grad_rows * grad_rows
+        )
+        return (
+            load.decode_span * decode * typical,
+            load.block_span * block * typical,
+            load.grad_span * grad * typical,
+            anywhere * typical,
+        )
+
+    def _in_bucket(self, bucket: Bucket, base: float, slopes: tuple[float, float, float, float]) -> float:
+        decode, block, grad, anywhere = slopes
+        rows = bucket.grad_rows
+        more = bucket.decode_rows * decode + (rows + bucket.chunk_rows) * block + rows * grad + anywhere
+        seconds = base * (self._per_base[1] if rows else self._per_base[0]) + more
+        return seconds if seconds > 0.25 * base else 0.25 * base
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learns from a step that was measured."""
@@ -128,14 +156,22 @@ class StepTimes:
 
     def _learn(self, load: StepLoad, base: float, linear: float, seconds: float) -> None:
         """One step of recursive least squares (a Kalman filter whose state stands still), on relative errors."""
-        more = [amount / unit * self._typical for amount, unit in zip(load.weighed(), self._units, strict=True)]
-        x = np.array([base, base if load.bucket.grad_rows else 0.0, *more]) / seconds
+        scale = self._typical / seconds
+        more = [amount / unit * scale for amount, unit in zip(load.weighed(), self._units, strict=True)]
+        x = np.array([base / seconds, base / seconds if load.bucket.grad_rows else 0.0, *more])
         through = self._covariance @ x
         gain = through / (x @ through + NOISE**2)
         self._theta = self._theta + gain * (1 - linear / seconds)
-        covariance = self._covariance - np.outer(gain, through)
-        self._covariance = (1 - FORGETTING) * covariance + FORGETTING * self._prior
-        self._weights = self._theta.tolist()
+        covariance = self._covariance - gain[:, None] * through
+        covariance *= 1 - FORGETTING
+        covariance += self._forgotten
+        self._covariance = covariance
+        self._set_weights()
+
+    def _set_weights(self) -> None:
+        weights = self._theta.tolist()
+        self._per_base = weights[0], weights[0] + weights[1]  # in buckets without and with gradient rows
+        self._weights = [weight / unit for weight, unit in zip(weights[NUM_BASES:], self._units, strict=True)]
 
     def error(self, quantile: float = 0.9) -> float:
         """This quantile of the relative errors of late."""

@@ -58,7 +58,8 @@ class FinetuneQueue:
                 backward += rounded(min(seq.remaining, seq.window), self.row_block)
             if not seq.backward_begun:
                 forward += rounded(seq.num_rows - seq.forwarded, self.row_block)
-            dropout |= seq.dropout > 0
+            if seq.dropout:
+                dropout = True
         return backward, forward, dropout
 
     # plan
@@ -96,7 +97,7 @@ class FinetuneQueue:
         for seq in self.active:
             if chunk_rows < self.row_block:
                 break
-            if id(seq) in taken or (plain and seq.dropout):
+            if seq.backward_begun or id(seq) in taken or (plain and seq.dropout):
                 continue
             window = seq.forward_window(chunk_rows, usual)
             if window is not None:
@@ -155,7 +156,7 @@ class FinetuneQueue:
             alone=not config.packing,
             forward_only=batch.forward_only,
             dropout=0.0 if batch.forward_only else config.dropout,
-            drop_key=example_key(config.seed, batch.epoch, example.index),
+            drop_key=example_key(config.seed, batch.epoch, example.index) if config.dropout else 0,
         )
         seq.slot, seq.pages = self._slots.pop(0), pages
         seq.acc_pages = [self._acc.pop() for _ in range(num_acc)]

@@ -79,6 +79,7 @@ class TrainSequence:
     pages: list[int] = field(default_factory=list)
     acc_pages: list[int] = field(default_factory=list)
     forwarded: int = 0  # rows [0, forwarded) have phase F planned
+    num_rows: int = field(init=False)
     remaining: int = field(init=False)  # rows [0, remaining) have no phase B planned
     num_losses: int = 0  # planned windows whose losses the host reads
     num_read: int = 0  # of those, the ones that it has read
@@ -86,13 +87,9 @@ class TrainSequence:
     logprobs: np.ndarray = field(init=False)
 
     def __post_init__(self):
-        self.remaining = self.num_rows
+        self.num_rows = self.remaining = len(self.token_ids) - 1
         self.losses = np.zeros(len(self.token_ids), np.float32)
         self.logprobs = np.zeros(len(self.token_ids), np.float32)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.token_ids) - 1
 
     @property
     def backward_begun(self) -> bool:
@@ -127,9 +124,11 @@ class TrainSequence:
         Args:
           last: rows that phase B's first window will have; it runs them forward itself.
         """
+        if self.backward_begun:
+            return None
         end = self.num_rows if self.forward_only else self.first_backward(last)
         length = min(end - self.forwarded, room)
-        if length <= 0 or self.backward_begun:
+        if length <= 0:
             return None
         return WindowRows(self, self.forwarded, length)
 
@@ -155,7 +154,7 @@ def example_key(seed: int, epoch: int, example: int) -> int:
 
 def total_rows(windows: Values[WindowRows], row_block: int) -> int:
     """Rows these windows take in a step, each rounded up to whole blocks."""
-    return sum(rounded(w.length, row_block) for w in windows)
+    return sum([-(-length // row_block) * row_block for _, _, length in windows])
 
 
 def rounded(rows: int, row_block: int) -> int:

@@ -74,19 +74,19 @@ class Sequence:
     leader: "Sequence | None" = None
     followers: "list[Sequence]" = field(default_factory=list)
     indexed: list[bytes] = field(default_factory=list)  # digests that this sequence brought into the prefix index
+    prompt_len: int = field(init=False)
 
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_ids)
+    def __post_init__(self):
+        self.prompt_len = len(self.request.prompt_ids)
 
     @property
     def num_outputs(self) -> int:
         """Outputs that the host has read."""
-        return len(self.tokens) - len(self.request.prompt_ids)
+        return len(self.tokens) - self.prompt_len
 
     @property
     def output_ids(self) -> list[int]:
-        return self.tokens[len(self.request.prompt_ids) :]
+        return self.tokens[self.prompt_len :]
 
     @property
     def prefilling(self) -> bool:

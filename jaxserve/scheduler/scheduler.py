@@ -141,7 +141,10 @@ class Scheduler:
     @property
     def has_prompts(self) -> bool:
         """Somebody has prompt rows left to compute."""
-        return bool(self.waiting) or any(seq.prefilling for seq in self.running)
+        return bool(self.waiting) or bool(self._prefilling())
+
+    def _prefilling(self) -> list[Sequence]:
+        return [seq for seq in self.running if seq.num_computed < seq.prefill_end]
 
     def has_work(self) -> bool:
         """True while a request is alive or a plan is not committed."""
@@ -164,7 +167,7 @@ class Scheduler:
         draft = _Draft(self._num_planned, room)
         self.backlog = False
         self._plan_decodes(draft)
-        for seq in [seq for seq in self.running if seq.prefilling]:
+        for seq in self._prefilling():
             self._plan_chunk(draft, seq)
         if not draft.preempted:  # whoever lost its pages in this step must not take them back in it
             self._admit(draft, now)
@@ -191,11 +194,13 @@ class Scheduler:
         assert len(result.chunk_finite) in (0, len(plan.chunks)), f"{len(plan.chunks)} chunks"
         self._num_committed += 1
         outcomes = self._commit_chunks(plan, result)
-        for i, (seq, _, _) in enumerate(plan.samples):
+        for i, (seq, row, kind) in enumerate(plan.samples):
             if seq.state is State.FINISHED:
                 continue
             seq.num_pending -= 1
-            segment, finite = self._row(plan, result, i)
+            segment, finite = plan.decodes[row] if kind == "decode" else plan.chunks[row], result.finite[i]
+            if kind == "chunk" and result.chunk_finite:
+                finite = finite and result.chunk_finite[row]
             if not finite:
                 outcomes.append(self._fail(seq, i))
                 continue
@@ -225,9 +230,9 @@ class Scheduler:
     # decode rows
 
     def _plan_decodes(self, draft: _Draft) -> None:
-        page_size, i = self.pool.page_size, 0
-        while i < len(self.running):  # preemption shortens the list, always behind i
-            seq = self.running[i]
+        page_size, running, i = self.pool.page_size, self.running, 0
+        while i < len(running):  # preemption shortens the list, always behind i
+            seq = running[i]
             i += 1
             position = seq.num_computed
             if position < seq.prefill_end or len(seq.tokens) + seq.num_pending >= seq.max_total:
@@ -398,13 +403,6 @@ class Scheduler:
             elif seq.state is not State.FINISHED:
                 outcomes += [self._fail(member, None) for member in seq.group]
         return outcomes
-
-    def _row(self, plan: StepPlan, result: StepResult, sample: int) -> tuple[Segment, bool]:
-        """The segment a sample is drawn from, and whether all of it came out finite."""
-        _, i, kind = plan.samples[sample]
-        if kind == "decode":
-            return plan.decodes[i], result.finite[sample]
-        return plan.chunks[i], result.finite[sample] and (not result.chunk_finite or result.chunk_finite[i])
 
     def _verify(self, seq: Sequence, end: int) -> None:
         """Notes that keys and values up to ``end`` are finite, and indexes the pages that this fills."""
