@@ -6,6 +6,7 @@ on whether the bank has scales; jobs of one shape share them.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,13 +19,13 @@ from jaxserve.engine.job_programs import DeviceShapes, JobPrograms, JobShapes, c
 from jaxserve.engine.lanes import Masters
 from jaxserve.engine.training import Training
 
-CLEARED = 64  # accumulator pages per device call, or a multiple
+CLEARED = 64  # accumulator pages per device call
 
 
-@jax.jit
-def clear_pages(train: TrainState, page_X) -> TrainState:
-    """Sets accumulator pages back to zero; entries out of range are dropped."""
-    return replace(train, acc=[tuple(pool.at[page_X].set(0, mode="drop") for pool in layer) for layer in train.acc])
+@partial(jax.jit, donate_argnums=0)
+def clear_pages(acc, page_X):
+    """Sets accumulator pages back to zero, in place; entries out of range are dropped."""
+    return jax.tree.map(lambda pool: pool.at[page_X].set(0, mode="drop"), acc)
 
 
 class LaneSums:
@@ -47,6 +48,7 @@ class LaneSums:
         self.state = empty()
         self._programs: dict[tuple, JobPrograms] = {}
         self._shapes: dict[tuple, tuple[JobShapes, bool]] = {}
+        self._clear([])  # compiled before a job that is cancelled needs it
 
     @property
     def has_scales(self) -> bool:
@@ -70,9 +72,13 @@ class LaneSums:
 
     def clear(self, pages: list[int]) -> None:
         """Sets accumulator pages back to zero."""
-        padded = np.full(-(-len(pages) // CLEARED) * CLEARED, self.shape.acc_pages, np.int32)
+        for start in range(0, len(pages), CLEARED):
+            self._clear(pages[start : start + CLEARED])
+
+    def _clear(self, pages: list[int]) -> None:
+        padded = np.full(CLEARED, self.shape.acc_pages, np.int32)
         padded[: len(pages)] = pages
-        self.state = clear_pages(self.state, padded)
+        self.state = replace(self.state, acc=clear_pages(self.state.acc, padded))
 
     # programs
 
