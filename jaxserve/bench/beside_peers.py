@@ -32,12 +32,14 @@ if TYPE_CHECKING:
     from jaxserve.bench.live import Live
 
 PEER_ALONE = "peer-finetune-only"
+PROBE = "peer-probe"
 NAMES = {  # of the kinds of runs
     "coserve": "JaxServe, co-serving",
     "serve-first": "transformers + PEFT, serve-first",
     "alternate": "transformers + PEFT, alternate",
     ALONE: "JaxServe, finetuning alone",
     PEER_ALONE: "PEFT, finetuning alone",
+    PROBE: "PEFT, probe",
 }
 LOSS_TOLERANCE = 1e-3  # relative; more means that the sides did not do the same work
 PROBED_BATCHES = 2
@@ -106,8 +108,10 @@ class Peer:
         self.batches = [examples[i : i + size] for i in range(0, len(examples), size)]
         few = self.batches[:PROBED_BATCHES]
         self.training.run(few[:1], padded=False)
-        self.probed = {padded: self.training.run(few, padded).rate for padded in (True, False)}  # tokens/s
+        runs = {padded: self.training.run(few, padded) for padded in (True, False)}
+        self.probed = {padded: run.rate for padded, run in runs.items()}  # tokens/s
         self.padded = self.probed[True] > self.probed[False]
+        self.probe_losses = runs[self.padded].losses
         self.serving.generate(load.requests[:2])
 
     def run(self, policy: str, load: Workload) -> Ran:
@@ -142,7 +146,7 @@ def measure(config: Config) -> dict[str, Any]:
     runs = [run_sides(live, peer, load, turn) for turn in range(config.bench.repeats)]
     found = [row for turn, kinds in enumerate(runs) for row in numbers(kinds, goals, turn)]
     tokens = [same_tokens(kinds["coserve"].requests, kinds[policy].requests) for kinds in runs for policy in POLICIES]
-    losses = {kind: list(*ran.losses.values()) for kind, ran in runs[0].items()}
+    losses = {kind: list(*ran.losses.values()) for kind, ran in runs[0].items()} | {PROBE: peer.probe_losses}
     apart = difference(losses)
     print("\n".join([HEADER, *map(line, found), *loss_lines(losses, apart), *token_lines(tokens)]))
     return {
@@ -205,10 +209,9 @@ def numbers(kinds: Mapping[str, Ran], goals: Mapping[str, float], turn: int) -> 
 
 
 def difference(losses: Mapping[str, Sequence[float]]) -> float | None:
-    """How far losses of the steps that all runs made are from the first run's at most, relative; None of no steps."""
+    """How far losses are from those of the first run's same steps at most, relative; None where none is the same."""
     first, *others = losses.values()
-    steps = min(map(len, losses.values()))
-    return max((abs(b / a - 1) for other in others for a, b in zip(first[:steps], other, strict=False)), default=None)
+    return max((abs(b / a - 1) for other in others for a, b in zip(first, other, strict=False)), default=None)
 
 
 def same_tokens(ours: Sequence[Asked], theirs: Sequence[Asked]) -> dict[str, int]:
@@ -260,17 +263,13 @@ def line(row: Mapping[str, Any]) -> str:
 def loss_lines(losses: Mapping[str, Sequence[float]], apart: float | None) -> list[str]:
     """The first losses side by side."""
     if apart is None:
-        return ["losses: no optimizer step that all runs made; give them more seconds"]
-    steps = min(map(len, losses.values()))
-    shown = "\n".join(
-        f"  {NAMES[kind]:<34}" + " ".join(f"{loss:.6f}" for loss in found[: min(steps, SHOWN_STEPS)])
-        for kind, found in losses.items()
-    )
+        return ["losses: JaxServe made no optimizer step; give it more seconds"]
     said = "" if apart <= LOSS_TOLERANCE else f", MORE THAN {LOSS_TOLERANCE:g}: not the same training"
-    return [
-        f"losses of the first steps; in the {steps} that all runs made they differ by {apart:.1e} at most{said}",
-        shown,
+    rows = [
+        f"  {NAMES[kind]:<34}{len(found):>4} " + " ".join(f"{loss:.6f}" for loss in found[:SHOWN_STEPS])
+        for kind, found in losses.items()
     ]
+    return [f"optimizer steps and their first losses; the same steps differ by {apart:.1e} at most{said}", *rows]
 
 
 def token_lines(found: Sequence[Mapping[str, int]]) -> list[str]:

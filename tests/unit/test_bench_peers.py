@@ -124,14 +124,20 @@ def test_each_side_is_measured_by_its_own_finetuning_alone():
     assert {len(text) for text in map(beside_peers.line, rows.values())} == {len(beside_peers.HEADER.splitlines()[0])}
 
 
-def test_losses_are_compared_over_the_steps_that_all_runs_made():
-    losses = {"coserve": [8.0, 4.0, 2.0], "alternate": [8.0, 4.4], "serve-first": [8.0, 4.0, 9.0]}
+def test_losses_are_compared_with_those_of_the_same_steps():
+    losses = {
+        "coserve": [8.0, 4.0, 2.0],
+        "alternate": [8.0, 4.4],
+        "serve-first": [],
+        "peer-probe": [8.0, 4.0, 2.0, 9.0],
+    }
     apart = beside_peers.difference(losses)
     assert apart == pytest.approx(0.1)
-    said, shown = beside_peers.loss_lines(losses, apart)
-    assert "in the 2 that all runs made they differ by 1.0e-01 at most, MORE THAN 0.001" in said
-    assert "transformers + PEFT, alternate    8.000000 4.400000" in shown
-    assert beside_peers.difference(losses | {"alternate": []}) is None
+    said, *rows = beside_peers.loss_lines(losses, apart)
+    assert "the same steps differ by 1.0e-01 at most, MORE THAN 0.001" in said
+    assert rows[1] == "  transformers + PEFT, alternate       2 8.000000 4.400000"
+    assert beside_peers.difference(losses | {"coserve": []}) is None
+    assert "made no optimizer step" in beside_peers.loss_lines(losses, None)[0]
 
 
 def test_tokens_are_compared_where_both_sides_answered():
@@ -143,20 +149,18 @@ def test_tokens_are_compared_where_both_sides_answered():
 # the command
 
 
-def config(path, **sections) -> Config:
-    model = {"path": str(path), "load_format": "dummy", "dtype": "float32", "max_model_len": 64}
-    small = {
-        "model": model,
+def settings(path) -> dict:
+    return {
+        "model": {"path": str(path), "load_format": "dummy", "dtype": "float32", "max_model_len": 64},
         "engine": {"max_num_seqs": 2, "max_num_batched_tokens": 32, "block_size": 8},
         "finetune": {"tpot_objective_ms": 1000.0, "ttft_objective_ms": 5000.0, "finetune_window": 16},
         "bench": {
             "request_rate": 2.0, "random_input_len": 8, "random_output_len": 4, "finetune_shortest": 8,
             "finetune_longest": 16, "finetune_batch": 2, "finetune_examples": 5, "adapter_rank": 4,
-            "result_file": str(path / "r.json"),
+            "result_file": str(path / "result.json"),
         },
         "sweep": {"seconds": 3.0},
     }  # fmt: skip
-    return Config(**small | sections)
 
 
 def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
@@ -170,7 +174,7 @@ def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
         "finetune": {},
     }
     with pytest.raises(ConfigError) as error:
-        beside_peers.check(config(tmp_path, **wrong))
+        beside_peers.check(Config(**settings(tmp_path) | wrong))
     said = str(error.value)
     for part in ("tpot_objective_ms", "request_rate", "h200", "job", "sampling", "answer_with", "jobs", "modules"):
         assert part in said
@@ -179,7 +183,7 @@ def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
 def test_a_missing_peer_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "peft" else name)
     with pytest.raises(ConfigError, match="bench peers: peft is not installed; pip install torch transformers peft"):
-        beside_peers.main(config(tmp_path))
+        beside_peers.main(Config(**settings(tmp_path)))
 
 
 @pytest.mark.slow
@@ -187,21 +191,13 @@ def test_both_sides_do_the_same_work(tmp_path):
     for name in ("torch", "transformers", "peft"):
         pytest.importorskip(name)
     (tmp_path / "config.json").write_text(json.dumps(tiny_models.config_dict("llama")), encoding="utf-8")
-    own = config(tmp_path)
-    flags = itertools.chain(
-        ["bench", "peers", str(tmp_path)],
-        *(
-            [f"--{key.replace('_', '-')}", str(value)]
-            for section in ("model", "engine", "finetune", "bench", "sweep")
-            for key, value in getattr(own, section).model_dump(exclude_unset=True).items()
-            if key != "path"
-        ),
-    )
-    result = CliRunner().invoke(app, list(flags))
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
+    (tmp_path / "run.yaml").write_text(json.dumps(settings(tmp_path)), encoding="utf-8")
+    run = CliRunner().invoke(app, ["bench", "peers", "--config", str(tmp_path / "run.yaml")])
+    assert run.exit_code == 0, run.output
+    found = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert found["losses_agree"]
-    assert min(map(len, found["losses"].values())) >= 3  # the second epoch begins, after a smaller batch
+    steps = {kind: len(losses) for kind, losses in found["losses"].items()}
+    assert min(steps["coserve"], steps["serve-first"]) > 3  # beyond the first epoch, whose last batch is smaller
     assert found["losses_difference"] < 1e-4
     assert all(each["same"] == each["answered_by_both"] == found["num_requests"] for each in found["same_tokens"])
     assert {row["kind"] for row in found["runs"]} == set(KINDS)
