@@ -7,10 +7,10 @@ that the loss is about; padding does not count. The sides take turns.
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,14 @@ def train(engine: "Engine", examples: Examples, adapter: str, fields: dict[str, 
     return TrainRun(how="JaxServe", seconds=seconds, cpu_seconds=cpu, tokens=job.trained_tokens, losses=job.losses)
 
 
+class Backward(NamedTuple):
+    """A part of an optimizer step."""
+
+    tokens: int
+    loss: float  # the step's is the sum of its parts
+    ends_step: bool
+
+
 class PeftPeer:
     """The same training in PEFT and PyTorch.
 
@@ -83,27 +91,38 @@ class PeftPeer:
 
     def run(self, batches: Sequence[Examples], padded: bool) -> TrainRun:
         """All batches, from the adapter's start."""
-        torch, c = self.torch, self.config
-        with torch.no_grad():
-            for parameter, value in zip(self.trained, self.start, strict=True):
-                parameter.copy_(value)
-        optimizer = torch.optim.AdamW(self.trained, lr=c.learning_rate, weight_decay=c.weight_decay)
-        start, cpu, losses, tokens = time.perf_counter(), time.process_time(), [], 0
-        for batch in batches:
-            optimizer.zero_grad()
-            total = sum(len(ids) - 1 for ids in batch)
-            losses.append(sum(self._backward(part, total) for part in ([batch] if padded else [[x] for x in batch])))
-            if c.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(self.trained, c.max_grad_norm)
-            optimizer.step()
-            tokens += total
+        start, cpu, losses, tokens, loss = time.perf_counter(), time.process_time(), [], 0, 0.0
+        for done in self.backwards(batches, padded):
+            tokens, loss = tokens + done.tokens, loss + done.loss
+            if done.ends_step:
+                losses.append(loss)
+                loss = 0.0
         return TrainRun(
-            how="PEFT, padded batches" if padded else "PEFT, one example at a time",
+            how=how(padded),
             seconds=time.perf_counter() - start,
             cpu_seconds=time.process_time() - cpu,
             tokens=tokens,
             losses=losses,
         )
+
+    def backwards(self, batches: Iterable[Examples], padded: bool) -> Iterator[Backward]:
+        """The same, bit by bit: the optimizer's update is made with the last backward of its batch."""
+        torch, c = self.torch, self.config
+        with torch.no_grad():
+            for parameter, value in zip(self.trained, self.start, strict=True):
+                parameter.copy_(value)
+        optimizer = torch.optim.AdamW(self.trained, lr=c.learning_rate, weight_decay=c.weight_decay)
+        for batch in batches:
+            optimizer.zero_grad()
+            total = _num_trained(batch)
+            *parts, last = [batch] if padded else [[ids] for ids in batch]
+            for part in parts:
+                yield Backward(_num_trained(part), self._backward(part, total), ends_step=False)
+            loss = self._backward(last, total)
+            if c.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(self.trained, c.max_grad_norm)
+            optimizer.step()
+            yield Backward(_num_trained(last), loss, ends_step=True)
 
     def _backward(self, examples: Examples, total: int) -> float:
         torch = self.torch
@@ -113,9 +132,18 @@ class PeftPeer:
         for row, example in enumerate(examples):
             ids[row, : len(example)] = labels[row, : len(example)] = torch.tensor(example)
         out = self.model(ids, attention_mask=(labels >= 0).long(), labels=labels)
-        loss = out.loss * (sum(map(len, examples)) - len(examples)) / total
+        loss = out.loss * _num_trained(examples) / total
         loss.backward()
         return float(loss.detach())
+
+
+def _num_trained(examples: Examples) -> int:
+    return sum(len(ids) - 1 for ids in examples)
+
+
+def how(padded: bool) -> str:
+    """A way of PEFT's in words."""
+    return "PEFT, padded batches" if padded else "PEFT, one example at a time"
 
 
 def main(config: Config) -> int:

@@ -149,22 +149,28 @@ class Live:
             steps=[step._replace(at=step.at - replay.began) for step in watch.steps],
             preemptions=core.scheduler.counts().preemptions - before,
             evictions=watch.evictions,
+            duration=run.duration,
+            cpu_seconds=run.cpu_seconds,
+            losses={adapter: [each.loss for each in steps] for adapter, steps in run.learnt.items()},
         )
 
     def _start(self) -> "dict[str, FinetuneJob]":
         """Jobs that go on for ever."""
-        config, engine, bench = self.config, self.engine, self.config.bench
+        config, engine = self.config, self.engine
         sources: dict[str, Any] = {job.adapter: locate(job.data) for job in config.coserve.jobs}
-        if not sources:
-            longest = min(bench.finetune_longest, engine.core.config.max_model_len)
-            shortest = min(bench.finetune_shortest, longest)
-            examples = make_examples(bench.finetune_examples, shortest, longest, engine.model.vocab_size, bench.seed)
-            sources = {TRAINED: [(ids, None) for ids in examples]}
+        sources = sources or {TRAINED: [(ids, None) for ids in self.examples()]}
         jobs = {}
         for adapter, settings in self.jobs.items():
             jobs[adapter] = engine.finetune(sources[adapter], adapter, settings)
             self.datasets[adapter] = (settings, jobs[adapter]._job.dataset)
         return jobs
+
+    def examples(self) -> list[list[int]]:
+        """Token ids of what is trained on where the configuration names no jobs."""
+        bench = self.config.bench
+        longest = min(bench.finetune_longest, self.engine.core.config.max_model_len)
+        shortest = min(bench.finetune_shortest, longest)
+        return make_examples(bench.finetune_examples, shortest, longest, self.engine.model.vocab_size, bench.seed)
 
     def _end(self, jobs: "Iterable[FinetuneJob]") -> None:
         for job in jobs:
@@ -221,6 +227,7 @@ def _asked(tenant: str, record: Any) -> Asked:
         prompt_tokens=record.prompt_tokens,
         start=record.start,
         token_times=record.token_times,
+        token_ids=record.token_ids,
         error=None if whole and record.error is None else (record.error or NOT_OVER).replace("stopped", NOT_OVER),
     )
 

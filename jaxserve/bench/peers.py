@@ -56,18 +56,18 @@ class PeerRun:
 
 def require_transformers() -> None:
     """Raises ConfigError where PyTorch or transformers is absent."""
-    _require("transformers", "torch", "transformers")
+    _require("bench.against transformers", "torch", "transformers")
 
 
-def require_peft() -> None:
-    """Raises ConfigError where PyTorch, transformers or PEFT is absent."""
-    _require("peft", "torch", "transformers", "peft")
+def require_peft(asked: str = "bench.against peft") -> None:
+    """Raises ConfigError where PyTorch, transformers or PEFT is absent; ``asked`` says what needs them."""
+    _require(asked, "torch", "transformers", "peft")
 
 
-def _require(peer: str, *names: str) -> None:
+def _require(asked: str, *names: str) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise ConfigError([f"bench.against {peer}: {name} is not installed; pip install {' '.join(names)}"])
+            raise ConfigError([f"{asked}: {name} is not installed; pip install {' '.join(names)}"])
 
 
 def write_dummy_checkpoint(config_dir: str | Path, directory: str | Path, dtype: str, seed: int) -> None:
@@ -98,7 +98,7 @@ class TransformersPeer:
         requests = sorted(workload.requests, key=SORT_KEYS[order])
         batches = [requests[i : i + batch_size] for i in range(0, len(requests), batch_size)]
         start, cpu = self.clock(), time.process_time()
-        token_ids = {request: ids for batch in batches for request, ids in self._generate(batch).items()}
+        token_ids = {r: ids for batch in batches for r, ids in zip(batch, self.generate(batch), strict=True)}
         return PeerRun(
             order=order,
             batch_size=batch_size,
@@ -109,24 +109,30 @@ class TransformersPeer:
             token_ids=token_ids,
         )
 
-    def _generate(self, batch: Sequence[BenchRequest]) -> dict[BenchRequest, list[int]]:
-        """Greedy tokens by request, left-padded prompts, end tokens ignored."""
+    def generate(
+        self, batch: Sequence[BenchRequest], each_token: Callable[[], bool] = lambda: False
+    ) -> list[list[int]]:
+        """Greedy tokens of each request, left-padded prompts, end tokens ignored.
+
+        Args:
+          each_token: called when every request has one more token; True ends the batch.
+        """
         import torch
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         width, steps = max(len(r.prompt_ids) for r in batch), _longest(batch)
         pads = [width - len(r.prompt_ids) for r in batch]
         ids = torch.tensor([[0] * pad + list(r.prompt_ids) for pad, r in zip(pads, batch, strict=True)])
         mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in pads])
         config = GenerationConfig(max_new_tokens=steps, do_sample=False, use_cache=True, pad_token_id=0)
+        stopping = StoppingCriteriaList([lambda ids, scores, **_: torch.full((len(ids),), each_token())])
         with torch.inference_mode():
-            out = self.model.generate(ids, attention_mask=mask, generation_config=config)
-        rows = out[:, width:].tolist()
-        return {request: row[: request.output_tokens] for request, row in zip(batch, rows, strict=True)}
+            out = self.model.generate(ids, attention_mask=mask, generation_config=config, stopping_criteria=stopping)
+        return [row[: r.output_tokens] for r, row in zip(batch, out[:, width:].tolist(), strict=True)]
 
     def search(self, workload: Workload, sizes: Sequence[int] = BATCH_SIZES) -> list[PeerRun]:
         """Every order and batch size once, the fastest first."""
-        self._generate(workload.requests[:2])
+        self.generate(workload.requests[:2])
         count = len(workload.requests)
         fitting = sorted({min(size, count) for size in sizes})
         pairs = [(order, size) for size in fitting for order in (SORT_KEYS if size < count else ("arrival",))]

@@ -65,6 +65,9 @@ class Ran:
     steps: list[StepRow] = field(default_factory=list)
     preemptions: int = 0  # of requests
     evictions: int = 0  # of finetune sequences, whose pages requests needed
+    duration: float = 0.0  # of a measured run, with what was left to do after ``seconds``
+    cpu_seconds: float = 0.0  # of the process over ``duration``
+    losses: dict[str, list[float]] = field(default_factory=dict)  # of optimizer steps, by adapter
 
     @property
     def finetune_rate(self) -> float:

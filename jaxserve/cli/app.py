@@ -139,6 +139,18 @@ def bench_coserve(config: Config, model: Model = None) -> None:
     raise typer.Exit(main(config))
 
 
+@bench_app.command("peers")
+@configured("model", "engine", "lora", "finetune", "coserve", "bench", "sweep")
+def bench_peers(config: Config, model: Model = None) -> None:
+    """Co-serve beside transformers and PEFT that take turns on the same processors: same requests, same batches.
+
+    Exit status 1: losses differ.
+    """
+    from jaxserve.bench.beside_peers import main
+
+    raise typer.Exit(main(config))
+
+
 @bench_app.command()
 def flexllm(
     out: Annotated[str, typer.Option(metavar="DIR", help="Where tables and results go.")] = "runs/flexllm",

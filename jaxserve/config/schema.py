@@ -479,7 +479,7 @@ POLICIES = r"^(coserve|temporal:[1-9]\d*|temporal-dynamic|separate:(25|50|75)|sp
 
 
 class SweepSection(Section):
-    """Of bench coserve and bench flexllm."""
+    """Of bench coserve and bench flexllm; of bench peers, seconds."""
 
     policies: Annotated[tuple[Annotated[str, Field(pattern=POLICIES)], ...], Field(strict=False, min_length=1)] = (
         "coserve", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic", "separate:25", "separate:50",
