@@ -150,8 +150,8 @@ def _step_bytes(model: ModelConfig, options: EngineConfig, length: int, rows: in
 
 
 def _every_weight(model: ModelConfig, dtype: str, length: int, mesh: Mesh) -> int:
-    """Temporaries of a loss over a whole sequence and its gradients for all layers' weights and the adapters; the
-    gradients themselves are results and do not count."""
+    """Temporaries of a loss over a whole sequence and its gradients for all layers' weights and the adapters, of which
+    the lengths alone are kept: results are memory that a program may use before it writes them."""
     whole, kind = named_sharding(mesh, ()), jnp.dtype(dtype)
 
     def array(shape: Sequence[int], dtype: Any = kind) -> Any:
@@ -165,10 +165,15 @@ def _every_weight(model: ModelConfig, dtype: str, length: int, mesh: Mesh) -> in
     ints, floats = array((length,), jnp.int32), array((length,), jnp.float32)
     rows = LossRows(ints, floats, ints, *[floats] * 4)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = jax.jit(partial(whole_sequence, model=model)).lower(params, adapters, ints, rows).compile()
+        program = jax.jit(partial(_lengths, model=model)).lower(params, adapters, ints, rows).compile()
     memory = program.memory_analysis()
     assert memory is not None, "the compiler says what memory a program needs"
     return memory.temp_size_in_bytes
+
+
+def _lengths(params: Any, adapters: Any, token_S: jax.Array, rows: LossRows, *, model: ModelConfig) -> Any:
+    loss, gradients = whole_sequence(params, adapters, token_S, rows, model=model)
+    return loss, jax.tree.map(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), gradients)
 
 
 def whole_sequence(params: Any, adapters: Any, token_S: jax.Array, rows: LossRows, *, model: ModelConfig) -> Any:
