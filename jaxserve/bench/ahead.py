@@ -28,7 +28,6 @@ from jaxserve.models.params import param_specs
 from sharding import AXIS, named_sharding
 
 DUMP = "MOSAIC_GPU_DUMP_TO"  # a variable that Pallas reads: where to write what it knows of each kernel
-NUMPY = {"bfloat16": "uint16", "float16": "float16", "float32": "float32"}  # of the same size
 NOT_HERE = (
     "no compiler for CUDA here: compiling for a GPU that need not be there takes an environment with '.[cuda13]' "
     "(Python 3.12 or newer)"
@@ -87,17 +86,20 @@ class Program:
     text: str  # the optimized HLO
 
 
+def abstract_params(model: ModelConfig, mesh: Mesh, dtype: str) -> Any:
+    """The parameters as shapes with their places on the mesh."""
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype), sharding=named_sharding(mesh, spec.axes)),
+        param_specs(model, mesh.size),
+        is_leaf=lambda x: hasattr(x, "axes"),
+    )
+
+
 def abstract_arguments(
     config: CoreConfig, model: ModelConfig, mesh: Mesh, train: TrainShape | None
 ) -> tuple[Any, Any, Any]:
     """(parameters, state, state without what finetuning adds) as shapes with their places on the mesh."""
     bank = config.bank(model, mesh.size)
-    specs = param_specs(model, mesh.size)
-    params = jax.tree.map(
-        lambda spec: jax.ShapeDtypeStruct(spec.shape, np.dtype(config.dtype), sharding=named_sharding(mesh, spec.axes)),
-        specs,
-        is_leaf=lambda x: hasattr(x, "axes"),
-    )
 
     def whole_state() -> Any:
         state = empty_state(
@@ -114,7 +116,7 @@ def abstract_arguments(
         shapes,
         state_specs(shapes, bank),
     )
-    return params, state, replace(state, train=None)
+    return abstract_params(model, mesh, config.dtype), state, replace(state, train=None)
 
 
 def local_bytes(tree: Any) -> int:
@@ -135,15 +137,20 @@ def dumping() -> Iterator[Path]:
             del os.environ[DUMP]
 
 
-def compile_step(params: Any, state: Any, spec: StepSpec, clock: Callable[[], float] = time.perf_counter) -> Program:
+def compile_step(params: Any, state: Any, spec: StepSpec) -> Program:
     """Compiles one of the engine's programs for the devices of ``spec.mesh``."""
     ints, _, floats, _ = spec.layout.empty()
     whole = named_sharding(spec.mesh, ())
     batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (ints, floats)]
-    with jax.sharding.use_abstract_mesh(spec.mesh.abstract_mesh):
-        start = clock()
-        compiled = step.lower(params, state, *batch, None, spec=spec).compile()
-        seconds = clock() - start
+    return compile_for(spec.mesh, lambda: step.lower(params, state, *batch, None, spec=spec))
+
+
+def compile_for(mesh: Mesh, lower: Callable[[], Any]) -> Program:
+    """Compiles what ``lower`` gives, for the devices of the mesh."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        start = time.perf_counter()
+        compiled = lower().compile()
+        seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
     assert memory is not None, "the compiler says what memory a program needs"
     return Program(

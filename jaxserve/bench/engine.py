@@ -44,6 +44,17 @@ def room_alone(config: Config, rank: int | None) -> dict[str, Any]:
     return room if rank is None else room | {"max_lora_rank": rank}
 
 
+def model_path(config: Config) -> str:
+    """Where the model is.
+
+    Raises:
+      ConfigError: no model.
+    """
+    if config.model.path is None:
+        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+    return locate(config.model.path)
+
+
 def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engine":
     """Loads the model and then lora.modules.
 
@@ -53,11 +64,10 @@ def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engin
     Raises:
       ConfigError: no model.
     """
-    if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+    path = model_path(config)
     from jaxserve import Engine
 
-    engine = Engine.from_pretrained(locate(config.model.path), **options_of(config, room or {}))
+    engine = Engine.from_pretrained(path, **options_of(config, room or {}))
     for module in config.lora.modules:
         engine.load_adapter(module.name, module.path)
     return engine

@@ -16,7 +16,7 @@ from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.engine import load_engine, room_for
 from jaxserve.bench.finetune import make_examples
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch
+from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch, run_name
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import run_load, sampling, warm_up_load
@@ -93,7 +93,7 @@ class Live:
     # a Backend
 
     def run(self, sharing: str, rate: float) -> Ran:
-        return self.watched(f"{sharing} at {rate:g}" if rate else sharing, sharing, rate)
+        return self.watched(run_name(sharing, rate), sharing, rate)
 
     def spatial(self, rate: float) -> tuple[Ran, Ran]:
         context = multiprocessing.get_context("spawn")
@@ -201,7 +201,7 @@ class Live:
             sharing=how,
         )
         jobs = [Job(name, own, data, start=None) for name, (own, data) in self.datasets.items()]  # pyright: ignore[reportArgumentType]
-        times, loads, seconds = self.steps[f"{how} at {rate:g}" if rate else how]
+        times, loads, seconds = self.steps[run_name(how, rate)]
         device = MeasuredDevice(copy.deepcopy(times), loads, seconds)
         simulator = Simulator(settings, device, [] if how == "inference-only" else jobs)
         name = f"{how} at {rate:g}, simulated"

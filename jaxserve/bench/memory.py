@@ -19,20 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.assets import locate
 from jaxserve.bench import ahead, roofline
-from jaxserve.bench.plan import first_layers
+from jaxserve.bench.engine import model_path
+from jaxserve.bench.plan import first_layers, program_of
 from jaxserve.config import Config, EngineConfig
 from jaxserve.engine.activations import REMAT
 from jaxserve.engine.buckets import MIN_ROWS, Bucket
 from jaxserve.engine.gradient import frozen_head
 from jaxserve.engine.sizes import core_config
-from jaxserve.engine.specs import step_spec, train_shape
+from jaxserve.engine.specs import train_shape
 from jaxserve.errors import ConfigError
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import load_config, stored_dtype
-from jaxserve.models.params import param_specs
 from pallas_kernels.cross_entropy import LossRows, loss_and_gradient
 from pallas_kernels.numerics import wide_dtype
 from pallas_kernels.ragged_paged_attention import (
@@ -50,9 +49,7 @@ GB = 1e9
 
 def main(config: Config, device: str, length: int, window: int, layers: int | None, as_json: bool) -> int:
     """Compiles, and prints what was found."""
-    if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
-    path = locate(config.model.path)
+    path = model_path(config)
     model = load_config(path)
     options = config.engine_config()
     if options.tensor_parallel != 1:
@@ -87,7 +84,7 @@ def ablation(
         most = model.max_position_embeddings
         raise ConfigError([f"--window {window}, --length {length}: 1 to the length, which may be {most} at most"])
     dtype = str(options.dtype)
-    between = length * roofline.finetune_bytes(model, np.dtype(ahead.NUMPY[dtype]).itemsize)
+    between = length * roofline.finetune_bytes(model, np.dtype(dtype).itemsize)
     shapes = [model] if layers is None else [first_layers(model, n) for n in (layers // 2, layers)]
     methods: list[tuple[str, str, int, Callable[[ModelConfig], int]]] = [
         ("every weight", "every weight trainable, nothing run again", 0,
@@ -141,9 +138,7 @@ def _step_bytes(model: ModelConfig, options: EngineConfig, length: int, rows: in
     core = core_config(options.model_copy(update=changed), model, None, mesh)
     grad_rows = -(-rows // core.row_block) * core.row_block
     train = train_shape(core, 1)
-    params, state, _ = ahead.abstract_arguments(core, model, mesh, train)
-    spec = step_spec(Bucket(0, MIN_ROWS, grad_rows), core, model, mesh, core.bank(model, 1), train)
-    return ahead.compile_step(params, state, spec).temporary
+    return program_of(core, model, mesh, train, Bucket(0, MIN_ROWS, grad_rows)).temporary
 
 
 # every weight trainable
@@ -157,18 +152,13 @@ def _every_weight(model: ModelConfig, dtype: str, length: int, mesh: Mesh) -> in
     def array(shape: Sequence[int], dtype: Any = kind) -> Any:
         return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=whole)
 
-    specs = param_specs(model, 1)
-    params = jax.tree.map(lambda spec: array(spec.shape), specs, is_leaf=lambda x: hasattr(x, "axes"))
     dims = roofline.site_dims(model).items()
     pairs = {site: (array((RANK, inputs)), array((sum(outs), RANK))) for site, (inputs, outs) in dims}
     adapters = [pairs] * model.num_layers
     ints, floats = array((length,), jnp.int32), array((length,), jnp.float32)
     rows = LossRows(ints, floats, ints, *[floats] * 4)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program = jax.jit(partial(_lengths, model=model)).lower(params, adapters, ints, rows).compile()
-    memory = program.memory_analysis()
-    assert memory is not None, "the compiler says what memory a program needs"
-    return memory.temp_size_in_bytes
+    params, program = ahead.abstract_params(model, mesh, dtype), jax.jit(partial(_lengths, model=model))
+    return ahead.compile_for(mesh, lambda: program.lower(params, adapters, ints, rows)).temporary
 
 
 def _lengths(params: Any, adapters: Any, token_S: jax.Array, rows: LossRows, *, model: ModelConfig) -> Any:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from jax import tree
 
-from jaxserve.assets import locate
 from jaxserve.bench import ahead, hlo, roofline
+from jaxserve.bench.engine import model_path
 from jaxserve.config import Config, EngineConfig
 from jaxserve.engine.activations import activation_bytes
 from jaxserve.engine.buckets import Bucket, Buckets
@@ -34,9 +34,7 @@ LARGE = 1 << 20  # bytes: copies of anything smaller are not looked for
 
 def main(config: Config, device: str, layers: int | None, context: int, every_bucket: bool, as_json: bool) -> int:
     """Compiles, and prints what was found."""
-    if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
-    path = locate(config.model.path)
+    path = model_path(config)
     result = plan(load_config(path), stored_dtype(path), config.engine_config(), device, layers, context, every_bucket)
     print(json.dumps(result, indent=1) if as_json else "\n".join(lines(result)))
     return 0 if result["fits"] else 1
@@ -72,10 +70,9 @@ def plan(
     train = train_shape(core, max(options.max_finetune_jobs, 1)) if core.max_loras else None
     params, state, plain = ahead.abstract_arguments(core, model, mesh, train)
     memory = _memory(params, state)
-
     buckets = _buckets(core, train is not None, every_bucket)
     kernels = _kernels(core, model, device, mesh.size, train, buckets)
-    programs = [_program(core, compiled, mesh, train, bucket) for bucket in buckets]
+    programs = [program_of(core, compiled, mesh, train, bucket) for bucket in buckets]
     large = _large_arrays(params, plain)
     steps = [
         _told(model, core, options, device, bucket, program, large, context)
@@ -96,8 +93,8 @@ def plan(
         "kv_tokens_that_fit": fitting * core.page_size,
         "fits": sum(memory.values()) + temporary <= budget,
         "bytes_per_token": {
-            "kv": roofline.kv_bytes(model, np.dtype(ahead.NUMPY[core.dtype]).itemsize, mesh.size),
-            "finetune": roofline.finetune_bytes(model, np.dtype(ahead.NUMPY[core.dtype]).itemsize, mesh.size),
+            "kv": roofline.kv_bytes(model, np.dtype(core.dtype).itemsize, mesh.size),
+            "finetune": roofline.finetune_bytes(model, np.dtype(core.dtype).itemsize, mesh.size),
             "finetune_activations": _activation_bytes(steps),
         },
         "steps": steps,
@@ -117,7 +114,7 @@ def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) ->
     params, state, _ = ahead.abstract_arguments(one, model, mesh, train)
     left = budget - ahead.local_bytes(params) - ahead.local_bytes(state) - STEP_BYTES
     if train is not None:
-        itemsize = np.dtype(ahead.NUMPY[small.dtype]).itemsize
+        itemsize = np.dtype(small.dtype).itemsize
         left -= activation_bytes(model, small.max_grad_rows, small.remat, itemsize, tp)
     wanted = small.max_num_seqs * small.pages_per_seq
     pages = min(wanted, left * tp // page_bytes(model, small.page_size, tp, small.dtype))
@@ -173,7 +170,10 @@ def _buckets(core: CoreConfig, finetunes: bool, every: bool) -> list[Bucket]:
     return [*chosen, Bucket(0, many, buckets.grad_rows[-1])] if grads else chosen
 
 
-def _program(core: CoreConfig, model: ModelConfig, mesh: Any, train: TrainShape | None, bucket: Bucket) -> Any:
+def program_of(
+    core: CoreConfig, model: ModelConfig, mesh: Any, train: TrainShape | None, bucket: Bucket
+) -> ahead.Program:
+    """The engine's program of a bucket, compiled."""
     params, state, plain = ahead.abstract_arguments(core, model, mesh, train)
     spec = step_spec(bucket, core, model, mesh, core.bank(model, mesh.size), train)
     return ahead.compile_step(params, state if bucket.grad_rows else plain, spec)
@@ -199,7 +199,7 @@ def _dumped_kernels(
     mesh = ahead.mesh_of(device, tensor_parallel)
     with ahead.dumping() as folder:
         for bucket in buckets:
-            _program(core, model, mesh, train, bucket)
+            program_of(core, model, mesh, train, bucket)
         return list(hlo.resources(folder))
 
 
@@ -223,7 +223,7 @@ def _told(
         model,
         _load(core, bucket, context),
         tensor_parallel=options.tensor_parallel,
-        itemsize=np.dtype(ahead.NUMPY[core.dtype]).itemsize,
+        itemsize=np.dtype(core.dtype).itemsize,
         remat=core.remat,
     )
     named = roofline.DEVICES[device]

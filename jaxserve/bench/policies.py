@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jaxserve.bench.ran import Ran, serving_numbers, step_numbers
+from jaxserve.bench.ran import Ran, run_name, serving_numbers, step_numbers
 
 ENOUGH = 0.99  # share of requests that must meet their objectives for a rate to count as served
 ALONE = "finetune-only"
@@ -87,8 +87,7 @@ class Runs:
 
     def _run(self, sharing: str, rate: float) -> Ran:
         rate = 0.0 if sharing == ALONE else rate
-        name = sharing if sharing == ALONE else f"{sharing} at {rate:g}"
-        return self._get(name, lambda: (self.backend.run(sharing, rate),))[0]
+        return self._get(run_name(sharing, rate), lambda: (self.backend.run(sharing, rate),))[0]
 
     def _get(self, name: str, make) -> tuple[Ran, ...]:
         if name not in self._known:

@@ -80,6 +80,11 @@ def finetune_tokens(steps: Iterable[StepRow], seconds: float) -> int:
     return sum(step.mix.backward for step in steps if step.end <= seconds)
 
 
+def run_name(sharing: str, rate: float) -> str:
+    """Of a run of one way to share at so many requests per second; 0: none came."""
+    return f"{sharing} at {rate:g}" if rate else sharing
+
+
 class Core(Protocol):
     """What an engine's core and a simulator have in common."""
 

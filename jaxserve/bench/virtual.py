@@ -16,7 +16,7 @@ import numpy as np
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import NOT_OVER, Asked, Ran, StepRow, Watch
+from jaxserve.bench.ran import NOT_OVER, Asked, Ran, StepRow, Watch, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
@@ -255,7 +255,7 @@ class Virtual:
 
     def run(self, sharing: str, rate: float) -> Ran:
         device = self.make_device()
-        name = f"{sharing} at {rate:g}" if rate else sharing
+        name = run_name(sharing, rate)
         settings = settings_of(self.config, self.model, self.device, sharing)
         return self._replicas(name, rate, lambda requests, replica: self._replica(settings, device, requests, replica))
 
