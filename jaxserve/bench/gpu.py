@@ -50,6 +50,7 @@ class Bench:
     """What the parts share."""
 
     smoke: bool  # tiny sizes, XLA implementations: the path, not the numbers
+    layers: int = 32  # of the engine's model
     facts: dict[str, Any] = field(default_factory=dict)  # go to the result file
     shared: dict[str, Any] = field(default_factory=dict)  # the engine, once there is one
 
@@ -168,6 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="jaxserve bench gpu", description="Measure kernels and engine on a GPU.")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and XLA implementations, on any device")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"), help="result file")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the engine's model; fewer compile sooner")
     parser.add_argument("--parts", help="names of parts, with commas between; all by default")
     options = parser.parse_args(arguments)
     parts = all_parts()
@@ -177,11 +179,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"--parts: no part {unknown[0]!r}; there are {', '.join(part.name for part in parts)}")
         parts = tuple(part for part in parts if part.name in wanted)
-    report = Report(options.out, facts(options.smoke))
+    report = Report(options.out, facts(options.smoke) | {"layers": options.layers})
+    bench = Bench(smoke=options.smoke, layers=options.layers, facts=report.facts)
     watchdog = threading.Timer(LIMIT, _give_up, (report,))
     watchdog.daemon = True
     watchdog.start()
-    outcomes = run_parts(parts, Bench(smoke=options.smoke, facts=report.facts), report, LIMIT - 10)
+    outcomes = run_parts(parts, bench, report, LIMIT - 10)
     watchdog.cancel()
     bad = [outcome.part for outcome in outcomes if outcome.status != "done"]
     print(

@@ -62,7 +62,8 @@ TPOT_MS = 45.0
 
 
 def _write_config(bench: Bench, directory: str) -> str:
-    Path(directory, "config.json").write_text(json.dumps(TINY if bench.smoke else LLAMA_8B), encoding="utf-8")
+    config = TINY if bench.smoke else LLAMA_8B | {"num_hidden_layers": bench.layers}
+    Path(directory, "config.json").write_text(json.dumps(config), encoding="utf-8")
     return directory
 
 
