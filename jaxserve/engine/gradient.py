@@ -15,6 +15,7 @@ pages, Y lane pages, R ranks, E out.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import jax
@@ -115,15 +116,20 @@ def train_specs(train: TrainState) -> Any:
     return cast(Any, TrainState)(acc=[(pool, pool) for _ in train.acc], lanes=lanes, scale_lanes=scale_lanes)
 
 
+@struct.dataclass
+class Kept:
+    """What a layer's forward leaves for its backward."""
+
+    x_WD: Float[Array, "W D"]  # the layer's input
+    attended: tuple[jax.Array, jax.Array] | None = None  # attention's output and log-sum-exp
+    products: dict[str, jax.Array] = field(default_factory=dict)  # [W, O] of the sites, before scales
+
+
 @dataclass
 class Tape:
-    """What the forward leaves for the backward; filled while the step is traced."""
+    """What the layers' forward leaves for the backward; filled while the step is traced."""
 
-    rows: int
-    remat: str
-    inputs: list[Float[Array, "W D"]] = field(default_factory=list)  # of each layer
-    attended: list[tuple[jax.Array, jax.Array]] = field(default_factory=list)  # attention's output, log-sum-exp
-    products: list[dict[str, jax.Array]] = field(default_factory=list)  # [W, O] of each layer's sites, before scales
+    kept: list[Kept] = field(default_factory=list)
     pulls: list[Callable] = field(default_factory=list)  # vector-Jacobian products of layers, policy none
     last: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
 
@@ -139,7 +145,10 @@ class GradientRows:
         assert train is not None, "a state without room for training"
         self.params, self.grad, self.train, self.linears, self.spec = params, batch.grad, train, linears, spec
         self.W = spec.layout.bucket.grad_rows
-        self.tape = Tape(self.W, spec.train.remat)
+        self.remat = spec.train.remat
+        self.tape = Tape()
+        self.kept: Kept | None = None  # of the layer that is being traced
+        self.pull_layers: dict[LayerConfig, Callable] = {}  # the backward of each kind of layer, traced once
         self.all_rows: tuple[Callable, Callable] | None = None  # the engine's attend and rope
         slots, W = spec.layout.all_slots, self.W
         self.slot_W = jnp.minimum(batch.slot_T[:W], slots - 1)
@@ -160,31 +169,37 @@ class GradientRows:
     # forward
 
     def record(self, layer_step: Callable) -> Callable:
-        """Wraps a layer of the forward: notes what the policy keeps."""
+        """Wraps the forward of a kind of layer: notes what the policy keeps."""
+
+        @jax.jit
+        def run(p, x_TD, kv):
+            self.kept = Kept(x_TD[: self.W])
+            y_TD, kv = layer_step(p, x_TD, kv)
+            kept, self.kept = self.kept, None
+            return y_TD, kv, kept
 
         def recorded(p, x_TD, kv):
-            if self.tape.remat == "none":
+            if self.remat == "none":
                 y_TD, kv = self._recorded_with_autodiff(p, x_TD, kv, len(self.tape.pulls))
             else:
-                self.tape.inputs.append(x_TD[: self.W])
-                self.tape.products.append({})
-                y_TD, kv = layer_step(p, x_TD, kv)
+                y_TD, kv, kept = run(p, x_TD, kv)
+                self.tape.kept.append(kept)
             self.tape.last = y_TD[: self.W]
             return y_TD, kv
 
         return recorded
 
     def record_attention(self, out_THC, lse_TH) -> None:
-        if self.tape.remat in ("elementwise", "attention"):
-            self.tape.attended.append((out_THC[: self.W], lse_TH[: self.W]))
+        if self.kept is not None and self.remat in ("elementwise", "attention"):
+            self.kept = replace(self.kept, attended=(out_THC[: self.W], lse_TH[: self.W]))
 
     def linear(self, site: str, p: dict, x_TI):
         """The linear slot of the forward; notes what the policy keeps."""
         linear = self.linears.of_all_rows(site, p["index"])
-        if self.tape.remat != "elementwise":
+        if self.kept is None or self.remat != "elementwise":
             return linear(p, x_TI)
         z_TO = linear.before_scaling(p, x_TI)
-        self.tape.products[-1][site] = z_TO[: self.W]
+        self.kept = replace(self.kept, products=self.kept.products | {site: z_TO[: self.W]})
         return linear.finish(p, z_TO)
 
     def _recorded_with_autodiff(self, p, x_TD, kv, index: int):
@@ -229,23 +244,29 @@ class GradientRows:
         return replace(self.train, acc=acc), {"loss_W": loss_W, "train_logprob_W": logprob_W}
 
     def _pull_layer(self, index: int, d_x_WD, kv):
-        if self.tape.remat == "none":
+        if self.remat == "none":
             T = self.spec.layout.bucket.rows
             d_x_TD, d_lanes, acc = self.tape.pulls[index](jnp.pad(d_x_WD, ((0, T - self.W), (0, 0))))
             return d_x_TD[: self.W], d_lanes, acc
-        # the barrier keeps the compiler from running layers again before their turn, all at once
-        x_WD, d_x_WD = lax.optimization_barrier((self.tape.inputs[index], d_x_WD))
         layer_config = self.spec.config.layers[index]
+        if layer_config not in self.pull_layers:
+            self.pull_layers[layer_config] = jax.jit(partial(self._pull, layer_config))
         p = {**self.params["layers"][index], "index": jnp.int32(index)}
+        lanes, acc = self._lanes_of(index), self.train.acc[index]
+        return self.pull_layers[layer_config](p, self.tape.kept[index], d_x_WD, kv, lanes, acc)
+
+    def _pull(self, layer_config: LayerConfig, p: dict, kept: Kept, d_x_WD, kv, lanes: dict[str, Lanes], acc):
+        """The backward of one layer: dx, and the lanes and accumulators as this window leaves them."""
+        # the barrier keeps the compiler from running layers again before their turn, all at once
+        x_WD, d_x_WD = lax.optimization_barrier((kept.x_WD, d_x_WD))
         rope = decoder.rotary(self.spec.config, layer_config, jnp.maximum(self.position_W, 0), x_WD.dtype)
 
         def run(x_WD, lanes, acc):
             def attend(q, k, v, kv, layer):
-                known = self.tape.attended[index] if self.tape.attended else None
-                return self._attention(q, k, v, acc, kv, layer, known), kv
+                return self._attention(q, k, v, acc, kv, layer, kept.attended), kv
 
             def linear(site, p, x):
-                known = self.tape.products[index].get(site)
+                known = kept.products.get(site)
                 return self._linear(self.linears.of_gradient_rows(site, p["index"]), p, x, lanes[site], known)
 
             y_WD, _ = decoder.layer(
@@ -253,7 +274,7 @@ class GradientRows:
             )
             return y_WD
 
-        _, pull = jax.vjp(run, x_WD, self._lanes_of(index), self.train.acc[index])
+        _, pull = jax.vjp(run, x_WD, lanes, acc)
         return pull(d_x_WD)
 
     # the differentiable slots

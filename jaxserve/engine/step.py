@@ -144,11 +144,9 @@ def forward_rows(
             gradient.record_attention(out_THC, lse_TH)
         return out_THC, kv
 
-    wrap = {}
     if gradient is not None:
         rope = partial(decoder.rotary, spec.config, position_T=position_T, dtype=params["embed"].dtype)
         gradient.all_rows = (attend, rope)
-        wrap = {"wrap": gradient.record}
     return decoder.forward(
         {**params, "layers": layers},
         token_T,
@@ -158,7 +156,7 @@ def forward_rows(
         linear=linears.all_rows if gradient is None else gradient.linear,
         attend=attend_rows,
         kv=state.kv,
-        **wrap,
+        wrap=jax.jit if gradient is None else gradient.record,
     )
 
 

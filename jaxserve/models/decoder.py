@@ -91,18 +91,21 @@ def forward(
 
     Args:
       kv: one entry per layer, handed to ``attend`` and returned as it leaves it.
-      wrap: applied to each layer's ``(p, x_TD, kv) -> (x_TD, kv)``; for rematerialisation.
+      wrap: applied to the ``(p, x_TD, kv) -> (x_TD, kv)`` of each kind of layer, once for all layers of that kind; so
+        ``jax.jit`` traces and lowers each kind once, and programs are as long in their layers' kinds, not in layers.
     """
     x_TD = lookup(params["embed"], token_T)
     if config.embedding_scale != 1.0:
         x_TD = x_TD * jnp.asarray(config.embedding_scale, x_TD.dtype)
     ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}
+    steps: dict[LayerConfig, Callable] = {}
     new_kv = []
     for p, layer_config, layer_kv in zip(params["layers"], config.layers, kv, strict=True):
         if layer_config.rope not in ropes:
             ropes[layer_config.rope] = rotary(config, layer_config, position_T, x_TD.dtype)
-        step = wrap(_bind(config, layer_config, ropes[layer_config.rope], linear, attend))
-        x_TD, layer_kv = step(p, x_TD, layer_kv)
+        if layer_config not in steps:
+            steps[layer_config] = wrap(_bind(config, layer_config, ropes[layer_config.rope], linear, attend))
+        x_TD, layer_kv = steps[layer_config](p, x_TD, layer_kv)
         new_kv.append(layer_kv)
     return rms_norm(x_TD, params["final_norm"], config), new_kv
 
