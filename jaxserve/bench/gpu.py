@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ class Figure:
     unit: str
     bound: float | None = None  # in the same unit
     note: str = ""
+    seconds: float = 0.0  # that it took, with what had to be compiled for it
 
 
 @dataclass(kw_only=True)
@@ -110,10 +111,12 @@ def run_parts(
 
 
 def _run(part: Part, bench: Bench, outcome: Outcome, stop: float, clock: Callable[[], float]) -> None:
+    begin = clock()
     try:
         for figure in part.run(bench):
-            outcome.figures.append(figure)
-            if clock() >= stop:
+            outcome.figures.append(replace(figure, seconds=clock() - begin))
+            begin = clock()
+            if begin >= stop:
                 outcome.status, outcome.reason = (
                     "stopped",
                     f"{part.seconds:g} s are over; what was left is not measured",

@@ -114,7 +114,7 @@ def start(bench: Bench) -> Iterator[Figure]:
         "finetune_window": 1024,
         "gpu_memory_utilization": 0.8,
     }
-    buckets = Buckets(chunk_rows=(512, 1024), decode_rows=(16, 64, 256), grad_rows=(256, 512, 1024))
+    buckets = Buckets(chunk_rows=(1024,), decode_rows=(64, 256), grad_rows=(512, 1024))
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
         small = {"max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 256, "max_loras": 5}

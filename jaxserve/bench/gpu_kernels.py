@@ -22,6 +22,7 @@ from pallas_kernels.ragged_paged_attention import cases as attention_cases
 
 TOLERANCE = 0.01  # of the largest value, in bfloat16
 TIMED = 0.2  # seconds that a timing takes, about
+TURNS = 20
 
 
 def kernel(bench: Bench) -> str:
@@ -31,17 +32,21 @@ def kernel(bench: Bench) -> str:
 # time
 
 
-def seconds_each(step: Callable[[Any], Any], carry: Any, times: int) -> float:
-    """Seconds of one ``step``, which takes what the last one gave; a loop on the device, so the host costs nothing."""
-    loop = jax.jit(lambda carry, n: lax.fori_loop(0, n, lambda _, c: step(c), carry))
-    jax.block_until_ready(loop(carry, 1))
+def seconds_each(step: Callable[[Any], Any], carry: Any) -> float:
+    """Seconds of one ``step``, which takes what the last one gave; ``carry`` is donated.
+
+    The steps are turns of a loop on the device whose number the compiler knows, so nothing waits for the host.
+    """
+    loop = jax.jit(lambda carry: lax.fori_loop(0, TURNS, lambda _, c: step(c), carry), donate_argnums=0)
+    carry = jax.block_until_ready(loop(carry))
     start = time.perf_counter()
-    jax.block_until_ready(loop(carry, 2))
-    guess = (time.perf_counter() - start) / 2
-    times = max(1, min(times, int(TIMED / max(guess, 1e-7))))
+    carry = jax.block_until_ready(loop(carry))
+    calls = max(1, int(TIMED / (time.perf_counter() - start)))
     start = time.perf_counter()
-    jax.block_until_ready(loop(carry, times))
-    return (time.perf_counter() - start) / times
+    for _ in range(calls):
+        carry = loop(carry)
+    jax.block_until_ready(carry)
+    return (time.perf_counter() - start) / (calls * TURNS)
 
 
 def device(bench: Bench) -> Iterator[Figure]:
@@ -53,13 +58,13 @@ def device(bench: Bench) -> Iterator[Figure]:
 
 def ceilings(bench: Bench) -> Iterator[Figure]:
     """What the device does at its best: a copy, and a product of large matrices."""
-    size = 1 << (20 if bench.smoke else 30)
-    each = seconds_each(lambda x: x + 1, jnp.zeros(size, jnp.int8), 1000)
+    size = 1 << (20 if bench.smoke else 30)  # bytes
+    each = seconds_each(lambda x: x + 1, jnp.zeros(size // 4, jnp.float32))
     device = bench.device
     yield Figure(name="copy", value=2 * size / each / 1e9, unit="GB/s", bound=device and device.bandwidth / 1e9)
     n = 256 if bench.smoke else 8192
     b = jnp.eye(n, dtype=jnp.bfloat16)
-    each = seconds_each(lambda a: (a @ b).astype(jnp.bfloat16), jnp.ones((n, n), jnp.bfloat16), 1000)
+    each = seconds_each(lambda a: (a @ b).astype(jnp.bfloat16), jnp.ones((n, n), jnp.bfloat16))
     yield Figure(name="matmul", value=2 * n**3 / each / 1e12, unit="TFLOP/s", bound=device and device.flops / 1e12)
 
 
@@ -168,10 +173,10 @@ def _lora_backward_error(case, name: str) -> float:
 
 
 def speed(bench: Bench) -> Iterator[Figure]:
-    """Each kernel at a production shape, then XLA's implementation of the same."""
-    for name, floor, step, carry in _timed(bench):
-        for implementation in dict.fromkeys((kernel(bench), "xla")):
-            each = seconds_each(partial(step, implementation), carry, 1000)
+    """Each kernel at a production shape; then XLA's implementations of the same, which take longer to compile."""
+    for implementation in dict.fromkeys((kernel(bench), "xla")):
+        for name, floor, step, carry in _timed(bench):
+            each = seconds_each(partial(step, implementation), carry)
             yield Figure(name=f"{name} {implementation}", value=each * 1e6, unit="us", bound=floor)
 
 

@@ -24,7 +24,7 @@ from jaxserve.engine.step import StepOutput, StepSpec, step
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.plan import StepPlan
 
-MAX_COMPILERS = 4  # each may take gigabytes for a large model
+MAX_COMPILERS = 8  # each takes up to two gigabytes for a large model
 
 ProgramKey = tuple[Bucket, bool]  # and whether the program knows the extras
 

@@ -76,7 +76,7 @@ class AttentionCase:
         table_BM = rng.permutation(num_pages)[: shape_BM[0] * pages_per_seq].reshape(shape_BM)
         pool = (num_pages, self.num_kv_heads, self.page_size, self.head_dim)
         shapes = (len(position_T), self.num_heads, self.head_dim), pool, pool
-        q, k, v = (jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+        q, k, v = (jnp.asarray(rng.standard_normal(shape, np.float32), dtype) for shape in shapes)
         layout = AttentionLayout(
             position_T=jnp.asarray(position_T),
             sequence_T=jnp.asarray(sequence_T),

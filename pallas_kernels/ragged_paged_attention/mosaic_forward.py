@@ -24,6 +24,8 @@ from pallas_kernels.ragged_paged_attention.mosaic_decode import DecodeShape, dec
 from pallas_kernels.ragged_paged_attention.mosaic_pages import operand_sizes
 from pallas_kernels.ragged_paged_attention.work import block_work, decode_work, num_cores
 
+TILE_ROWS = 8  # rows that a copy takes at one time: an array that is copied from or to has a multiple of them
+
 
 def run(
     q_THC: Float[Array, "T H C"],
@@ -58,7 +60,9 @@ def _attend(
     if first_decode:
         shape = BlockShape(**sizes, **settings, window=window)
         work = block_work(layout, window=window, group=shape.group, block_keys=shape.block_keys)
-        out_THC, lse_TH = block_attention(q_THC, *pools, work, shape, interpret=interpret)
+        rest = ((0, -q_THC.shape[0] % TILE_ROWS), (0, 0), (0, 0))
+        out_THC, lse_TH = block_attention(jnp.pad(q_THC, rest), *pools, work, shape, interpret=interpret)
+        out_THC, lse_TH = out_THC[: q_THC.shape[0]], lse_TH[: q_THC.shape[0]]
     if first_decode < q_THC.shape[0]:
         shape = DecodeShape(**sizes, **settings)
         work = decode_work(

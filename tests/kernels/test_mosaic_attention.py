@@ -175,12 +175,14 @@ PRODUCTION = [
     AttentionCase(name=name, chunks=((3584, 512),), decodes=(1023,) * 64, **sizes)
     for name, sizes in {"llama-8b": LLAMA_8B, "gemma-2": GEMMA_2, "phi-3": PHI_3, "qwen-2": QWEN_2}.items()
 ]
+ODD_ROWS = dataclasses.replace(SMALL, name="odd-rows")
+LOWERED = [
+    pytest.param(c, marks=pytest.mark.slow if i > 1 else (), id=c.name) for i, c in enumerate((ODD_ROWS, *PRODUCTION))
+]
 
 
 @needs_mosaic
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow if i else (), id=c.name) for i, c in enumerate(PRODUCTION)]
-)
+@pytest.mark.parametrize("case", LOWERED)
 def test_it_lowers_for_cuda_at_production_shapes_and_sums_in_place(case):
     def lowered(op, *args, **settings):
         forced = partial(op, **case.settings, implementation=MOSAIC)
