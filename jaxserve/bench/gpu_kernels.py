@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,19 +32,23 @@ def kernel(bench: Bench) -> str:
 # time
 
 
-def seconds_each(step: Callable[[Any], Any], carry: Any) -> float:
-    """Seconds of one ``step``, which takes what the last one gave; ``carry`` is donated.
+def seconds_each(step: Callable[..., Any], carry: Any, *fixed: Any) -> float:
+    """Seconds of one ``step(carry, *fixed)``, which gives the next carry; the first one is donated.
 
     The steps are turns of a loop on the device whose number the compiler knows, so nothing waits for the host.
     """
-    loop = jax.jit(lambda carry: lax.fori_loop(0, TURNS, lambda _, c: step(c), carry), donate_argnums=0)
-    carry = jax.block_until_ready(loop(carry))
+
+    def turns(carry: Any, fixed: Any) -> Any:
+        return lax.fori_loop(0, TURNS, lambda _, carry: step(carry, *fixed), carry)
+
+    loop = jax.jit(turns, donate_argnums=0)
+    carry = jax.block_until_ready(loop(carry, fixed))
     start = time.perf_counter()
-    carry = jax.block_until_ready(loop(carry))
+    carry = jax.block_until_ready(loop(carry, fixed))
     calls = max(1, int(TIMED / (time.perf_counter() - start)))
     start = time.perf_counter()
     for _ in range(calls):
-        carry = loop(carry)
+        carry = loop(carry, fixed)
     jax.block_until_ready(carry)
     return (time.perf_counter() - start) / (calls * TURNS)
 
@@ -63,8 +67,8 @@ def ceilings(bench: Bench) -> Iterator[Figure]:
     device = bench.device
     yield Figure(name="copy", value=2 * size / each / 1e9, unit="GB/s", bound=device and device.bandwidth / 1e9)
     n = 256 if bench.smoke else 8192
-    b = jnp.eye(n, dtype=jnp.bfloat16)
-    each = seconds_each(lambda a: (a @ b).astype(jnp.bfloat16), jnp.ones((n, n), jnp.bfloat16))
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) / n**0.5 for i in range(2))
+    each = seconds_each(lambda a, b: (a @ b).astype(jnp.bfloat16), a, b)
     yield Figure(name="matmul", value=2 * n**3 / each / 1e12, unit="TFLOP/s", bound=device and device.flops / 1e12)
 
 
@@ -172,15 +176,26 @@ def _lora_backward_error(case, name: str) -> float:
 # fast
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A kernel at a production shape."""
+
+    name: str
+    floor: float | None  # microseconds
+    run: Callable[..., Any]  # run(carry, *fixed, implementation=...) gives the next carry
+    carry: Any
+    fixed: tuple[Any, ...]
+
+
 def speed(bench: Bench) -> Iterator[Figure]:
     """Each kernel at a production shape; then XLA's implementations of the same, which take longer to compile."""
     for implementation in dict.fromkeys((kernel(bench), "xla")):
-        for name, floor, step, carry in _timed(bench):
-            each = seconds_each(partial(step, implementation), carry)
-            yield Figure(name=f"{name} {implementation}", value=each * 1e6, unit="us", bound=floor)
+        for timed in _timed(bench):
+            each = seconds_each(partial(timed.run, implementation=implementation), timed.carry, *timed.fixed)
+            yield Figure(name=f"{timed.name} {implementation}", value=each * 1e6, unit="us", bound=timed.floor)
 
 
-def _timed(bench: Bench) -> Iterator[tuple[str, float | None, Callable[[str, Any], Any], Any]]:
+def _timed(bench: Bench) -> Iterator[Timed]:
     device = bench.device
 
     def floor(flops: float, moved: float) -> float | None:
@@ -191,41 +206,39 @@ def _timed(bench: Bench) -> Iterator[tuple[str, float | None, Callable[[str, Any
         keys = sum((start + n) for start, n in case.chunks) + sum(p + 1 for p in case.decodes)
         seen = sum(n * start + n * (n + 1) // 2 for start, n in case.chunks) + sum(p + 1 for p in case.decodes)
         moved = 2 * (2 * keys * case.num_kv_heads + 2 * q.shape[0] * case.num_heads) * case.head_dim
-
-        def attend(name, q, k=k, v=v, layout=layout, case=case):
-            run = attention.ragged_paged_attention
-            return run(q, k, v, layout, **case.settings, implementation=name)[0]
-
         flops = seen * case.num_heads * case.head_dim
-        yield f"attention {case}", floor(4 * flops, moved), attend, q
+        attend = partial(_attend, case)
+        yield Timed(f"attention {case}", floor(4 * flops, moved), attend, q, (k, v, layout))
         if case.chunks and not case.decodes:
-            d_out, q, out, lse, k, v, layout, sums, table = _backward_args(case)
-
-            def pull(name, carry, fixed=(q, out, lse, k, v, layout), table=table, case=case):
-                run = partial(attention.ragged_paged_attention_backward, **case.settings, implementation=name)
-                return run(carry[0], *fixed, carry[1], table)
-
-            yield f"attention backward {case}", floor(10 * flops, moved), pull, (d_out, sums)
+            d_out, *fixed, sums, table = _backward_args(case)
+            pull = partial(_attend_backward, case)
+            carry, fixed = (d_out, sums), (tuple(fixed), table)
+            yield Timed(f"attention backward {case}", floor(10 * flops, moved), pull, carry, fixed)
     for case in lora_cases.KERNEL_CASES[:1] if bench.smoke else lora_cases.BENCH_CASES:
         x, a, members, plan = case.make(jnp.bfloat16)
         T, D = x.shape
         E, ranks = sum(case.dims_out), sum(case.ranks)
-        moved = 2 * (ranks * (D * len(members) + E) + T * (D + 2 * E))
-
-        def multiply(name, y, x=x, a=a, members=members, plan=plan):
-            moving = x * (1 + 0 * y[0, 0])  # so that no half of it leaves the loop
-            return lora.lora_matmul(moving, a, members, plan, add_to=y, implementation=name)
-
-        yield (
-            f"adapters {case}",
-            floor(2 * T * 16 * (D * len(members) + E), moved),
-            multiply,
-            jnp.zeros((T, E), x.dtype),
-        )
+        bound = floor(2 * T * 16 * (D * len(members) + E), 2 * (ranks * (D * len(members) + E) + T * (D + 2 * E)))
+        yield Timed(f"adapters {case}", bound, _multiply, jnp.zeros((T, E), x.dtype), (x, a, members, plan))
     for case in write_cases.CASES[:1] if bench.smoke else write_cases.BENCH_CASES:
         *pools, k, v, page, offset = case.make(jnp.bfloat16)
+        yield Timed(f"write {case}", floor(0, 4 * k.nbytes), _put, tuple(pools), (k, v, page, offset))
 
-        def put(name, pools, rows=(k, v, page, offset)):
-            return write.paged_kv_write(*pools, *rows, implementation=name)
 
-        yield f"write {case}", floor(0, 4 * k.nbytes), put, tuple(pools)
+def _attend(case, q, k, v, layout, *, implementation: str):
+    return attention.ragged_paged_attention(q, k, v, layout, **case.settings, implementation=implementation)[0]
+
+
+def _attend_backward(case, carry, fixed, table, *, implementation: str):
+    d_out, sums = carry
+    run = partial(attention.ragged_paged_attention_backward, **case.settings, implementation=implementation)
+    return run(d_out, *fixed, sums, table)
+
+
+def _multiply(y, x, a, members, plan, *, implementation: str):
+    moving = x * (1 + 0 * y[0, 0])  # so that no half of it leaves the loop
+    return lora.lora_matmul(moving, a, members, plan, add_to=y, implementation=implementation)
+
+
+def _put(pools, *rows, implementation: str):
+    return write.paged_kv_write(*pools, *rows, implementation=implementation)

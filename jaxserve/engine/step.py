@@ -76,7 +76,11 @@ class StepOutput:
     train_logprob_W: Float[Array, "W"]  # of each gradient row's target
 
 
-@partial(jax.jit, static_argnames="spec", donate_argnames="state")
+# kernels want arrays at multiples of 256 bytes: the compiler must not hand them an address in the midst of another one
+COMPILER_OPTIONS = {"xla_gpu_enable_dynamic_slice_fusion": False}
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames="state", compiler_options=COMPILER_OPTIONS)
 def step(
     params,
     state: EngineState,
