@@ -57,9 +57,10 @@ def decode_attention(
     shape: DecodeShape,
     *,
     out_THC: Float[Array, "T H C"] | None = None,
+    first_row: int = 0,
     interpret: bool,
 ) -> tuple[Float[Array, "T H C"], Float[Array, "R H"]]:
-    """Returns each decode row's attention, in place in the last rows of ``out_THC``, and the log-sum-exp of its scores.
+    """Returns each decode row's attention, in place in ``out_THC`` from ``first_row`` on, and its scores' log-sum-exp.
 
     Without ``out_THC`` there are no other rows.
     """
@@ -92,7 +93,7 @@ def decode_attention(
     written = () if out_THC is None else (jax.new_ref(out_THC),)
     made = () if written else (jax.ShapeDtypeStruct((R, H, C), q_RHC.dtype),)
     *outs, lse_RKN = mosaic.kernel(
-        _combine(shape, R),
+        _combine(shape, first_row),
         out=(*made, jax.ShapeDtypeStruct((R, K, N), jnp.float32)),
         scratch={"out_sm": plgpu.SMEM((N, shape.width), q_RHC.dtype)},
         grid={"place": R, "head": K},
@@ -210,7 +211,7 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
     return attention_decode_parts
 
 
-def _combine(shape: DecodeShape, num_rows: int):
+def _combine(shape: DecodeShape, first_row: int):
     K, N, width = shape.num_kv_heads, shape.columns, shape.width
 
     def attention_decode_sum(out_part_ref, top_total_ref, row_ref, stop_ref, share_ref, out_ref, lse_ref, *, out_sm):
@@ -247,7 +248,7 @@ def _combine(shape: DecodeShape, num_rows: int):
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
             out_sm.at[pl.ds(0, shape.group)],
-            out_ref.at[out_ref.shape[0] - num_rows + row, pl.ds(head * shape.group, shape.group), pl.ds(0, width)],
+            out_ref.at[first_row + row, pl.ds(head * shape.group, shape.group), pl.ds(0, width)],
         )
         plgpu.wait_smem_to_gmem(0)
 

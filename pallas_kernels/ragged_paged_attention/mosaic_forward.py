@@ -62,7 +62,7 @@ def _attend(
         work = block_work(layout, window=window, group=shape.group, block_keys=shape.block_keys)
         rest = ((0, -q_THC.shape[0] % TILE_ROWS), (0, 0), (0, 0))
         out_THC, lse_TH = block_attention(jnp.pad(q_THC, rest), *pools, work, shape, interpret=interpret)
-        out_THC, lse_TH = out_THC[: q_THC.shape[0]], lse_TH[: q_THC.shape[0]]
+        lse_TH = lse_TH[: q_THC.shape[0]]
     if first_decode < q_THC.shape[0]:
         shape = DecodeShape(**sizes, **settings)
         work = decode_work(
@@ -73,7 +73,8 @@ def _attend(
             workers=cores * shape.workers_per_core,
         )
         out_THC, lse_RH = decode_attention(
-            q_THC[first_decode:], *pools, work, shape, out_THC=out_THC, interpret=interpret
+            q_THC[first_decode:], *pools, work, shape, out_THC=out_THC, first_row=first_decode, interpret=interpret
         )
         lse_TH = lse_TH.at[first_decode:].set(lse_RH)
-    return q_THC if out_THC is None else out_THC, lse_TH  # no rows: no kernel
+    # cut last: XLA may hand a kernel a part of an array, and then loses what it writes there in place
+    return q_THC if out_THC is None else out_THC[: q_THC.shape[0]], lse_TH  # no rows: no kernel
