@@ -122,9 +122,9 @@ class Engine(TrainingEngine):
 
     def _warm_up(self) -> None:
         start = time.perf_counter()
-        seconds = self.core.warm_up()
         if self.config.max_finetune_jobs:
             self.prepare_finetuning()
+        seconds = self.core.warm_up()
         logger.info("ready: %d programs in %.1f s %s", len(seconds), time.perf_counter() - start, seconds)
 
     # adapters

@@ -52,6 +52,7 @@ class Bench:
 
     smoke: bool  # tiny sizes, XLA implementations: the path, not the numbers
     layers: int = 32  # of the engine's model
+    few: bool = False  # as few programs as can be: for a device that is lent for minutes
     facts: dict[str, Any] = field(default_factory=dict)  # go to the result file
     shared: dict[str, Any] = field(default_factory=dict)  # the engine, once there is one
 
@@ -173,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and XLA implementations, on any device")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"), help="result file")
     parser.add_argument("--layers", type=int, default=32, help="layers of the engine's model; fewer compile sooner")
+    parser.add_argument("--few", action="store_true", help="64 requests at most and four programs: starts sooner")
     parser.add_argument("--parts", help="names of parts, with commas between; all by default")
     options = parser.parse_args(arguments)
     parts = all_parts()
@@ -182,8 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"--parts: no part {unknown[0]!r}; there are {', '.join(part.name for part in parts)}")
         parts = tuple(part for part in parts if part.name in wanted)
-    report = Report(options.out, facts(options.smoke) | {"layers": options.layers})
-    bench = Bench(smoke=options.smoke, layers=options.layers, facts=report.facts)
+    report = Report(options.out, facts(options.smoke) | {"layers": options.layers, "few": options.few})
+    bench = Bench(smoke=options.smoke, layers=options.layers, few=options.few, facts=report.facts)
     watchdog = threading.Timer(LIMIT, _give_up, (report,))
     watchdog.daemon = True
     watchdog.start()

@@ -106,18 +106,21 @@ def start(bench: Bench) -> Iterator[Figure]:
     """Makes the engine."""
     from jaxserve import Engine
 
+    most = _most_rows(bench)
     sizes: dict[str, Any] = {
-        "max_num_seqs": 256,
-        "max_num_batched_tokens": 1024 + 256,
+        "max_num_seqs": most,
+        "max_num_batched_tokens": 1024 + most,
         "max_model_len": 8704,
-        "max_loras": 129,
+        "max_loras": 1 + most // 2,
         "finetune_window": 1024,
         "gpu_memory_utilization": 0.8,
     }
     buckets = Buckets(chunk_rows=(1024,), decode_rows=(64, 256), grad_rows=(512, 1024))
+    if bench.few:
+        buckets = Buckets(chunk_rows=(1024,), decode_rows=(most,), grad_rows=(1024,))
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
-        small = {"max_num_seqs": 4, "max_num_batched_tokens": 36, "max_model_len": 256, "max_loras": 5}
+        small = {"max_num_batched_tokens": 36, "max_model_len": 256, "max_loras": 5}
         sizes |= small | {"finetune_window": 32, "num_kv_pages": 64, "block_size": 16}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory, few_buckets(buckets):
@@ -132,6 +135,10 @@ def start(bench: Bench) -> Iterator[Figure]:
         )
     yield Figure(name="weights and programs", value=time.perf_counter() - began, unit="s")
     yield Figure(name="programs", value=len(bench.shared["engine"].core.specs), unit="")
+
+
+def _most_rows(bench: Bench) -> int:
+    return 4 if bench.smoke else 64 if bench.few else 256
 
 
 def _engine(bench: Bench) -> "Engine":
@@ -182,7 +189,7 @@ def decode(bench: Bench) -> Iterator[Figure]:
     """Decode steps against the time that reading weights, keys and values takes."""
     engine, device = _engine(bench), bench.device
     for context in (64,) if bench.smoke else (1024, 8192):
-        for rows in (1, 4) if bench.smoke else (1, 16, 64, 256):
+        for rows in [rows for rows in (1, 4, 16, 64, 256) if rows <= _most_rows(bench)]:
             name, decodes = f"{rows} rows of {context}", [context - 1] * rows
             try:
                 each = _step_seconds(engine, engine.core.planner.buckets.fit(0, rows), decodes, None)
@@ -233,7 +240,8 @@ def finetune(bench: Bench) -> Iterator[Figure]:
 def adapters(bench: Bench) -> Iterator[Figure]:
     """Decode steps of requests that are dealt out to more and more adapters."""
     engine = _engine(bench)
-    rows, counts = (4, (1, 4)) if bench.smoke else (128, (1, 8, 32, 128))
+    rows = 4 if bench.smoke else _most_rows(bench) // 2
+    counts = [count for count in (1, 4, 8, 32, 128) if count <= rows]
     weights = random_adapter(engine.model, 16, check_targets(()), 0)
     for i in range(max(counts)):
         engine.put_adapter(f"adapter-{i}", weights)
@@ -264,7 +272,7 @@ def coserve(bench: Bench) -> Iterator[Figure]:
     """Requests of Azure's lengths beside a job: what finetuning keeps, and what requests get."""
     engine = _engine(bench)
     seconds = 1.0 if bench.smoke else 9.0
-    for rate in (4,) if bench.smoke else (1, 2, 3, 4, 5):
+    for rate in (4,) if bench.smoke else (2, 4) if bench.few else (1, 2, 3, 4, 5):
         rng = np.random.default_rng(rate)
         arrivals = np.cumsum(rng.exponential(1 / rate, max(int(rate * seconds), 2)))
         lengths = [

@@ -181,7 +181,8 @@ class EngineCore:
         return output
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
-        """Makes room for finetuning jobs and compiles the steps with gradient rows. Returns seconds by program."""
+        """Makes room for finetuning jobs and compiles the steps with gradient rows; before ``warm_up``, that does.
+        Returns seconds by program."""
         c = self.config
         if self.bank is None:
             raise InvalidRequest("finetuning needs enable_lora: an adapter is trained where adapters are served")
@@ -213,7 +214,8 @@ class EngineCore:
             self.planner.finetuning = self.trainer
             if self.programs.extras.scales:
                 self.trainer.sums.enable_scales()
-            return self._try_all(self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets))
+            new = self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets)
+            return self._try_all(new) if self.compiles.ready else {}
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
