@@ -91,7 +91,7 @@ class Trainer:
             dropout=dropout,
         )  # fmt: skip
         self.spec = StepSpec(
-            config=self.config, mesh=self.mesh, layout=self.layout, row_block=BLOCK, page_size=PAGE, max_logprobs=2,
+            config=self.config, mesh=self.mesh, layout=self.layout, row_block=BLOCK, page_size=PAGE,
             bank=self.bank, train=self.train, scaled=scaled,
         )  # fmt: skip
         self.state = empty_state(

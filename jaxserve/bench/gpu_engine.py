@@ -177,10 +177,10 @@ def _step_seconds(engine: "Engine", bucket: Bucket, decodes: list[int], chunk: t
         views["position_T"][: chunk[1]] = np.arange(chunk[0], chunk[0] + chunk[1])
         views["slot_T"][: bucket.chunk_rows] = len(decodes)
     runs = 10
-    jax.block_until_ready(core._run(bucket, False, ints, floats))
+    jax.block_until_ready(core._run((bucket, False), ints, floats, draws=True))
     began = time.perf_counter()
     for _ in range(runs):
-        output = core._run(bucket, False, ints, floats)
+        output = core._run((bucket, False), ints, floats, draws=True)
     jax.block_until_ready(output)
     return (time.perf_counter() - began) / runs
 

@@ -55,6 +55,17 @@ class GradBatch:
 
 
 @struct.dataclass
+class DrawBatch:
+    """What is drawn after a step's rows."""
+
+    slot_R: Int[Array, "R"]  # B: padding
+    edited_R: Int[Array, "R"]  # 1: the slot's logit edits apply
+    counted_R: Int[Array, "R"]  # 1: the slot's token counts are kept
+    rows: SampleRows
+    flags: Int[Array, "9"]
+
+
+@struct.dataclass
 class TokenBatch:
     """One step's tokens: gradient rows and chunk rows in aligned blocks, then decode rows; padded to the bucket."""
 
@@ -62,16 +73,59 @@ class TokenBatch:
     position_T: Int[Array, "T"]  # place in the sequence; -1: padding
     slot_T: Int[Array, "T"]  # sequence slot; B (all of them): padding
     page_table_BM: Int[Array, "B M"]
-    target_T: Int[Array, "Tc"]  # chunk rows whose next token's log-probability is wanted: that token; else -1
     sample_row_R: Int[Array, "R"]  # the row whose hidden state draws
-    sample_slot_R: Int[Array, "R"]  # B: padding
-    edited_R: Int[Array, "R"]  # 1: the slot's logit edits apply
-    counted_R: Int[Array, "R"]  # 1: the slot's token counts are kept
-    rows: SampleRows
     flags: Int[Array, "9"]  # what at least one row of the batch needs: RANDOM ... DROPOUT; ALWAYS is 1
     lead_page_T: Int[Array, "T"] | None  # first bank page of the row's adapter: where its scales are
     lora: LoraBatch | None
     grad: GradBatch | None
+
+
+@dataclass(frozen=True)
+class DrawLayout:
+    """Where each field of a draw lies: at the head of a step's two buffers, whatever the step's bucket."""
+
+    num_samples: int
+    num_slots: int  # that draw tokens
+
+    @cached_property
+    def int_fields(self) -> dict[str, tuple[int, ...]]:
+        R = self.num_samples
+        names = ("sample_slot_R", "edited_R", "counted_R", "top_k_R", "choice_R", "sample_position_R")
+        return {"flags": (NUM_FLAGS,), **dict.fromkeys(names, (R,)), "seed_R2": (R, 2)}
+
+    @cached_property
+    def float_fields(self) -> dict[str, tuple[int, ...]]:
+        names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
+        return dict.fromkeys(names, (self.num_samples,))
+
+    @cached_property
+    def num_ints(self) -> int:
+        return sum(map(prod, self.int_fields.values()))
+
+    @cached_property
+    def num_floats(self) -> int:
+        return sum(map(prod, self.float_fields.values()))
+
+    def flags(self, ints: np.ndarray) -> np.ndarray:
+        """The flags in a buffer."""
+        return ints[:NUM_FLAGS]
+
+    def unpack(self, ints: jax.Array, floats: jax.Array) -> DrawBatch:
+        """The heads of the buffers as a DrawBatch, inside jit."""
+        i, f = _views(ints, self.int_fields), _views(floats, self.float_fields)
+        rows = SampleRows(
+            temperature_R=f["temperature_R"],
+            top_k_R=i["top_k_R"],
+            top_p_R=f["top_p_R"],
+            min_p_R=f["min_p_R"],
+            repetition_R=f["repetition_R"],
+            presence_R=f["presence_R"],
+            frequency_R=f["frequency_R"],
+            seed_R2=lax.bitcast_convert_type(i["seed_R2"], np.uint32),
+            choice_R=i["choice_R"],
+            position_R=i["sample_position_R"],
+        )
+        return DrawBatch(i["sample_slot_R"], i["edited_R"], i["counted_R"], rows, i["flags"])
 
 
 @dataclass(frozen=True)
@@ -95,22 +149,14 @@ class BatchLayout:
 
     @cached_property
     def int_fields(self) -> dict[str, tuple[int, ...]]:
-        T, R = self.bucket.rows, self.num_samples
-        fields = {
+        T = self.bucket.rows
+        fields = self.draw.int_fields | {
             "token_T": (T,),
             "position_T": (T,),
             "slot_T": (T,),
             "page_table_BM": (self.all_slots, self.pages_per_seq),
-            "target_T": (self.bucket.chunk_rows,),
-            "sample_row_R": (R,),
-            "sample_slot_R": (R,),
-            "edited_R": (R,),
-            "counted_R": (R,),
-            "top_k_R": (R,),
-            "seed_R2": (R, 2),
-            "choice_R": (R,),
-            "sample_position_R": (R,),
-            "flags": (NUM_FLAGS,),
+            "sample_row_R": (self.num_samples,),
+            "target_T": (self.bucket.chunk_rows,),  # whose log-probability is wanted after each chunk row; -1: none
         }
         if self.lora_items:
             fields |= dict.fromkeys(LORA_ITEM_FIELDS, (self.num_sites, self.lora_items))
@@ -135,8 +181,7 @@ class BatchLayout:
 
     @cached_property
     def float_fields(self) -> dict[str, tuple[int, ...]]:
-        names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
-        fields: dict[str, tuple[int, ...]] = dict.fromkeys(names, (self.num_samples,))
+        fields = dict(self.draw.float_fields)
         if W := self.bucket.grad_rows:
             fields |= dict.fromkeys(LOSS_FLOATS, (W,))
             if self.dropout:
@@ -147,6 +192,10 @@ class BatchLayout:
     def num_samples(self) -> int:
         """Tokens a step can draw: one per decode row; a chunk step may finish prompts in any slot."""
         return self.num_slots if self.bucket.chunk_rows else self.bucket.decode_rows
+
+    @cached_property
+    def draw(self) -> DrawLayout:
+        return DrawLayout(self.num_samples, self.num_slots)
 
     def empty(self) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
         """New host buffers of a step with nothing to do, and views of their fields."""
@@ -169,18 +218,6 @@ class BatchLayout:
     def unpack(self, ints: jax.Array, floats: jax.Array) -> TokenBatch:
         """The buffers as a TokenBatch, inside jit."""
         i, f = _views(ints, self.int_fields), _views(floats, self.float_fields)
-        rows = SampleRows(
-            temperature_R=f["temperature_R"],
-            top_k_R=i["top_k_R"],
-            top_p_R=f["top_p_R"],
-            min_p_R=f["min_p_R"],
-            repetition_R=f["repetition_R"],
-            presence_R=f["presence_R"],
-            frequency_R=f["frequency_R"],
-            seed_R2=lax.bitcast_convert_type(i["seed_R2"], np.uint32),
-            choice_R=i["choice_R"],
-            position_R=i["sample_position_R"],
-        )
         lora = LoraBatch(**{name: i[name] for name in (*LORA_ITEM_FIELDS, "items_S")}) if self.lora_items else None
         grad = None
         if self.bucket.grad_rows:
@@ -193,10 +230,9 @@ class BatchLayout:
                 drop_key_T=i.get("drop_key_T"),
                 drop_rate_T=f.get("drop_rate_T"),
             )
-        plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R")
+        plain = ("token_T", "position_T", "slot_T", "page_table_BM", "sample_row_R", "flags")
         return TokenBatch(
-            **{name: i[name] for name in (*plain, "edited_R", "counted_R", "flags")},
-            rows=rows,
+            **{name: i[name] for name in plain},
             lead_page_T=i.get("lead_page_T"),
             lora=lora,
             grad=grad,

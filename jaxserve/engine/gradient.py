@@ -227,8 +227,9 @@ class GradientRows:
 
     # backward
 
-    def backward(self, kv: list) -> tuple[TrainState, dict[str, jax.Array]]:
-        """Losses and gradients of this window; ``kv`` are the pools with all of the step's keys and values."""
+    def backward(self, kv: list) -> tuple[TrainState, jax.Array, jax.Array]:
+        """The state with this window's gradients, and each row's loss and target's log-probability [W]; ``kv`` are the
+        pools with all of the step's keys and values."""
         spec, tape = self.spec, self.tape
         assert tape.last is not None
         head = frozen_head(self.params, spec.config, spec.shard)
@@ -241,7 +242,7 @@ class GradientRows:
             self.train = _with_lanes(self.train, lanes, index)  # the next layer's sums are read there: no copy of any
             # nothing else waits for the sums, and what they are of would be kept until the end
             d_x_WD = after(d_x_WD, jax.tree.leaves(lanes))
-        return replace(self.train, acc=acc), {"loss_W": loss_W, "train_logprob_W": logprob_W}
+        return replace(self.train, acc=acc), loss_W, logprob_W
 
     def _pull_layer(self, index: int, d_x_WD, kv):
         if self.remat == "none":

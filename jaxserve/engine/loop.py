@@ -21,6 +21,7 @@ from jaxserve.adapters.scales import is_scaled
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Key
 from jaxserve.engine.bank_writer import BankWriter
+from jaxserve.engine.batch import PROMPT_LOGPROBS
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.compiles import CompileCounter
 from jaxserve.engine.gradient import empty_train_state
@@ -162,7 +163,7 @@ class EngineCore:
             times = []
             for _ in range(1 + TIMED_RUNS):
                 start = self.clock()
-                jax.block_until_ready(self._run(bucket, extended, ints, floats))
+                jax.block_until_ready(self._run((bucket, extended), ints, floats, draws=True))
                 times.append(self.clock() - start)
             self.planner.times.calibrate(bucket, extended, min(times[1:]))
             seconds[f"{bucket} extended" if extended else str(bucket)] = compiling
@@ -172,13 +173,27 @@ class EngineCore:
         train = self.trainer.sums.state if self.trainer is not None else None
         return Arrays(self.params, self.state, train, self.writer.scales if self.writer is not None else None)
 
-    def _run(self, bucket: Bucket, extended: bool, ints: np.ndarray, floats: np.ndarray) -> StepOutput:
-        """One step on the device."""
-        self.state, train, output = self.programs.run((bucket, extended), self._arrays(), ints, floats)
+    def _run(
+        self,
+        key: ProgramKey,
+        ints: np.ndarray,
+        floats: np.ndarray,
+        draws: bool,
+        target_T: np.ndarray | None = None,
+    ) -> StepOutput:
+        """One step on the device, and what is drawn and scored after it."""
+        self.state, train, output = self.programs.run(key, self._arrays(), ints, floats)
         if train is not None:
             assert self.trainer is not None
             self.trainer.sums.state = train
-        return output
+        drawn = scored = None
+        if draws:
+            assert output.hidden_RD is not None
+            self.state, drawn = self.programs.draw(key, self._arrays(), output.hidden_RD, ints, floats)
+        if target_T is not None:
+            assert output.chunk_hidden_TD is not None
+            scored = self.programs.score(self._arrays(), output.chunk_hidden_TD, target_T)
+        return replace(output, hidden_RD=None, chunk_hidden_TD=None, drawn=drawn, scored=scored)
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
         """Makes room for finetuning jobs and compiles the steps with gradient rows; before ``warm_up``, that does.
@@ -349,12 +364,16 @@ class EngineCore:
         for start in range(0, len(plan.page_copies), COPIES):
             self._copy(plan.page_copies[start : start + COPIES])
         packed = self.packer.pack(plan, load.bucket, load.extended)
-        output = self._run(load.bucket, load.extended, packed.ints, packed.floats)
+        key, fields = (load.bucket, load.extended), packed.fields
+        targets = fields["target_T"] if fields["flags"][PROMPT_LOGPROBS] else None
+        output = self._run(key, packed.ints, packed.floats, bool(plan.samples), targets)
         if self.trainer is not None:
             self.trainer.after_dispatch()
         if self.on_accelerator:
-            for array in (output.token_R, output.logprob_R, output.finite_R, output.finite_B):
-                array.copy_to_host_async()
+            output.finite_B.copy_to_host_async()
+            if output.drawn is not None:
+                for array in (output.drawn.token_R, output.drawn.logprob_R, output.drawn.finite_R):
+                    array.copy_to_host_async()
         self.num_steps += 1
         chunk_slots = [segment.seq.slot for segment in plan.chunks if segment.seq.slot is not None]
         return InFlight(plan, load, output, chunk_slots, self.clock())

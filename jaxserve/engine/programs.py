@@ -1,15 +1,17 @@
-"""The programs of an engine: a step for each bucket, and another one where rows may have scales or dropout.
+"""The programs of an engine: a step for each bucket, another one where rows may have scales or dropout, and what comes
+after a step, draws of tokens and scores of given ones.
 
 They are declared, compiled side by side, and run on the arrays that the engine has at the time.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,16 +19,19 @@ from jaxserve.adapters.bank import BankShape
 from jaxserve.adapters.scales import Scales, is_scaled
 from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.draw import Asks, Drawn, DrawSpec, Scored, ScoreSpec, asks_of, draw, edits_of, head_of, score
 from jaxserve.engine.gradient import TrainShape, TrainState
 from jaxserve.engine.specs import CoreConfig, step_spec
 from jaxserve.engine.state import EngineState
 from jaxserve.engine.step import StepOutput, StepSpec, step
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.plan import StepPlan
+from sharding import named_sharding
 
 MAX_COMPILERS = 8  # each takes up to two gigabytes for a large model
 
 ProgramKey = tuple[Bucket, bool]  # and whether the program knows the extras
+DrawKey = tuple[int, Asks]  # rows, and what they ask for
 
 
 class Extras(NamedTuple):
@@ -67,6 +72,10 @@ class Programs:
         self.train: TrainShape | None = None  # of an engine that finetunes
         self.specs: dict[ProgramKey, StepSpec] = {}
         self.layouts: dict[ProgramKey, BatchLayout] = {}
+        self.draws: dict[DrawKey, DrawSpec] = {}
+        self._score_spec = ScoreSpec(model, mesh, config.max_logprobs)
+        self._score_rows: set[int] = set()
+        self._lowered: set[DrawKey | int] = set()  # draws and scores that have been compiled
 
     def add(self, buckets: Iterable[Bucket], extended: bool) -> list[ProgramKey]:
         """Declares programs; returns those that are new."""
@@ -74,6 +83,14 @@ class Programs:
         new = [key for key, spec in specs.items() if self.specs.get(key) != spec]
         self.specs |= specs
         self.layouts |= {key: spec.layout for key, spec in specs.items()}
+        for layout in self.layouts.values():
+            for asks in Asks:
+                self.draws.setdefault(
+                    (layout.num_samples, asks),
+                    DrawSpec(self._model, self._mesh, layout.draw, self._config.max_logprobs, asks),
+                )
+            if layout.bucket.chunk_rows:
+                self._score_rows.add(layout.bucket.chunk_rows)
         return new
 
     def add_extended(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
@@ -117,6 +134,9 @@ class Programs:
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_COMPILERS)) as pool:
             futures = {key: pool.submit(compile_one, self._lower(key, arrays)) for key in keys}
+            after = [pool.submit(compile_one, lowered) for lowered in self._lower_what_follows(arrays)]
+            for future in after:
+                future.result()
             return {key: future.result() for key, future in futures.items()}
 
     def _lower(self, key: ProgramKey, arrays: Arrays) -> Any:
@@ -125,11 +145,30 @@ class Programs:
         state, scales = _arguments(spec, arrays)
         return step.lower(arrays.params, state, ints, floats, scales, spec=spec)
 
+    def _lower_what_follows(self, arrays: Arrays) -> Iterator[Any]:
+        """Draws and scores that are new."""
+        width, dtype = self._model.hidden_size, self._config.dtype
+        head = head_of(arrays.params, self._model)
+
+        def hidden(rows: int) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((rows, width), np.dtype(dtype), sharding=named_sharding(self._mesh, ()))
+
+        for key, spec in self.draws.items():
+            if key not in self._lowered:
+                state, layout = arrays.state, spec.layout
+                ints, floats = np.zeros(layout.num_ints, np.int32), np.zeros(layout.num_floats, np.float32)
+                yield draw.lower(
+                    head, state.last_token_B, state.count_BV, edits_of(state), hidden(key[0]), ints, floats, spec=spec
+                )
+        for rows in self._score_rows - self._lowered:
+            yield score.lower(head, hidden(rows), np.zeros(rows, np.int32), spec=self._score_spec)
+        self._lowered |= self.draws.keys() | self._score_rows
+
     def run(
         self, key: ProgramKey, arrays: Arrays, ints: np.ndarray, floats: np.ndarray
     ) -> tuple[EngineState, TrainState | None, StepOutput]:
         """One step on the device; takes the state, and the finetuning state of a step with gradient rows. Returns the
-        state, the finetuning state where it was taken, and the output."""
+        state, the finetuning state where it was taken, and the output, from which nothing is drawn yet."""
         spec = self.specs[key]
         state, scales = _arguments(spec, arrays)
         state, output = step(arrays.params, state, ints, floats, scales, spec=spec)
@@ -137,6 +176,23 @@ class Programs:
         if train is not None and arrays.train is not None and not spec.scaled:
             train = replace(train, scale_lanes=arrays.train.scale_lanes)
         return replace(state, train=None), train, output
+
+    def draw(
+        self, key: ProgramKey, arrays: Arrays, hidden_RD: jax.Array, ints: np.ndarray, floats: np.ndarray
+    ) -> tuple[EngineState, Drawn]:
+        """Draws a token for each of a step's rows that draw; takes the state."""
+        layout, state = self.layouts[key].draw, arrays.state
+        ints, floats = ints[: layout.num_ints], floats[: layout.num_floats]
+        spec = self.draws[layout.num_samples, asks_of(layout.flags(ints))]
+        last_token_B, count_BV, drawn = draw(
+            head_of(arrays.params, self._model), state.last_token_B, state.count_BV, edits_of(state), hidden_RD, ints,
+            floats, spec=spec,
+        )  # fmt: skip
+        return replace(state, last_token_B=last_token_B, count_BV=count_BV), drawn
+
+    def score(self, arrays: Arrays, hidden_TD: jax.Array, target_T: np.ndarray) -> Scored:
+        """Log-probabilities of tokens that are given, one after each chunk row of a step."""
+        return score(head_of(arrays.params, self._model), hidden_TD, target_T, spec=self._score_spec)
 
 
 def _arguments(spec: StepSpec, arrays: Arrays) -> tuple[EngineState, Scales | None]:

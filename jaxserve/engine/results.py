@@ -1,8 +1,9 @@
 """What the host reads of a step's output: tokens, log-probabilities, losses, and which of them are finite."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxserve.engine.step import StepOutput
@@ -27,11 +28,14 @@ def read_tokens(plan: StepPlan, output: StepOutput, chunk_slots: Sequence[int]) 
     """
     chunk_finite = np.asarray(output.finite_B)[list(chunk_slots)].tolist()
     count = len(plan.samples)
-    finite = np.asarray(output.finite_R)[:count].tolist()
+    if output.drawn is None:
+        assert count == 0, f"{count} tokens that were not drawn"
+        return StepResult(tokens=[], finite=[], chunk_finite=chunk_finite)
+    finite = np.asarray(output.drawn.finite_R)[:count].tolist()
     for i, sample in enumerate(plan.samples):
         if sample.kind == "chunk":
             finite[i] = finite[i] and chunk_finite[sample.segment_index]
-    tokens = np.asarray(output.token_R)[:count].tolist()
+    tokens = np.asarray(output.drawn.token_R)[:count].tolist()
     return StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite)
 
 
@@ -48,10 +52,12 @@ def _logprobs(outcome: Outcome, output: StepOutput) -> dict[int, float] | None:
     wanted = outcome.seq.request.params.logprobs
     if wanted is None or outcome.token is None:
         return None
-    found = {outcome.token: float(np.asarray(output.logprob_R)[outcome.sample])}
+    drawn = output.drawn
+    assert drawn is not None
+    found = {outcome.token: float(np.asarray(drawn.logprob_R)[outcome.sample])}
     if wanted:
-        tokens = np.asarray(output.top_token_RN)[outcome.sample, :wanted].tolist()
-        values = np.asarray(output.top_logprob_RN)[outcome.sample, :wanted].tolist()
+        tokens = np.asarray(drawn.top_token_RN)[outcome.sample, :wanted].tolist()
+        values = np.asarray(drawn.top_logprob_RN)[outcome.sample, :wanted].tolist()
         found |= {token: value for token, value in zip(tokens, values, strict=True) if token not in found}
     return found
 
@@ -61,17 +67,18 @@ def _prompt_logprobs(
 ) -> dict[int, list[tuple[int, dict[int, float]]]]:
     """By sequence: (position, log-probabilities) of the prompt tokens that this step's chunks predict."""
     found: dict[int, list[tuple[int, dict[int, float]]]] = {}
+    scored: Any = None if output.scored is None else jax.tree.map(np.asarray, output.scored)
     row = 0
     for segment in plan.chunks:
         wanted, prompt = segment.seq.request.params.prompt_logprobs, segment.seq.request.prompt_ids
         if wanted is not None:
-            values = np.asarray(output.prompt_logprob_T)
-            tops = np.asarray(output.prompt_top_token_TN), np.asarray(output.prompt_top_logprob_TN)
             entries = found.setdefault(id(segment.seq), [])
             for offset in range(min(segment.length, len(prompt) - 1 - segment.start)):
+                assert scored is not None
                 position, at = segment.start + offset + 1, row + offset
-                entry = {prompt[position]: float(values[at])}
-                pairs = zip(tops[0][at, :wanted].tolist(), tops[1][at, :wanted].tolist(), strict=True)
+                entry = {prompt[position]: float(scored.logprob_T[at])}
+                tops = scored.top_token_TN[at, :wanted].tolist(), scored.top_logprob_TN[at, :wanted].tolist()
+                pairs = zip(*tops, strict=True)
                 entry |= {token: value for token, value in pairs if token not in entry}
                 entries.append((position, entry))
         row += -(-segment.length // row_block) * row_block
@@ -103,7 +110,8 @@ def read_losses(
     for window in plan.forwards:
         seq, rows, tokens = window.seq, slice(row, row + window.length), slice(window.start + 1, window.end + 1)
         if seq.forward_only:
-            logprob_T, weights = np.asarray(output.prompt_logprob_T)[rows], seq.targets.weights[tokens]
+            assert output.scored is not None
+            logprob_T, weights = np.asarray(output.scored.logprob_T)[rows], seq.targets.weights[tokens]
             seq.logprobs[tokens] = logprob_T
             seq.losses[tokens] = np.where(weights > 0, -weights * logprob_T, 0)
             yield seq, bool(finite_slots[seq.slot])

@@ -107,7 +107,6 @@ def step_spec(
         layout=layout,
         row_block=config.row_block,
         page_size=config.page_size,
-        max_logprobs=config.max_logprobs,
         bank=bank,
         attention=config.attention,
         lora=config.lora,

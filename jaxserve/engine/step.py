@@ -3,11 +3,12 @@
 The decoder leaves two slots open and this file fills them: ``linear`` adds each row's adapter to the base matmul,
 ``attend`` writes the rows' keys and values to their pages and attends through the page table.
 
-Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary,
-N top log-probabilities.
+What the rows' hidden states say of the next token is for ``draw``, another program: nothing here waits for a number
+that only the run knows, so the device is given its next step before this one has ended.
+
+Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -15,14 +16,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.adapters.bank import BankShape
 from jaxserve.adapters.scales import Scales, ScalesShape
-from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import FROM_DEVICE, BatchLayout, TokenBatch
+from jaxserve.engine.draw import Drawn, Scored
 from jaxserve.engine.gradient import GradientRows, TrainShape
 from jaxserve.engine.linear import Linears
 from jaxserve.engine.state import EngineState, state_specs
@@ -31,11 +31,8 @@ from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
 from pallas_kernels.paged_kv_write import paged_kv_write
 from pallas_kernels.ragged_paged_attention import AttentionLayout, ragged_paged_attention
-from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, pick, sample, top_tokens
+from pallas_kernels.token_sampling import VocabShard
 from sharding import AXIS, tree_specs
-
-HEAD_ROWS = 64  # rows of a prompt whose logits exist at one time
-DRAW_BYTES = 8 << 20  # float32 logits that are drawn from at one time, at most: a draw holds several copies of them
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,6 @@ class StepSpec:
     layout: BatchLayout
     row_block: int
     page_size: int
-    max_logprobs: int
     bank: BankShape | None = None
     attention: str | None = None  # force an implementation
     lora: str | None = None
@@ -61,19 +57,15 @@ class StepSpec:
 
 @struct.dataclass
 class StepOutput:
-    """What a step tells the host."""
+    """What a step leaves to be drawn from, and what it tells the host."""
 
-    token_R: Int[Array, "R"]
-    logprob_R: Float[Array, "R"]  # of the drawn token under the model's own distribution
-    finite_R: Bool[Array, "R"]  # the row's logits were finite, and something could be drawn
+    hidden_RD: Float[Array, "R D"] | None  # of the rows that draw; None: on the host's side they are not kept
+    chunk_hidden_TD: Float[Array, "Tc D"] | None
     finite_B: Bool[Array, "B"]  # all of the slot's rows were finite; true for slots without rows (all slots)
-    top_token_RN: Int[Array, "R N"]
-    top_logprob_RN: Float[Array, "R N"]
-    prompt_logprob_T: Float[Array, "Tc"]  # of target_T after each chunk row
-    prompt_top_token_TN: Int[Array, "Tc N"]
-    prompt_top_logprob_TN: Float[Array, "Tc N"]
     loss_W: Float[Array, "W"]  # weighted loss of each gradient row
     train_logprob_W: Float[Array, "W"]  # of each gradient row's target
+    drawn: Drawn | None = None  # what ``draw`` made of it
+    scored: Scored | None = None
 
 
 # kernels want arrays at multiples of 256 bytes: the compiler must not hand them an address in the midst of another one
@@ -117,13 +109,13 @@ def _local_step(params, state: EngineState, ints, floats, scales, *, spec: StepS
     hidden_TD, kv = forward_rows(params, state, batch, spec, linears, gradient)
     finite_B = _finite_slots(hidden_TD, batch, spec)
     state = replace(state, kv=kv)
-    state, drawn = _draw(params, state, hidden_TD, batch, spec)
-    prompt = _prompt_logprobs(params, hidden_TD[bucket.grad_rows : bucket.block_rows], batch, spec)
-    losses = {name: jnp.zeros(0, jnp.float32) for name in ("loss_W", "train_logprob_W")}
+    loss_W = logprob_W = jnp.zeros(0, jnp.float32)
+    hidden_RD = hidden_TD.at[batch.sample_row_R].get(mode="clip")
+    chunk_hidden_TD = hidden_TD[bucket.grad_rows : bucket.block_rows]
     if gradient is not None:
-        train, losses = gradient.backward(kv)
+        train, loss_W, logprob_W = gradient.backward(kv)
         state = replace(state, train=train)
-    return state, StepOutput(finite_B=finite_B, **drawn, **prompt, **losses)
+    return state, StepOutput(hidden_RD, chunk_hidden_TD, finite_B, loss_W, logprob_W)
 
 
 def forward_rows(
@@ -210,109 +202,3 @@ def _finite_slots(hidden_TD, batch: TokenBatch, spec: StepSpec) -> Bool[Array, "
     finite_T = jnp.all(jnp.isfinite(hidden_TD), axis=1)
     finite_B = jnp.ones(spec.layout.all_slots, jnp.int32).at[batch.slot_T].min(finite_T.astype(jnp.int32), mode="drop")
     return finite_B.astype(bool)
-
-
-def _local_logits(params, hidden_RD, spec: StepSpec) -> tuple[Float[Array, "R V"], Bool[Array, "R"]]:
-    """This shard's logits, padding of the vocabulary at -inf, and which rows are finite on all shards."""
-    logits_RV = decoder.logits(params, hidden_RD, spec.config).astype(jnp.float32)
-    token_V = spec.shard.offset(logits_RV.shape[1]) + jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
-    finite_R = spec.shard.min(jnp.all(jnp.isfinite(logits_RV), axis=1).astype(jnp.int32)) > 0
-    return jnp.where((token_V < spec.config.vocab_size)[None], logits_RV, -jnp.inf), finite_R
-
-
-def _draw(params, state: EngineState, hidden_TD, batch: TokenBatch, spec: StepSpec) -> tuple[EngineState, dict]:
-    shard = spec.shard
-    logits_RV, finite_R = _local_logits(params, hidden_TD.at[batch.sample_row_R].get(mode="clip"), spec)
-    slot_R = jnp.minimum(batch.sample_slot_R, spec.layout.num_slots - 1)
-    draw = partial(_draw_rows, state=state, batch_flags=batch.flags, spec=spec)
-    drawable_R, drawn = _by_rows(draw, DRAW_BYTES // (4 * logits_RV.shape[1]), (
-        logits_RV, slot_R, batch.rows, batch.edited_R
-    ))  # fmt: skip
-    token_R = drawn["token_R"]
-    column_R = jnp.where(batch.counted_R > 0, token_R - shard.offset(logits_RV.shape[1]), logits_RV.shape[1])
-    column_R = jnp.where(column_R < 0, logits_RV.shape[1], column_R)
-    state = replace(
-        state,
-        last_token_B=state.last_token_B.at[batch.sample_slot_R].set(token_R, mode="drop"),
-        count_BV=state.count_BV.at[batch.sample_slot_R, column_R].add(jnp.int16(1), mode="drop"),
-    )
-    return state, {**drawn, "finite_R": finite_R & drawable_R}
-
-
-def _by_rows(function: Callable[[Any], Any], most: int, arrays: Any) -> Any:
-    """``function`` of all rows, at most about ``most`` of them at a time."""
-    R = jax.tree.leaves(arrays)[0].shape[0]
-    size = next(n for n in range(min(max(most, 1), R), 0, -1) if R % n == 0)
-    if size == R:
-        return function(arrays)
-    parts = lax.map(function, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays))
-    return jax.tree.map(lambda x: x.reshape(R, *x.shape[2:]), parts)
-
-
-def _draw_rows(arrays, *, state: EngineState, batch_flags, spec: StepSpec) -> tuple[Bool[Array, "R"], dict]:
-    """Penalties, edits and the draw: several arrays of the logits' size at one time."""
-    logits_RV, slot_R, rows, edited_R = arrays
-    shard = spec.shard
-    adjusted_RV = lax.cond(
-        batch_flags[flags.PENALTIES] > 0,
-        lambda x: penalise(x, state.count_BV[slot_R].astype(jnp.int32), rows),
-        lambda x: x,
-        logits_RV,
-    )
-    adjusted_RV = lax.cond(
-        batch_flags[flags.EDITS] > 0,
-        lambda x: _edit(x, state, slot_R, rows.position_R, edited_R, shard),
-        lambda x: x,
-        adjusted_RV,
-    )
-    drawable_R = shard.max(jnp.any(jnp.isfinite(adjusted_RV), axis=1).astype(jnp.int32)) > 0
-    token_R = sample(adjusted_RV, rows, batch_flags[flags.RANDOM] > 0, batch_flags[flags.FILTER] > 0, shard)
-    norm_R = log_normaliser(logits_RV, shard)
-    N = spec.max_logprobs
-    nothing = (jnp.zeros((slot_R.shape[0], N), jnp.float32), jnp.zeros((slot_R.shape[0], N), jnp.int32))
-    top_RN, top_token_RN = lax.cond(
-        batch_flags[flags.LOGPROBS] > 0, lambda x: top_tokens(x, N, shard), lambda x: nothing, logits_RV
-    )
-    return drawable_R, {
-        "token_R": token_R,
-        "logprob_R": pick(logits_RV, token_R, shard) - norm_R,
-        "top_token_RN": top_token_RN,
-        "top_logprob_RN": top_RN - norm_R[:, None],
-    }
-
-
-def _edit(logits_RV, state: EngineState, slot_R, position_R, edited_R, shard: VocabShard) -> Float[Array, "R V"]:
-    """Adds logit_bias, and holds back the stop tokens of rows that have not reached min_tokens."""
-    V = logits_RV.shape[1]
-    active_RZ = (position_R[:, None] < state.edit_until_BZ[slot_R]) & (edited_R > 0)[:, None]
-    column_RZ = state.edit_token_BZ[slot_R] - shard.offset(V)
-    column_RZ = jnp.where(active_RZ & (column_RZ >= 0), column_RZ, V)
-    row_R1 = jnp.arange(logits_RV.shape[0], dtype=jnp.int32)[:, None]
-    return logits_RV.at[row_R1, column_RZ].add(state.edit_value_BZ[slot_R], mode="drop")
-
-
-def _prompt_logprobs(params, hidden_TD, batch: TokenBatch, spec: StepSpec) -> dict:
-    """Log-probabilities of the prompt's own tokens, a few rows of logits at a time, where a row asks for them."""
-    T, N = hidden_TD.shape[0], spec.max_logprobs
-
-    def block(args):
-        hidden_QD, target_Q = args
-        logits_QV, _ = _local_logits(params, hidden_QD, spec)
-        norm_Q = log_normaliser(logits_QV, spec.shard)
-        top_QN, token_QN = top_tokens(logits_QV, N, spec.shard)
-        return pick(logits_QV, jnp.maximum(target_Q, 0), spec.shard) - norm_Q, token_QN, top_QN - norm_Q[:, None]
-
-    def compute(hidden_TD):
-        size = min(HEAD_ROWS, T)
-        blocks = -(-T // size)
-        padded_TD = jnp.pad(hidden_TD, ((0, blocks * size - T), (0, 0)))
-        target_T = jnp.pad(batch.target_T, (0, blocks * size - T))
-        out = lax.map(block, (padded_TD.reshape(blocks, size, -1), target_T.reshape(blocks, size)))
-        return tuple(x.reshape(blocks * size, *x.shape[2:])[:T] for x in out)
-
-    nothing = (jnp.zeros(T, jnp.float32), jnp.zeros((T, N), jnp.int32), jnp.zeros((T, N), jnp.float32))
-    if T:
-        found = lax.cond(batch.flags[flags.PROMPT_LOGPROBS] > 0, compute, lambda _: nothing, hidden_TD)
-    else:
-        found = nothing
-    return dict(zip(("prompt_logprob_T", "prompt_top_token_TN", "prompt_top_logprob_TN"), found, strict=True))

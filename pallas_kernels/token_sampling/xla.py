@@ -5,6 +5,7 @@ Every function works on one shard of the vocabulary; ``shard`` sums over shards 
 Shapes: R rows, V vocabulary of this shard, N top tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -93,18 +94,29 @@ def penalise(logits_RV: Float[Array, "R V"], count_RV: Int[Array, "R V"], rows: 
 
 
 def sample(
-    logits_RV: Float[Array, "R V"], rows: SampleRows, any_random, any_filter, shard: VocabShard
+    logits_RV: Float[Array, "R V"],
+    rows: SampleRows,
+    any_random: jax.Array | bool,
+    any_filter: jax.Array | bool,
+    shard: VocabShard,
 ) -> Int[Array, "R"]:
-    """Draws a token per row. ``any_random``, ``any_filter`` (scalars) let a batch skip what none of its rows needs."""
+    """Draws a token per row. ``any_random``, ``any_filter`` let a batch skip what none of its rows needs: numbers of
+    the device, or what the program is for."""
     greedy_R = argmax(logits_RV, shard)
 
     def draw(logits_RV):
         scaled_RV = logits_RV / jnp.where(rows.temperature_R > 0, rows.temperature_R, 1)[:, None]
-        scaled_RV = lax.cond(any_filter, lambda x: _filter(x, rows, shard), lambda x: x, scaled_RV)
+        scaled_RV = _if(any_filter, lambda x: _filter(x, rows, shard), lambda x: x, scaled_RV)
         return argmax(scaled_RV + _gumbel(rows, scaled_RV.shape[1], shard).astype(scaled_RV.dtype), shard)
 
-    drawn_R = lax.cond(any_random, draw, lambda _: greedy_R, logits_RV)
+    drawn_R = _if(any_random, draw, lambda _: greedy_R, logits_RV)
     return jnp.where(rows.temperature_R > 0, drawn_R, greedy_R)
+
+
+def _if(wanted: jax.Array | bool, do: Callable, otherwise: Callable, x: jax.Array) -> jax.Array:
+    if isinstance(wanted, bool):
+        return do(x) if wanted else otherwise(x)
+    return lax.cond(wanted, do, otherwise, x)
 
 
 def _filter(scaled_RV: Float[Array, "R V"], rows: SampleRows, shard: VocabShard) -> Float[Array, "R V"]:

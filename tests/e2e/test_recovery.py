@@ -45,7 +45,7 @@ def break_step(monkeypatch, when, how):
         state, output = real(*args, spec=spec)  # the old state is donated and gone
         if how == "while it runs":
             raise Broken(how)
-        return state, output.replace(token_R=Bomb())
+        return state, output.replace(finite_B=Bomb())
 
     monkeypatch.setattr(programs, "step", step)
     return broken

@@ -31,15 +31,20 @@ def test_the_device_reads_what_the_host_wrote(layout):
     ints[:] = rng.integers(-(2**31), 2**31, len(ints))
     floats[:] = rng.standard_normal(len(floats))
     batch = jax.jit(layout.unpack)(ints, floats)
-    plain = ("token_T", "position_T", "slot_T", "page_table_BM", "target_T", "sample_row_R", "sample_slot_R", "flags")
-    for name in (*plain, "edited_R", "counted_R"):
+    for name in ("token_T", "position_T", "slot_T", "page_table_BM", "sample_row_R", "flags"):
         np.testing.assert_array_equal(getattr(batch, name), int_views[name])
+    draw = jax.jit(layout.draw.unpack)(ints[: layout.draw.num_ints], floats[: layout.draw.num_floats])
+    np.testing.assert_array_equal(draw.flags, int_views["flags"])
+    np.testing.assert_array_equal(layout.draw.flags(ints), int_views["flags"])
+    np.testing.assert_array_equal(draw.slot_R, int_views["sample_slot_R"])
+    for name in ("edited_R", "counted_R"):
+        np.testing.assert_array_equal(getattr(draw, name), int_views[name])
     for name, view in float_views.items():
-        np.testing.assert_array_equal(getattr(batch.rows, name), view)
-    np.testing.assert_array_equal(batch.rows.seed_R2, int_views["seed_R2"].view(np.uint32))
-    np.testing.assert_array_equal(batch.rows.top_k_R, int_views["top_k_R"])
-    np.testing.assert_array_equal(batch.rows.choice_R, int_views["choice_R"])
-    np.testing.assert_array_equal(batch.rows.position_R, int_views["sample_position_R"])
+        np.testing.assert_array_equal(getattr(draw.rows, name), view)
+    np.testing.assert_array_equal(draw.rows.seed_R2, int_views["seed_R2"].view(np.uint32))
+    np.testing.assert_array_equal(draw.rows.top_k_R, int_views["top_k_R"])
+    np.testing.assert_array_equal(draw.rows.choice_R, int_views["choice_R"])
+    np.testing.assert_array_equal(draw.rows.position_R, int_views["sample_position_R"])
     assert (batch.lora is None) == (layout.lora_items == 0)
     if batch.lora is not None:
         for name in (*LORA_ITEM_FIELDS, "items_S"):

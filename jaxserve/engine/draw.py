@@ -1,0 +1,265 @@
+"""From hidden states to tokens: the head, what requests ask of their logits, and the draw; and the log-probabilities of
+tokens that are there already.
+
+A program for each number of rows and each kind of request, so that none of the common ones has a branch: where a branch
+hangs on a number of the device, the host waits for it, and with it for everything that was sent before.
+
+Shapes: R drawn tokens, Tc chunk rows, B sequence slots, D hidden, V vocabulary, Z logit edits, N top log-probabilities.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxserve.engine import batch as flags
+from jaxserve.engine.batch import DrawBatch, DrawLayout
+from jaxserve.engine.state import COUNT_AXES, EngineState
+from jaxserve.models import decoder
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import param_specs
+from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, pick, sample, top_tokens
+from sharding import AXIS, partition_spec, tree_specs
+
+HEAD_ROWS = 64  # rows of a prompt whose logits exist at one time
+DRAW_BYTES = 8 << 20  # float32 logits that are drawn from at one time, at most: a draw holds several copies of them
+
+
+class Asks(StrEnum):
+    """What at least one row of a draw asks for."""
+
+    GREEDY = "greedy"
+    RANDOM = "random"  # a temperature
+    FILTERED = "filtered"  # that, and top-k, top-p or min-p
+    ANYTHING = "anything"  # penalties, logit edits or log-probabilities, and whatever else
+
+
+def asks_of(flag: np.ndarray) -> Asks:
+    """The program for these flags of a batch."""
+    if flag[flags.PENALTIES] or flag[flags.EDITS] or flag[flags.LOGPROBS]:
+        return Asks.ANYTHING
+    if flag[flags.FILTER]:
+        return Asks.FILTERED
+    return Asks.RANDOM if flag[flags.RANDOM] else Asks.GREEDY
+
+
+@dataclass(frozen=True)
+class DrawSpec:
+    """Everything a compiled draw is specific to."""
+
+    config: ModelConfig
+    mesh: Mesh
+    layout: DrawLayout
+    max_logprobs: int
+    asks: Asks
+
+    @property
+    def shard(self) -> VocabShard:
+        return VocabShard(AXIS, self.mesh.size)
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """Everything a compiled score is specific to."""
+
+    config: ModelConfig
+    mesh: Mesh
+    max_logprobs: int
+
+    @property
+    def shard(self) -> VocabShard:
+        return VocabShard(AXIS, self.mesh.size)
+
+
+@struct.dataclass
+class Drawn:
+    """The tokens of a draw."""
+
+    token_R: Int[Array, "R"]
+    logprob_R: Float[Array, "R"]  # of the drawn token under the model's own distribution
+    finite_R: Bool[Array, "R"]  # the row's logits were finite, and something could be drawn
+    top_token_RN: Int[Array, "R N"]
+    top_logprob_RN: Float[Array, "R N"]
+
+
+@struct.dataclass
+class Scored:
+    """What the model says of tokens that are given."""
+
+    logprob_T: Float[Array, "Tc"]  # of the target after each row
+    top_token_TN: Int[Array, "Tc N"]
+    top_logprob_TN: Float[Array, "Tc N"]
+
+
+def head_of(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """The part of the parameters that makes logits."""
+    name = "embed" if config.tie_word_embeddings else "lm_head"
+    return {name: params[name]}
+
+
+def edits_of(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Token, value and until of each slot's logit edits, [B, Z] each."""
+    return state.edit_token_BZ, state.edit_value_BZ, state.edit_until_BZ
+
+
+@partial(jax.jit, static_argnames="spec", donate_argnames=("last_token_B", "count_BV"))
+def draw(
+    head: dict[str, jax.Array],
+    last_token_B: Int[Array, "B"],
+    count_BV: Int[Array, "B V"],
+    edits: tuple[jax.Array, jax.Array, jax.Array],
+    hidden_RD: Float[Array, "R D"],
+    ints: Int[Array, "I"],
+    floats: Float[Array, "J"],
+    *,
+    spec: DrawSpec,
+) -> tuple[Int[Array, "B"], Int[Array, "B V"], Drawn]:
+    """Draws a token for each row. Returns each slot's last token and counts, in place, and what was drawn.
+
+    Args:
+      head: see ``head_of``; edits: see ``edits_of``; ints, floats: the heads of a step's buffers, see ``DrawLayout``.
+    """
+    whole, count = PartitionSpec(), partition_spec(COUNT_AXES)
+    head_specs = tree_specs(head_of(param_specs(spec.config, spec.mesh.size), spec.config))
+    local = jax.shard_map(
+        partial(_draw, spec=spec),
+        mesh=spec.mesh,
+        in_specs=(head_specs, whole, count, whole, whole, whole, whole),
+        out_specs=(whole, count, whole),
+        check_vma=False,
+    )
+    return local(head, last_token_B, count_BV, edits, hidden_RD, ints, floats)
+
+
+@partial(jax.jit, static_argnames="spec")
+def score(
+    head: dict[str, jax.Array], hidden_TD: Float[Array, "Tc D"], target_T: Int[Array, "Tc"], *, spec: ScoreSpec
+) -> Scored:
+    """The log-probability of each row's target, and the likeliest tokens; a few rows of logits at a time.
+
+    Args:
+      head: see ``head_of``; target_T: -1 where nothing is wanted.
+    """
+    whole = PartitionSpec()
+    head_specs = tree_specs(head_of(param_specs(spec.config, spec.mesh.size), spec.config))
+    local = jax.shard_map(
+        partial(_score, spec=spec),
+        mesh=spec.mesh,
+        in_specs=(head_specs, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return local(head, hidden_TD, target_T)
+
+
+def _local_logits(head, hidden_RD, spec: DrawSpec | ScoreSpec) -> tuple[Float[Array, "R V"], Bool[Array, "R"]]:
+    """This shard's logits, padding of the vocabulary at -inf, and which rows are finite on all shards."""
+    logits_RV = decoder.logits(head, hidden_RD, spec.config).astype(jnp.float32)
+    token_V = spec.shard.offset(logits_RV.shape[1]) + jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
+    finite_R = spec.shard.min(jnp.all(jnp.isfinite(logits_RV), axis=1).astype(jnp.int32)) > 0
+    return jnp.where((token_V < spec.config.vocab_size)[None], logits_RV, -jnp.inf), finite_R
+
+
+def _draw(head, last_token_B, count_BV, edits, hidden_RD, ints, floats, *, spec: DrawSpec):
+    shard, batch = spec.shard, spec.layout.unpack(ints, floats)
+    logits_RV, finite_R = _local_logits(head, hidden_RD, spec)
+    slot_R = jnp.minimum(batch.slot_R, spec.layout.num_slots - 1)
+    some = partial(_draw_rows, count_BV=count_BV, edits=edits, batch=batch, spec=spec)
+    drawable_R, drawn = _by_rows(some, DRAW_BYTES // (4 * logits_RV.shape[1]), (
+        logits_RV, slot_R, batch.rows, batch.edited_R
+    ))  # fmt: skip
+    token_R = drawn["token_R"]
+    column_R = jnp.where(batch.counted_R > 0, token_R - shard.offset(logits_RV.shape[1]), logits_RV.shape[1])
+    column_R = jnp.where(column_R < 0, logits_RV.shape[1], column_R)
+    last_token_B = last_token_B.at[batch.slot_R].set(token_R, mode="drop")
+    count_BV = count_BV.at[batch.slot_R, column_R].add(jnp.int16(1), mode="drop")
+    return last_token_B, count_BV, Drawn(**drawn, finite_R=finite_R & drawable_R)
+
+
+def _by_rows(function: Callable[[Any], Any], most: int, arrays: Any) -> Any:
+    """``function`` of all rows, at most about ``most`` of them at a time."""
+    R = jax.tree.leaves(arrays)[0].shape[0]
+    size = next(n for n in range(min(max(most, 1), R), 0, -1) if R % n == 0)
+    if size == R:
+        return function(arrays)
+    parts = lax.map(function, jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), arrays))
+    return jax.tree.map(lambda x: x.reshape(R, *x.shape[2:]), parts)
+
+
+def _draw_rows(
+    arrays, *, count_BV, edits, batch: DrawBatch, spec: DrawSpec
+) -> tuple[Bool[Array, "R"], dict[str, jax.Array]]:
+    """Penalties, edits and the draw: several arrays of the logits' size at one time."""
+    logits_RV, slot_R, rows, edited_R = arrays
+    shard, N = spec.shard, spec.max_logprobs
+    adjusted_RV = logits_RV
+    nothing = (jnp.zeros((slot_R.shape[0], N), jnp.float32), jnp.zeros((slot_R.shape[0], N), jnp.int32))
+    random, filtered = spec.asks is not Asks.GREEDY, spec.asks is Asks.FILTERED
+    top_RN, top_token_RN = nothing
+    if spec.asks is Asks.ANYTHING:
+        random, filtered = batch.flags[flags.RANDOM] > 0, batch.flags[flags.FILTER] > 0
+        adjusted_RV = lax.cond(
+            batch.flags[flags.PENALTIES] > 0,
+            lambda x: penalise(x, count_BV[slot_R].astype(jnp.int32), rows),
+            lambda x: x,
+            adjusted_RV,
+        )
+        adjusted_RV = lax.cond(
+            batch.flags[flags.EDITS] > 0,
+            lambda x: _edit(x, edits, slot_R, rows.position_R, edited_R, shard),
+            lambda x: x,
+            adjusted_RV,
+        )
+        top_RN, top_token_RN = lax.cond(
+            batch.flags[flags.LOGPROBS] > 0, lambda x: top_tokens(x, N, shard), lambda x: nothing, logits_RV
+        )
+    drawable_R = shard.max(jnp.any(jnp.isfinite(adjusted_RV), axis=1).astype(jnp.int32)) > 0
+    token_R = sample(adjusted_RV, rows, random, filtered, shard)
+    norm_R = log_normaliser(logits_RV, shard)
+    return drawable_R, {
+        "token_R": token_R,
+        "logprob_R": pick(logits_RV, token_R, shard) - norm_R,
+        "top_token_RN": top_token_RN,
+        "top_logprob_RN": top_RN - norm_R[:, None],
+    }
+
+
+def _edit(logits_RV, edits, slot_R, position_R, edited_R, shard: VocabShard) -> Float[Array, "R V"]:
+    """Adds logit_bias, and holds back the stop tokens of rows that have not reached min_tokens."""
+    V, (token_BZ, value_BZ, until_BZ) = logits_RV.shape[1], edits
+    active_RZ = (position_R[:, None] < until_BZ[slot_R]) & (edited_R > 0)[:, None]
+    column_RZ = token_BZ[slot_R] - shard.offset(V)
+    column_RZ = jnp.where(active_RZ & (column_RZ >= 0), column_RZ, V)
+    row_R1 = jnp.arange(logits_RV.shape[0], dtype=jnp.int32)[:, None]
+    return logits_RV.at[row_R1, column_RZ].add(value_BZ[slot_R], mode="drop")
+
+
+def _score(head, hidden_TD, target_T, *, spec: ScoreSpec) -> Scored:
+    T, N = hidden_TD.shape[0], spec.max_logprobs
+
+    def block(args):
+        hidden_QD, target_Q = args
+        logits_QV, _ = _local_logits(head, hidden_QD, spec)
+        norm_Q = log_normaliser(logits_QV, spec.shard)
+        top_QN, token_QN = top_tokens(logits_QV, N, spec.shard)
+        return Scored(
+            logprob_T=pick(logits_QV, jnp.maximum(target_Q, 0), spec.shard) - norm_Q,
+            top_token_TN=token_QN,
+            top_logprob_TN=top_QN - norm_Q[:, None],
+        )
+
+    size = min(HEAD_ROWS, T)
+    blocks = -(-T // size)
+    padded_TD = jnp.pad(hidden_TD, ((0, blocks * size - T), (0, 0)))
+    padded_T = jnp.pad(target_T, (0, blocks * size - T))
+    out = lax.map(block, (padded_TD.reshape(blocks, size, -1), padded_T.reshape(blocks, size)))
+    return jax.tree.map(lambda x: x.reshape(blocks * size, *x.shape[2:])[:T], out)
