@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
+from jaxserve.engine.draw import DrawSpec, draw, edits_of, head_of
 from jaxserve.engine.gradient import TrainShape, empty_train_state
 from jaxserve.engine.specs import CoreConfig
 from jaxserve.engine.state import empty_state, state_specs
@@ -143,6 +144,19 @@ def compile_step(params: Any, state: Any, spec: StepSpec) -> Program:
     whole = named_sharding(spec.mesh, ())
     batch = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for x in (ints, floats)]
     return compile_for(spec.mesh, lambda: step.lower(params, state, *batch, None, spec=spec))
+
+
+def compile_draw(params: Any, state: Any, spec: DrawSpec, dtype: str) -> Program:
+    """Compiles the draw of tokens after a step, for the devices of ``spec.mesh``."""
+    layout, model = spec.layout, spec.config
+    shapes = (layout.num_samples, model.hidden_size), (layout.num_ints,), (layout.num_floats,)
+    whole = named_sharding(spec.mesh, ())
+    hidden_and_buffers = [
+        jax.ShapeDtypeStruct(shape, np.dtype(kind), sharding=whole)
+        for shape, kind in zip(shapes, (dtype, "int32", "float32"), strict=True)
+    ]
+    slots = state.last_token_B, state.count_BV, edits_of(state)
+    return compile_for(spec.mesh, lambda: draw.lower(head_of(params, model), *slots, *hidden_and_buffers, spec=spec))
 
 
 def compile_for(mesh: Mesh, lower: Callable[[], Any]) -> Program:

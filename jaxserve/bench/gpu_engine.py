@@ -109,7 +109,7 @@ def start(bench: Bench) -> Iterator[Figure]:
     most = _most_rows(bench)
     sizes: dict[str, Any] = {
         "max_num_seqs": most,
-        "max_num_batched_tokens": 1024 + most,
+        "max_num_batched_tokens": 1024,
         "max_model_len": 8704,
         "max_loras": 1 + most // 2,
         "finetune_window": 1024,
@@ -120,7 +120,7 @@ def start(bench: Bench) -> Iterator[Figure]:
         buckets = Buckets(chunk_rows=(1024,), decode_rows=(most,), grad_rows=(1024,))
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
-        small = {"max_num_batched_tokens": 36, "max_model_len": 256, "max_loras": 5}
+        small = {"max_num_batched_tokens": 32, "max_model_len": 256, "max_loras": 5}
         sizes |= small | {"finetune_window": 32, "num_kv_pages": 64, "block_size": 16}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory, few_buckets(buckets):

@@ -18,7 +18,9 @@ from jaxserve.bench import ahead, hlo, roofline
 from jaxserve.bench.engine import model_path
 from jaxserve.config import Config, EngineConfig
 from jaxserve.engine.activations import activation_bytes
+from jaxserve.engine.batch import DrawLayout
 from jaxserve.engine.buckets import Bucket, Buckets
+from jaxserve.engine.draw import Asks, DrawSpec
 from jaxserve.engine.gradient import TrainShape
 from jaxserve.engine.sizes import STEP_BYTES, core_config
 from jaxserve.engine.specs import CoreConfig, step_spec, train_shape
@@ -79,7 +81,8 @@ def plan(
         for bucket, program in zip(buckets, programs, strict=True)
     ]
     kept = sum(size for name, size in memory.items() if name != "kv_pool")
-    temporary = max(step["temporary_bytes"] for step in steps)
+    draw = _draw(core, compiled, mesh, params, plain)
+    temporary = max(draw["temporary_bytes"], *(step["temporary_bytes"] for step in steps))
     each = page_bytes(model, core.page_size, mesh.size, core.dtype) // mesh.size
     fitting = max(budget - kept - temporary, 0) // each
     return {
@@ -98,6 +101,7 @@ def plan(
             "finetune_activations": _activation_bytes(steps),
         },
         "steps": steps,
+        "draw": draw,
         "kernels": [dataclasses.asdict(kernel) for kernel in kernels],
     }
 
@@ -243,6 +247,19 @@ def _told(
     }
 
 
+def _draw(core: CoreConfig, model: ModelConfig, mesh: Any, params: Any, state: Any) -> dict[str, Any]:
+    """The program that draws the tokens of a step, for as many rows as there are and whatever they ask for."""
+    layout = DrawLayout(core.max_num_seqs, core.max_num_seqs)
+    spec = DrawSpec(model, mesh, layout, core.max_logprobs, Asks.ANYTHING)
+    program = ahead.compile_draw(params, state, spec, core.dtype)
+    return {
+        "rows": core.max_num_seqs,
+        "temporary_bytes": program.temporary,
+        "compile_seconds": round(program.seconds, 1),
+        "collectives": dict(hlo.collectives(program.text)),
+    }
+
+
 def _load(core: CoreConfig, bucket: Bucket, context: int) -> roofline.StepLoad:
     """A full step: every decode row at ``context`` tokens, one prompt, one window at the end of an example."""
     ranks = [core.max_lora_rank] * min(core.max_loras, bucket.decode_rows)
@@ -296,6 +313,12 @@ def lines(result: dict[str, Any]) -> list[str]:
         told.append(f"    {counted}")
         told.append("    collectives: " + (_counts(step["collectives"]) or "none"))
         told.append("    copies of weights or of the pool: " + (_counts(step["copies"]) or "none"))
+    draw = result["draw"]
+    told.append(
+        f"{'draw of ' + str(draw['rows']) + ' tokens':<22} {draw['temporary_bytes'] / GB:8.3f}{'':47}"
+        f"{draw['compile_seconds']:9.0f} s"
+    )
+    told.append("    collectives: " + (_counts(draw["collectives"]) or "none"))
     told += (
         ["Pallas kernels (registers per thread, spilled bytes, shared memory per block):"] if result["kernels"] else []
     )

@@ -258,8 +258,9 @@ class GradientRows:
 
     def _pull(self, layer_config: LayerConfig, p: dict, kept: Kept, d_x_WD, kv, lanes: dict[str, Lanes], acc):
         """The backward of one layer: dx, and the lanes and accumulators as this window leaves them."""
-        # the barrier keeps the compiler from running layers again before their turn, all at once
+        # nothing of a layer is to be run again before its turn: all layers at once would be kept at one time
         x_WD, d_x_WD = lax.optimization_barrier((kept.x_WD, d_x_WD))
+        products = {site: after(z_WO, [d_x_WD]) for site, z_WO in kept.products.items()}
         rope = decoder.rotary(self.spec.config, layer_config, jnp.maximum(self.position_W, 0), x_WD.dtype)
 
         def run(x_WD, lanes, acc):
@@ -267,7 +268,7 @@ class GradientRows:
                 return self._attention(q, k, v, acc, kv, layer, kept.attended), kv
 
             def linear(site, p, x):
-                known = kept.products.get(site)
+                known = products.get(site)
                 return self._linear(self.linears.of_gradient_rows(site, p["index"]), p, x, lanes[site], known)
 
             y_WD, _ = decoder.layer(

@@ -22,7 +22,7 @@ from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Key
 from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.batch import PROMPT_LOGPROBS
-from jaxserve.engine.buckets import Bucket, Buckets
+from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiles import CompileCounter
 from jaxserve.engine.gradient import empty_train_state
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of

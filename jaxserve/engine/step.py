@@ -11,7 +11,6 @@ Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequenc
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp

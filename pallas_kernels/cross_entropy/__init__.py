@@ -15,9 +15,11 @@ from flax import struct
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import target
 from pallas_kernels.token_sampling import VocabShard, log_normaliser, pick
 
 CHUNK_ROWS = 64
+GPU_CHUNK_ROWS = 256  # each chunk reads the head twice: with fewer rows a GPU waits for memory
 CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO = range(3)
 
 
@@ -65,8 +67,8 @@ def loss_and_gradient(
       head: [Q, D] -> this shard's logits [Q, V] in float32 or wider, padding of the vocabulary at -inf, and their
         vector-Jacobian product [Q, V] -> [Q, D] (this shard's part; the parts are summed here).
     """
-    W = hidden_WD.shape[0]
-    size = min(CHUNK_ROWS, W)
+    W, device = hidden_WD.shape[0], target()
+    size = min(GPU_CHUNK_ROWS if device is not None and device.platform == "gpu" else CHUNK_ROWS, W)
     chunks = -(-W // size)
 
     def chunked(x):

@@ -5,7 +5,7 @@ same); no kernel spills, at other head dims neither. 168 registers are the avera
 
     kernel                    registers  shared memory (bytes)
     block_attention                 168                166,912
-    attention_decode_parts           72                107,520
+    attention_decode_parts           72                 72,704
     attention_decode_sum             48                  2,048
 
 Shapes: T rows, H query heads, K kv heads, C head dim, P pages, G tokens per page.

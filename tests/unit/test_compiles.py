@@ -10,6 +10,7 @@ import pytest
 import serving
 
 from jaxserve.engine.compiles import CompileCounter
+from jaxserve.engine.draw import Asks, draw, edits_of, head_of
 from jaxserve.engine.state import copy_pages, write_slot
 from jaxserve.engine.step import step
 from jaxserve.sampling import SamplingParams
@@ -132,6 +133,25 @@ def test_a_step_copies_neither_the_kv_pool_nor_the_adapters_nor_a_weight(bucket)
     for tree in (core.state.kv, core.state.bank, core.params):
         assert shapes_of(tree)
         assert not copies(program.as_text(), shapes_of(tree))
+
+
+@pytest.mark.parametrize("bucket", BUCKETS)
+def test_a_step_has_no_branch_that_the_host_would_wait_for(bucket):
+    program, _ = compiled(bucket)
+    assert " conditional(" not in program.as_text()
+
+
+@pytest.mark.parametrize("asks", [Asks.GREEDY, Asks.RANDOM, Asks.FILTERED])
+def test_nor_have_the_common_draws(asks):
+    _, engine = compiled(BUCKETS[0])
+    core = engine.core
+    spec = next(spec for (_, kind), spec in core.programs.draws.items() if kind is asks)
+    state, layout = core.state, spec.layout
+    hidden = np.zeros((layout.num_samples, engine.model.hidden_size), core.config.dtype)
+    buffers = np.zeros(layout.num_ints, np.int32), np.zeros(layout.num_floats, np.float32)
+    head = head_of(core.params, engine.model)
+    slots = state.last_token_B, state.count_BV, edits_of(state)
+    assert " conditional(" not in draw.lower(head, *slots, hidden, *buffers, spec=spec).compile().as_text()
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
