@@ -156,6 +156,7 @@ def all_parts() -> tuple[Part, ...]:
         Part("decode step", 25, gpu_engine.decode),
         Part("prefill", 10, gpu_engine.prefill),
         Part("finetuning alone", 40, gpu_engine.finetune),
+        Part("where the time goes", 40, gpu_engine.profile),
         Part("adapters", 40, gpu_engine.adapters),
         Part("co-serving", 60, gpu_engine.coserve),
         Part("memory", 5, gpu_engine.memory),

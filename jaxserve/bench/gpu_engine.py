@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxserve.bench import gpu_trace
 from jaxserve.bench.gpu import Bench, Figure
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.replay import Replay
@@ -59,6 +60,7 @@ TINY = LLAMA_8B | {
 # log-normal lengths of Azure's conversation trace of 2023: mean and deviation of the logarithm, and the longest
 PROMPTS, OUTPUTS = (6.64, 0.99, 14050), (4.96, 0.86, 1000)
 TPOT_MS = 45.0
+RUNS = 10  # of a step that is timed
 
 
 def _write_config(bench: Bench, directory: str) -> str:
@@ -176,13 +178,12 @@ def _step_seconds(engine: "Engine", bucket: Bucket, decodes: list[int], chunk: t
     if chunk:
         views["position_T"][: chunk[1]] = np.arange(chunk[0], chunk[0] + chunk[1])
         views["slot_T"][: bucket.chunk_rows] = len(decodes)
-    runs = 10
     jax.block_until_ready(core._run((bucket, False), ints, floats, draws=True))
     began = time.perf_counter()
-    for _ in range(runs):
+    for _ in range(RUNS):
         output = core._run((bucket, False), ints, floats, draws=True)
     jax.block_until_ready(output)
-    return (time.perf_counter() - began) / runs
+    return (time.perf_counter() - began) / RUNS
 
 
 def decode(bench: Bench) -> Iterator[Figure]:
@@ -306,6 +307,27 @@ def coserve(bench: Bench) -> Iterator[Figure]:
 
 def _is_past(deadline: float) -> bool:
     return time.perf_counter() > deadline
+
+
+def profile(bench: Bench) -> Iterator[Figure]:
+    """The kernels that steps spend their time in. The profiler runs them without CUDA graphs."""
+    engine = _engine(bench)
+    buckets = engine.core.planner.buckets
+    most, rows = _most_rows(bench), buckets.chunk_rows[-1]
+    length = 64 if bench.smoke else 2048
+    steps: dict[str, tuple[Callable[[], Any], int]] = {
+        "decode": (lambda: _step_seconds(engine, buckets.fit(0, most), [length // 2 - 1] * most, None), RUNS + 1),
+        "prefill": (lambda: _step_seconds(engine, buckets.fit(rows, 0), [], (0, rows)), RUNS + 1),
+        "finetuning": (lambda: _job(bench, length, 1, "profiled").wait(), 1),
+    }
+    for name, (run, times) in steps.items():
+        trace = gpu_trace.record(run)
+        note = "" if trace.kernels else "the profiler saw no kernel"
+        yield Figure(name=f"{name}: kernels", value=1e3 * trace.busy / times, unit="ms", note=note)
+        yield Figure(name=f"{name}: idle", value=1e3 * trace.idle / times, unit="ms")
+        for kernel in trace.kernels[:16]:
+            count = f"{kernel.count / times:.0f} of them"
+            yield Figure(name=f"{name}: {kernel.name}"[:46], value=1e3 * kernel.seconds / times, unit="ms", note=count)
 
 
 def memory(bench: Bench) -> Iterator[Figure]:
