@@ -64,8 +64,8 @@ class Efficiency:
 
 
 FLOOR = Efficiency()
-# Measured on an H200 (README): the products of a prefill step 0.73 to 0.90, a large square one 0.68 to 0.81; attention
-# 0.35 to 0.44 forward and 0.24 to 0.34 backward (of the five products, where the two kernels here do seven); a copy 0.87.
+# Measured on an H200 (README): the products of a prefill step 0.73 to 0.90, a large square one 0.68 to 0.81;
+# attention 0.35 to 0.44 forward and 0.24 to 0.34 backward (of five products, the two kernels do seven); a copy 0.87.
 EXPECTED = Efficiency(
     matmul=0.75, attention=0.4, attention_backward=0.3, bandwidth=0.85, link=0.7, launch=1.5e-6, collective=10e-6
 )
