@@ -14,6 +14,9 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARAL
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
+if "cuda" in os.environ["JAX_PLATFORMS"]:
+    os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # tuning takes longer than the tests
+
 settings.register_profile("dev", deadline=None)  # the first example may compile
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "dev")

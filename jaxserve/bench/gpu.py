@@ -52,7 +52,7 @@ class Bench:
 
     smoke: bool  # tiny sizes, XLA implementations: the path, not the numbers
     layers: int = 32  # of the engine's model
-    few: bool = False  # as few programs as can be: for a device that is lent for minutes
+    few: bool = False  # fewer requests and programs: for a device that is lent for minutes
     facts: dict[str, Any] = field(default_factory=dict)  # go to the result file
     shared: dict[str, Any] = field(default_factory=dict)  # the engine, once there is one
 
@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes and XLA implementations, on any device")
     parser.add_argument("--out", type=Path, default=Path("gpu-bench.json"), help="result file")
     parser.add_argument("--layers", type=int, default=32, help="layers of the engine's model; fewer compile sooner")
-    parser.add_argument("--few", action="store_true", help="64 requests at most and four programs: starts sooner")
+    parser.add_argument("--few", action="store_true", help="64 requests at most and half the programs: starts sooner")
     parser.add_argument("--parts", help="names of parts, with commas between; all by default")
     options = parser.parse_args(arguments)
     parts = all_parts()

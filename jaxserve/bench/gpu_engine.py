@@ -114,12 +114,11 @@ def start(bench: Bench) -> Iterator[Figure]:
         "max_num_batched_tokens": 1024,
         "max_model_len": 8704,
         "max_loras": 1 + most // 2,
-        "finetune_window": 1024,
+        "finetune_window": 4096,
         "gpu_memory_utilization": 0.8,
     }
-    buckets = Buckets(chunk_rows=(1024,), decode_rows=(64, 256), grad_rows=(512, 1024))
-    if bench.few:
-        buckets = Buckets(chunk_rows=(1024,), decode_rows=(most,), grad_rows=(1024,))
+    # a long window for finetuning alone, where it spares most of the forward windows, and one for a step with requests
+    buckets = Buckets(chunk_rows=(1024,), decode_rows=(most,) if bench.few else (64, most), grad_rows=(1024, 4096))
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
         small = {"max_num_batched_tokens": 32, "max_model_len": 256, "max_loras": 5}

@@ -24,7 +24,7 @@ FAMILIES = {"llama": {}, "gemma2": {"sliding_window": 40}, "qwen3": {}}
 
 
 def engine_of(path, **options):
-    sizes = {"max_model_len": 320, "max_num_seqs": 8, "max_num_batched_tokens": 128, "finetune_window": 128}
+    sizes = {"max_model_len": 320, "max_num_seqs": 8, "max_num_batched_tokens": 64, "finetune_window": 64}
     return jaxserve.Engine.from_pretrained(path, max_loras=3, max_lora_rank=16, **sizes | options)
 
 
