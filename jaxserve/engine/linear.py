@@ -260,7 +260,8 @@ class Linears:
         )
 
     def _drop(self, site: str, layer, rows: int, x_TI: jax.Array) -> jax.Array:
-        """Dropout of the first rows; nothing is computed where no row asks for any."""
+        """Dropout of the first rows. On a CPU nothing is computed where no row asks for any; elsewhere the host would
+        wait for a branch, and a rate of 0 changes no bit."""
         grad, columns = self.batch.grad, x_TI.shape[1]
         assert grad is not None
         assert grad.drop_key_T is not None
@@ -273,7 +274,10 @@ class Linears:
             keep_TI = keep_mask(key, self.batch.position_T[:rows], rate, salt, first, columns)
             return jnp.concatenate([drop(x_TI[:rows], keep_TI, rate), x_TI[rows:]])
 
-        return lax.cond(self.batch.flags[flags.DROPOUT] > 0, dropped, lambda x: x, x_TI)
+        def where_asked(x_TI):
+            return lax.cond(self.batch.flags[flags.DROPOUT] > 0, dropped, lambda x: x, x_TI)
+
+        return lax.platform_dependent(x_TI, cpu=where_asked, default=dropped)
 
 
 def contract(d_y_WO: jax.Array, w_OI: jax.Array, wide) -> jax.Array:
