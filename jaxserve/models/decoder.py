@@ -91,8 +91,8 @@ def forward(
 
     Args:
       kv: one entry per layer, handed to ``attend`` and returned as it leaves it.
-      wrap: applied to the ``(p, x_TD, kv) -> (x_TD, kv)`` of each kind of layer, once for all layers of that kind; so
-        ``jax.jit`` traces and lowers each kind once, and programs are as long in their layers' kinds, not in layers.
+      wrap: applied to the ``(p, x_TD, kv) -> (x_TD, kv)`` of each kind of layer, once for all layers of that kind: with
+        ``jax.jit`` each kind is traced and lowered once, however many layers there are.
     """
     x_TD = lookup(params["embed"], token_T)
     if config.embedding_scale != 1.0:
