@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from jaxserve.engine.draw import DrawSpec, draw, edits_of, head_of
+from jaxserve.engine.draw import DrawSpec, draw, head_of, slots_of
 from jaxserve.engine.gradient import TrainShape, empty_train_state
 from jaxserve.engine.specs import CoreConfig
 from jaxserve.engine.state import empty_state, state_specs
@@ -155,8 +155,8 @@ def compile_draw(params: Any, state: Any, spec: DrawSpec, dtype: str) -> Program
         jax.ShapeDtypeStruct(shape, np.dtype(kind), sharding=whole)
         for shape, kind in zip(shapes, (dtype, "int32", "float32"), strict=True)
     ]
-    slots = state.last_token_B, state.count_BV, edits_of(state)
-    return compile_for(spec.mesh, lambda: draw.lower(head_of(params, model), *slots, *hidden_and_buffers, spec=spec))
+    arguments = head_of(params, model), *slots_of(state), *hidden_and_buffers
+    return compile_for(spec.mesh, lambda: draw.lower(*arguments, spec=spec))
 
 
 def compile_for(mesh: Mesh, lower: Callable[[], Any]) -> Program:

@@ -250,7 +250,7 @@ def _told(
 def _draw(core: CoreConfig, model: ModelConfig, mesh: Any, params: Any, state: Any) -> dict[str, Any]:
     """The program that draws the tokens of a step, for as many rows as there are and whatever they ask for."""
     layout = DrawLayout(core.max_num_seqs, core.max_num_seqs)
-    spec = DrawSpec(model, mesh, layout, core.max_logprobs, Asks.ANYTHING)
+    spec = DrawSpec(model, mesh, core.max_logprobs, layout, Asks.ANYTHING)
     program = ahead.compile_draw(params, state, spec, core.dtype)
     return {
         "rows": core.max_num_seqs,

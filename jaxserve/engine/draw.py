@@ -53,22 +53,7 @@ def asks_of(flag: np.ndarray) -> Asks:
 
 
 @dataclass(frozen=True)
-class DrawSpec:
-    """Everything a compiled draw is specific to."""
-
-    config: ModelConfig
-    mesh: Mesh
-    layout: DrawLayout
-    max_logprobs: int
-    asks: Asks
-
-    @property
-    def shard(self) -> VocabShard:
-        return VocabShard(AXIS, self.mesh.size)
-
-
-@dataclass(frozen=True)
-class ScoreSpec:
+class HeadSpec:
     """Everything a compiled score is specific to."""
 
     config: ModelConfig
@@ -78,6 +63,14 @@ class ScoreSpec:
     @property
     def shard(self) -> VocabShard:
         return VocabShard(AXIS, self.mesh.size)
+
+
+@dataclass(frozen=True)
+class DrawSpec(HeadSpec):
+    """Everything a compiled draw is specific to."""
+
+    layout: DrawLayout
+    asks: Asks
 
 
 @struct.dataclass
@@ -102,13 +95,14 @@ class Scored:
 
 def head_of(params: dict[str, Any], config: ModelConfig) -> dict[str, Any]:
     """The part of the parameters that makes logits."""
-    name = "embed" if config.tie_word_embeddings else "lm_head"
+    name = decoder.head_name(config)
     return {name: params[name]}
 
 
-def edits_of(state: EngineState) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Token, value and until of each slot's logit edits, [B, Z] each."""
-    return state.edit_token_BZ, state.edit_value_BZ, state.edit_until_BZ
+def slots_of(state: EngineState) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    """What a draw takes of the state: each slot's last token [B], its counts [B, V], and token, value and until of its
+    logit edits [B, Z]."""
+    return state.last_token_B, state.count_BV, (state.edit_token_BZ, state.edit_value_BZ, state.edit_until_BZ)
 
 
 @partial(jax.jit, static_argnames="spec", donate_argnames=("last_token_B", "count_BV"))
@@ -126,23 +120,17 @@ def draw(
     """Draws a token for each row. Returns each slot's last token and counts, in place, and what was drawn.
 
     Args:
-      head: see ``head_of``; edits: see ``edits_of``; ints, floats: the heads of a step's buffers, see ``DrawLayout``.
+      head: see ``head_of``; last_token_B, count_BV, edits: see ``slots_of``; ints, floats: the heads of a step's
+        buffers, see ``DrawLayout``.
     """
     whole, count = PartitionSpec(), partition_spec(COUNT_AXES)
-    head_specs = tree_specs(head_of(param_specs(spec.config, spec.mesh.size), spec.config))
-    local = jax.shard_map(
-        partial(_draw, spec=spec),
-        mesh=spec.mesh,
-        in_specs=(head_specs, whole, count, whole, whole, whole, whole),
-        out_specs=(whole, count, whole),
-        check_vma=False,
-    )
+    local = _on_mesh(_draw, spec, (whole, count, whole, whole, whole, whole), (whole, count, whole))
     return local(head, last_token_B, count_BV, edits, hidden_RD, ints, floats)
 
 
 @partial(jax.jit, static_argnames="spec")
 def score(
-    head: dict[str, jax.Array], hidden_TD: Float[Array, "Tc D"], target_T: Int[Array, "Tc"], *, spec: ScoreSpec
+    head: dict[str, jax.Array], hidden_TD: Float[Array, "Tc D"], target_T: Int[Array, "Tc"], *, spec: HeadSpec
 ) -> Scored:
     """The log-probability of each row's target, and the likeliest tokens; a few rows of logits at a time.
 
@@ -150,18 +138,22 @@ def score(
       head: see ``head_of``; target_T: -1 where nothing is wanted.
     """
     whole = PartitionSpec()
+    return _on_mesh(_score, spec, (whole, whole), whole)(head, hidden_TD, target_T)
+
+
+def _on_mesh(function: Callable, spec: HeadSpec, in_specs: tuple, out_specs: Any) -> Callable:
+    """``function``, which sees one shard, of whole arrays; its first argument is the head."""
     head_specs = tree_specs(head_of(param_specs(spec.config, spec.mesh.size), spec.config))
-    local = jax.shard_map(
-        partial(_score, spec=spec),
+    return jax.shard_map(
+        partial(function, spec=spec),
         mesh=spec.mesh,
-        in_specs=(head_specs, whole, whole),
-        out_specs=whole,
+        in_specs=(head_specs, *in_specs),
+        out_specs=out_specs,
         check_vma=False,
     )
-    return local(head, hidden_TD, target_T)
 
 
-def _local_logits(head, hidden_RD, spec: DrawSpec | ScoreSpec) -> tuple[Float[Array, "R V"], Bool[Array, "R"]]:
+def _local_logits(head, hidden_RD, spec: HeadSpec) -> tuple[Float[Array, "R V"], Bool[Array, "R"]]:
     """This shard's logits, padding of the vocabulary at -inf, and which rows are finite on all shards."""
     logits_RV = decoder.logits(head, hidden_RD, spec.config).astype(jnp.float32)
     token_V = spec.shard.offset(logits_RV.shape[1]) + jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
@@ -243,7 +235,7 @@ def _edit(logits_RV, edits, slot_R, position_R, edited_R, shard: VocabShard) -> 
     return logits_RV.at[row_R1, column_RZ].add(value_BZ[slot_R], mode="drop")
 
 
-def _score(head, hidden_TD, target_T, *, spec: ScoreSpec) -> Scored:
+def _score(head, hidden_TD, target_T, *, spec: HeadSpec) -> Scored:
     T, N = hidden_TD.shape[0], spec.max_logprobs
 
     def block(args):

@@ -356,7 +356,7 @@ class GradientRows:
 
 def frozen_head(params: Any, config: ModelConfig, shard: VocabShard) -> Callable:
     """The head as ``loss_and_gradient`` takes it: this shard's logits, and their pull-back to the hidden states."""
-    table_VD = params["embed"] if config.tie_word_embeddings else params["lm_head"]
+    table_VD = params[decoder.head_name(config)]
 
     def head(hidden_QD):
         logits_QV = decoder.logits(params, hidden_QD, config)

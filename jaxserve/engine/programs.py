@@ -19,7 +19,7 @@ from jaxserve.adapters.bank import BankShape
 from jaxserve.adapters.scales import Scales, is_scaled
 from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket
-from jaxserve.engine.draw import Asks, Drawn, DrawSpec, Scored, ScoreSpec, asks_of, draw, edits_of, head_of, score
+from jaxserve.engine.draw import Asks, Drawn, DrawSpec, HeadSpec, Scored, asks_of, draw, head_of, score, slots_of
 from jaxserve.engine.gradient import TrainShape, TrainState
 from jaxserve.engine.specs import CoreConfig, step_spec
 from jaxserve.engine.state import EngineState
@@ -73,9 +73,8 @@ class Programs:
         self.specs: dict[ProgramKey, StepSpec] = {}
         self.layouts: dict[ProgramKey, BatchLayout] = {}
         self.draws: dict[DrawKey, DrawSpec] = {}
-        self._score_spec = ScoreSpec(model, mesh, config.max_logprobs)
-        self._score_rows: set[int] = set()
-        self._lowered: set[DrawKey | int] = set()  # draws and scores that have been compiled
+        self._score_spec = HeadSpec(model, mesh, config.max_logprobs)
+        self._lowered: set[DrawKey | int] = set()  # draws, and rows of scores, that have been compiled
 
     def add(self, buckets: Iterable[Bucket], extended: bool) -> list[ProgramKey]:
         """Declares programs; returns those that are new."""
@@ -83,14 +82,12 @@ class Programs:
         new = [key for key, spec in specs.items() if self.specs.get(key) != spec]
         self.specs |= specs
         self.layouts |= {key: spec.layout for key, spec in specs.items()}
-        for layout in self.layouts.values():
-            for asks in Asks:
-                self.draws.setdefault(
-                    (layout.num_samples, asks),
-                    DrawSpec(self._model, self._mesh, layout.draw, self._config.max_logprobs, asks),
-                )
-            if layout.bucket.chunk_rows:
-                self._score_rows.add(layout.bucket.chunk_rows)
+        most = self._config.max_logprobs
+        self.draws |= {
+            (spec.layout.num_samples, asks): DrawSpec(self._model, self._mesh, most, spec.layout.draw, asks)
+            for spec in specs.values()
+            for asks in Asks
+        }
         return new
 
     def add_extended(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
@@ -155,14 +152,12 @@ class Programs:
 
         for key, spec in self.draws.items():
             if key not in self._lowered:
-                state, layout = arrays.state, spec.layout
-                ints, floats = np.zeros(layout.num_ints, np.int32), np.zeros(layout.num_floats, np.float32)
-                yield draw.lower(
-                    head, state.last_token_B, state.count_BV, edits_of(state), hidden(key[0]), ints, floats, spec=spec
-                )
-        for rows in self._score_rows - self._lowered:
+                buffers = np.zeros(spec.layout.num_ints, np.int32), np.zeros(spec.layout.num_floats, np.float32)
+                yield draw.lower(head, *slots_of(arrays.state), hidden(key[0]), *buffers, spec=spec)
+        score_rows = {bucket.chunk_rows for bucket, _ in self.layouts if bucket.chunk_rows}
+        for rows in score_rows - self._lowered:
             yield score.lower(head, hidden(rows), np.zeros(rows, np.int32), spec=self._score_spec)
-        self._lowered |= self.draws.keys() | self._score_rows
+        self._lowered |= self.draws.keys() | score_rows
 
     def run(
         self, key: ProgramKey, arrays: Arrays, ints: np.ndarray, floats: np.ndarray
@@ -184,10 +179,8 @@ class Programs:
         layout, state = self.layouts[key].draw, arrays.state
         ints, floats = ints[: layout.num_ints], floats[: layout.num_floats]
         spec = self.draws[layout.num_samples, asks_of(layout.flags(ints))]
-        last_token_B, count_BV, drawn = draw(
-            head_of(arrays.params, self._model), state.last_token_B, state.count_BV, edits_of(state), hidden_RD, ints,
-            floats, spec=spec,
-        )  # fmt: skip
+        head = head_of(arrays.params, self._model)
+        last_token_B, count_BV, drawn = draw(head, *slots_of(state), hidden_RD, ints, floats, spec=spec)
         return replace(state, last_token_B=last_token_B, count_BV=count_BV), drawn
 
     def score(self, arrays: Arrays, hidden_TD: jax.Array, target_T: np.ndarray) -> Scored:

@@ -21,7 +21,7 @@ from jaxserve.models.params import BIASES, SITES
 from jaxserve.models.rope import cos_sin, rotate
 
 __all__ = [
-    "BIASES", "COLUMN", "ROW", "SITES", "forward", "layer", "logits", "member_dims",
+    "BIASES", "COLUMN", "ROW", "SITES", "forward", "head_name", "layer", "logits", "member_dims",
     "plain_attend", "plain_linear", "plain_lookup", "rotary",
 ]  # fmt: skip
 
@@ -117,10 +117,14 @@ def _bind(config: ModelConfig, layer_config: LayerConfig, rope, linear: Callable
     return step
 
 
+def head_name(config: ModelConfig) -> str:
+    """The parameter that logits are made of."""
+    return "embed" if config.tie_word_embeddings else "lm_head"
+
+
 def logits(params: dict[str, Any], x_RD: jax.Array, config: ModelConfig) -> jax.Array:
     """This shard's logits [R, V_local] in at least float32; rows that only pad the vocabulary give 0."""
-    table_VD = params["embed"] if config.tie_word_embeddings else params["lm_head"]
-    return soft_cap(matmul(x_RD, table_VD, accumulator(x_RD)), config.logits_softcap)
+    return soft_cap(matmul(x_RD, params[head_name(config)], accumulator(x_RD)), config.logits_softcap)
 
 
 def plain_lookup(table_VD: jax.Array, token_T: jax.Array) -> jax.Array:

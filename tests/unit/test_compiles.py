@@ -10,7 +10,7 @@ import pytest
 import serving
 
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.draw import Asks, draw, edits_of, head_of
+from jaxserve.engine.draw import Asks, draw, head_of, slots_of
 from jaxserve.engine.state import copy_pages, write_slot
 from jaxserve.engine.step import step
 from jaxserve.sampling import SamplingParams
@@ -146,12 +146,11 @@ def test_nor_have_the_common_draws(asks):
     _, engine = compiled(BUCKETS[0])
     core = engine.core
     spec = next(spec for (_, kind), spec in core.programs.draws.items() if kind is asks)
-    state, layout = core.state, spec.layout
+    layout = spec.layout
     hidden = np.zeros((layout.num_samples, engine.model.hidden_size), core.config.dtype)
     buffers = np.zeros(layout.num_ints, np.int32), np.zeros(layout.num_floats, np.float32)
-    head = head_of(core.params, engine.model)
-    slots = state.last_token_B, state.count_BV, edits_of(state)
-    assert " conditional(" not in draw.lower(head, *slots, hidden, *buffers, spec=spec).compile().as_text()
+    arguments = head_of(core.params, engine.model), *slots_of(core.state), hidden, *buffers
+    assert " conditional(" not in draw.lower(*arguments, spec=spec).compile().as_text()
 
 
 @pytest.mark.parametrize("bucket", BUCKETS)
