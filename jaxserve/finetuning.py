@@ -59,7 +59,7 @@ def _datasets(engine: "TrainingEngine", data: Source, config: FinetuneConfig) ->
         return load_dataset(
             source,
             engine.tokenizer,
-            max_length=engine.core.config.max_model_len,
+            max_length=engine.core.config.max_example_len,
             vocab_size=engine.model.vocab_size,
             config=config,
         )

@@ -168,7 +168,7 @@ class TrainingCalls:
 
     def _example(self, item: Any, number: int, policy: bool) -> Example:
         engine = self.engine
-        limit, extra = engine.core.config.max_model_len, {}
+        limit, extra = engine.core.config.max_example_len, {}
         if isinstance(item, Mapping) and "input_ids" in item:
             item = dict(item)
             extra = {key: item.pop(key) for key in ("logprobs", "advantages") if key in item}

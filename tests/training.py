@@ -29,7 +29,7 @@ from jaxserve.scheduler.plan import StepPlan
 from sharding import make_mesh, named_sharding
 
 PAGE, BLOCK, W, CHUNK, DECODE, PAGES_PER_SEQ = 16, 8, 32, 64, 8, 8
-NUM_PAGES, TRAIN_SLOTS, NUM_SLOTS = 64, 6, 4
+NUM_PAGES, TRAIN_SLOTS, NUM_SLOTS, STASH_BLOCKS = 64, 6, 4, 40
 
 
 def random_params(config: ModelConfig, dtype: str, seed: int = 0, tp: int = 1):
@@ -77,14 +77,18 @@ class Trainer:
         pages: int = 2,
         scaled: bool = False,
         dropout: bool = False,
+        stashed: bool = False,
         **overrides,
     ):
         self.config = ModelConfig.from_dict(tiny_models.config_dict(family, **overrides))
         self.params, self.mesh, self.dtype = random_params(self.config, dtype, tp=tp), make_mesh(tp), dtype
         self.bank = BankShape(self.config, 1 + lanes * pages, tp, dtype)
-        self.train = TrainShape(TRAIN_SLOTS, acc_pages=40, lane_pages=lanes * pages, remat=remat, num_lanes=lanes)
-        self.bucket = Bucket(CHUNK, DECODE, W)
-        runs = self.bucket.block_rows // BLOCK + DECODE
+        self.train = TrainShape(
+            TRAIN_SLOTS, acc_pages=40, lane_pages=lanes * pages, remat="full" if stashed else remat, num_lanes=lanes,
+            stash_blocks=STASH_BLOCKS if stashed else 0, row_block=BLOCK,
+        )  # fmt: skip
+        self.bucket = Bucket(CHUNK, DECODE, W, stashed)
+        runs = self.bucket.forward_block_rows // BLOCK + DECODE
         self.layout = BatchLayout(
             self.bucket, NUM_SLOTS, PAGES_PER_SEQ, runs * pages,
             train_slots=TRAIN_SLOTS, grad_items=W // BLOCK * pages, row_block=BLOCK, scaled=scaled,
@@ -109,6 +113,7 @@ class Trainer:
             slots, {(self.bucket, True): self.layout}, BLOCK, NUM_PAGES, PAGE, vocab, bank_pages, self.train
         )
         self.pages, self.free_pages, self.free_acc = pages, list(range(NUM_PAGES)), list(range(40))
+        self.free_blocks = list(range(STASH_BLOCKS if stashed else 0))
         self.steps = 0
 
     def lane(self, index: int, adapter: AdapterWeights) -> Lane:
@@ -127,6 +132,9 @@ class Trainer:
         needed = -(-len(token_ids) // PAGE)
         seq.pages = [self.free_pages.pop() for _ in range(needed)]
         seq.acc_pages = [self.free_acc.pop() for _ in range(needed)]
+        if self.free_blocks:
+            seq.row_block = BLOCK
+            seq.stash_blocks = [self.free_blocks.pop() for _ in range(-(-seq.num_rows // BLOCK))]
         return seq
 
     def run(self, grads=(), forwards=(), plan: StepPlan | None = None):
@@ -152,12 +160,15 @@ class Trainer:
             for seq in rng.permutation(np.array(sequences, object)):
                 room = W - total_rows(grads, BLOCK)
                 window = seq.backward_window(int(rng.integers(room + 1)))
-                if window and (seq.backward_begun or window.start <= seq.forwarded) and rng.random() < 0.8:
+                needed = window and (window.end if seq.stash_blocks else window.start)
+                if window and (seq.backward_begun or needed <= seq.forwarded) and rng.random() < 0.8:
                     grads.append(window)
                     seq.take_backward(window)
                     continue
-                room = CHUNK - total_rows(forwards, BLOCK)
-                window = seq.forward_window(int(rng.integers(room + 1)), last=int(rng.integers(1, W + 1)))
+                room = int(rng.integers(CHUNK - total_rows(forwards, BLOCK) + 1))
+                if seq.stash_blocks:
+                    room -= room % BLOCK
+                window = seq.forward_window(room, last=int(rng.integers(1, W + 1)))
                 if window:
                     forwards.append(window)
                     seq.take_forward(window)

@@ -154,6 +154,9 @@ class FinetuneOptions(Section):
     finetune_remat: Literal["none", "elementwise", "attention", "full"] = "elementwise"
     """What a backward computes again rather than keeps: nothing; what lies between matrix products; all but attention;
     or all. Keeping more takes more memory for each gradient row."""
+    finetune_stash_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Tokens whose activations may wait on the device for their backward: examples, of at most so many tokens, run
+    forward once, and nothing is computed again. 0 waits for nothing: windows of long examples run forward twice."""
     tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
     """Mean time per output token that finetuning, and others' prompts, must leave to running requests; none lets them
     take all they can."""

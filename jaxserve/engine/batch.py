@@ -2,8 +2,11 @@
 
 Packing everything into two host arrays makes a step one cheap transfer instead of twenty.
 
-Shapes: T rows, W gradient rows, Tc chunk rows, B sequence slots (serving ones, then finetuning ones), M pages per
-sequence, R drawn tokens, N row blocks, J work items of the adapters, S adapter sites.
+The buffers hold the gradient rows, then the chunk rows, both in aligned blocks, then the decode rows. Where gradient
+rows have a stash, they do not run forward: the TokenBatch's rows begin behind them.
+
+Shapes: T rows, Tb of them in blocks, W gradient rows, B sequence slots (serving ones, then finetuning ones), M pages
+per sequence, R drawn tokens, N row blocks, J work items of the adapters, S adapter sites.
 """
 
 from dataclasses import dataclass
@@ -40,9 +43,22 @@ class LoraBatch:
 
 
 @struct.dataclass
+class Rows:
+    """Whose rows some rows are."""
+
+    position_T: Int[Array, "T"]  # place in the sequence; -1: padding
+    slot_T: Int[Array, "T"]  # sequence slot; B (all of them): padding
+    lead_page_T: Int[Array, "T"] | None  # first bank page of the row's adapter: where its scales are
+    drop_key_T: Int[Array, "Tb"] | None  # of the example that a row in a block belongs to
+    drop_rate_T: Float[Array, "Tb"] | None
+
+
+@struct.dataclass
 class GradBatch:
     """What the gradient rows are to learn, and where their gradients go."""
 
+    rows: Rows
+    stash_block_N: Int[Array, "N"] | None  # where their forward left its activations; out of range: padding
     loss: LossRows
     acc_table_BM: Int[Array, "B M"]  # accumulator page of each page of a sequence; out of range: none
     block_SJ: Int[Array, "S J"]  # adapter work items of the gradient rows, in blocks of the step's row block
@@ -50,8 +66,6 @@ class GradBatch:
     lane_SJ: Int[Array, "S J"]  # the lane page an item's gradient is added to
     items_S: Int[Array, "S"]
     lane_N: Int[Array, "N"] | None  # lane whose scales a row block trains; out of range: none
-    drop_key_T: Int[Array, "Tb"] | None  # of the example a block row belongs to
-    drop_rate_T: Float[Array, "Tb"] | None
 
 
 @struct.dataclass
@@ -67,15 +81,14 @@ class DrawBatch:
 
 @struct.dataclass
 class TokenBatch:
-    """One step's tokens: gradient rows and chunk rows in aligned blocks, then decode rows; padded to the bucket."""
+    """One step's tokens, those that run forward: rows in aligned blocks, then decode rows; padded to the bucket."""
 
     token_T: Int[Array, "T"]  # FROM_DEVICE: the slot's last token
-    position_T: Int[Array, "T"]  # place in the sequence; -1: padding
-    slot_T: Int[Array, "T"]  # sequence slot; B (all of them): padding
+    rows: Rows
     page_table_BM: Int[Array, "B M"]
     sample_row_R: Int[Array, "R"]  # the row whose hidden state draws
     flags: Int[Array, "9"]  # what at least one row of the batch needs: RANDOM ... DROPOUT; ALWAYS is 1
-    lead_page_T: Int[Array, "T"] | None  # first bank page of the row's adapter: where its scales are
+    stash_block_N: Int[Array, "N"] | None  # where the row blocks leave their activations; out of range: nowhere
     lora: LoraBatch | None
     grad: GradBatch | None
 
@@ -141,7 +154,7 @@ class BatchLayout:
     grad_items: int = 0
     row_block: int = 1
     scaled: bool = False  # rows have scales: (IA)3, DoRA
-    dropout: bool = False  # of gradient rows and of the windows that go forward beside them
+    dropout: bool = False  # of rows in blocks
 
     @property
     def all_slots(self) -> int:
@@ -163,6 +176,10 @@ class BatchLayout:
             fields["items_S"] = (self.num_sites,)
         if self.scaled:
             fields["lead_page_T"] = (T,)
+        if self.dropout:
+            fields["drop_key_T"] = (self.bucket.block_rows,)
+        if self.bucket.stashed:
+            fields["stash_block_N"] = (self.bucket.block_rows // self.row_block,)
         if W := self.bucket.grad_rows:
             fields |= {
                 "loss_target_W": (W,),
@@ -173,8 +190,6 @@ class BatchLayout:
                 "grad_lane_SJ": (self.num_sites, self.grad_items),
                 "grad_items_S": (self.num_sites,),
             }
-            if self.dropout:
-                fields["drop_key_T"] = (self.bucket.block_rows,)
             if self.scaled:
                 fields["grad_lane_N"] = (W // self.row_block,)
         return fields
@@ -184,8 +199,8 @@ class BatchLayout:
         fields = dict(self.draw.float_fields)
         if W := self.bucket.grad_rows:
             fields |= dict.fromkeys(LOSS_FLOATS, (W,))
-            if self.dropout:
-                fields["drop_rate_T"] = (self.bucket.block_rows,)
+        if self.dropout:
+            fields["drop_rate_T"] = (self.bucket.block_rows,)
         return fields
 
     @property
@@ -209,6 +224,8 @@ class BatchLayout:
         int_views["flags"][ALWAYS] = 1
         float_views["repetition_R"][:] = 1
         float_views["top_p_R"][:] = 1
+        if self.bucket.stashed:
+            int_views["stash_block_N"][:] = NOWHERE
         if self.bucket.grad_rows:
             int_views["acc_table_BM"][:] = NOWHERE
             if self.scaled:
@@ -219,21 +236,28 @@ class BatchLayout:
         """The buffers as a TokenBatch, inside jit."""
         i, f = _views(ints, self.int_fields), _views(floats, self.float_fields)
         lora = LoraBatch(**{name: i[name] for name in (*LORA_ITEM_FIELDS, "items_S")}) if self.lora_items else None
+        stash_block_N, blocks = i.get("stash_block_N"), self.bucket.first_row // self.row_block
+
+        def rows(part: slice) -> Rows:
+            optional = (i.get("lead_page_T"), i.get("drop_key_T"), f.get("drop_rate_T"))
+            return Rows(i["position_T"][part], i["slot_T"][part], *(x if x is None else x[part] for x in optional))
+
         grad = None
         if self.bucket.grad_rows:
             loss = LossRows(target_W=i["loss_target_W"], kind_W=i["loss_kind_W"], **{k: f[k] for k in LOSS_FLOATS})
             grad = GradBatch(
+                rows=rows(slice(self.bucket.grad_rows)),
+                stash_block_N=None if stash_block_N is None else stash_block_N[:blocks],
                 loss=loss,
                 acc_table_BM=i["acc_table_BM"],
                 **{k: i["grad_" + k] for k in ("block_SJ", "page_SJ", "lane_SJ", "items_S")},
                 lane_N=i.get("grad_lane_N"),
-                drop_key_T=i.get("drop_key_T"),
-                drop_rate_T=f.get("drop_rate_T"),
             )
-        plain = ("token_T", "position_T", "slot_T", "page_table_BM", "sample_row_R", "flags")
         return TokenBatch(
-            **{name: i[name] for name in plain},
-            lead_page_T=i.get("lead_page_T"),
+            token_T=i["token_T"][self.bucket.first_row :],
+            rows=rows(slice(self.bucket.first_row, None)),
+            **{name: i[name] for name in ("page_table_BM", "sample_row_R", "flags")},
+            stash_block_N=None if stash_block_N is None else stash_block_N[blocks:],
             lora=lora,
             grad=grad,
         )

@@ -9,6 +9,7 @@ kernel for another number of rows, and with it other last bits.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 MIN_ROWS = 8
 
@@ -20,6 +21,7 @@ class Bucket:
     chunk_rows: int
     decode_rows: int
     grad_rows: int = 0
+    stashed: bool = False  # gradient rows have been forward in an earlier step: what it left is in the stash
 
     def __str__(self) -> str:
         return f"step {self.grad_rows}+{self.chunk_rows}+{self.decode_rows}"
@@ -32,6 +34,21 @@ class Bucket:
     @property
     def rows(self) -> int:
         return self.block_rows + self.decode_rows
+
+    @property
+    def finetunes(self) -> bool:
+        """There is something here that only finetuning needs."""
+        return self.grad_rows > 0 or self.stashed
+
+    @cached_property
+    def first_row(self) -> int:
+        """The first row that runs forward in this step."""
+        return self.grad_rows if self.stashed else 0
+
+    @cached_property
+    def forward_block_rows(self) -> int:
+        """Those of ``block_rows`` that do."""
+        return self.block_rows - self.first_row
 
 
 def ladder(low: int, high: int, times: int = 2) -> tuple[int, ...]:
@@ -60,15 +77,21 @@ class Buckets:
     chunk_rows: tuple[int, ...]
     decode_rows: tuple[int, ...]
     grad_rows: tuple[int, ...] = ()
+    stashed: bool = False  # finetune rows run forward and backward in different steps
 
     @classmethod
-    def make(cls, max_chunk_rows: int, max_num_seqs: int, row_block: int, max_grad_rows: int = 0) -> "Buckets":
+    def make(
+        cls, max_chunk_rows: int, max_num_seqs: int, row_block: int, max_grad_rows: int = 0, stashed: bool = False
+    ) -> "Buckets":
         """Sizes up to the limits; chunk and gradient rows are multiples of ``row_block``."""
         most = max(max_chunk_rows // row_block, 1)
         chunks = tuple(row_block * n for n in ladder(min(max(64 // row_block, 1), most), most))
         decodes = ladder(min(MIN_ROWS, max(max_num_seqs, 2)), max(max_num_seqs, 2))
         grads = max_grad_rows // row_block
-        return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else ())
+        return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else (), stashed)
+
+    def _bucket(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
+        return Bucket(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
 
     @property
     def beside_chunks(self) -> tuple[int, ...]:
@@ -87,22 +110,22 @@ class Buckets:
         return next((rows for rows in self.chunk_rows if rows >= grad_rows), self.chunk_rows[-1])
 
     def __iter__(self):
-        yield from (Bucket(0, rows) for rows in self.decode_rows)
+        yield from (self._bucket(0, rows) for rows in self.decode_rows)
         for chunk in self.chunk_rows:
-            yield from (Bucket(chunk, rows) for rows in self.beside_chunks)
+            yield from (self._bucket(chunk, rows) for rows in self.beside_chunks)
         for grad in self.grad_rows:
             for chunk in (0, self.beside(grad)):
-                yield from (Bucket(chunk, rows, grad) for rows in self.beside_gradients)
+                yield from (self._bucket(chunk, rows, grad) for rows in self.beside_gradients)
 
     def holding(self, chunk_rows: int, decode_rows: int) -> Iterator[Bucket]:
         """The buckets, of each size of gradient and chunk rows one, that hold this many of the other kinds."""
         few = _least(self.beside_chunks, decode_rows)
-        yield from (Bucket(rows, few) for rows in self.chunk_rows if rows >= chunk_rows)
+        yield from (self._bucket(rows, few) for rows in self.chunk_rows if rows >= chunk_rows)
         few = _least(self.beside_gradients, decode_rows)
         for grad in self.grad_rows:
             for rows in (0, self.beside(grad)):
                 if rows >= chunk_rows:
-                    yield Bucket(rows, few, grad)
+                    yield self._bucket(rows, few, grad)
 
     def fit(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
         """The smallest bucket that holds this many rows of each kind."""
@@ -110,10 +133,10 @@ class Buckets:
             fitting = [rows for rows in self.grad_rows if rows >= grad_rows and self.beside(rows) >= chunk_rows]
             assert fitting, f"{chunk_rows=} beside {grad_rows=} {self.grad_rows=}"
             chunk = self.beside(fitting[0]) if chunk_rows else 0
-            return Bucket(chunk, _least(self.beside_gradients, decode_rows), fitting[0])
+            return self._bucket(chunk, _least(self.beside_gradients, decode_rows), fitting[0])
         if chunk_rows == 0:
-            return Bucket(0, _least(self.decode_rows, decode_rows))
-        return Bucket(_least(self.chunk_rows, chunk_rows), _least(self.beside_chunks, decode_rows))
+            return self._bucket(0, _least(self.decode_rows, decode_rows))
+        return self._bucket(_least(self.chunk_rows, chunk_rows), _least(self.beside_chunks, decode_rows))
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int:

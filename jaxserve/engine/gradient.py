@@ -1,8 +1,10 @@
-"""The backward of the gradient rows, in the step that runs their forward.
+"""The backward of the gradient rows, in the step that runs their forward or in a later one.
 
-The forward runs all rows of a step through the same matmuls. Only the first W rows are differentiated: every linear
+The forward runs all rows of a step through the same matmuls. Only W gradient rows are differentiated: every linear
 layer and attention has its own backward that looks at those rows alone, so no inference row costs a backward matmul,
-and the frozen weights get no gradient at all. How much of the forward is kept is the remat policy:
+and the frozen weights get no gradient at all. With a stash (``engine.stash``) the rows' forward ran in an earlier step
+and left there what elementwise keeps. Without one they are the first W rows of the step, and how much of the forward
+is kept is the remat policy:
 
     full       each layer's input; the layer is run again, for the gradient rows alone, when its turn comes
     attention  that and attention's output; all but attention is run again
@@ -14,7 +16,7 @@ pages, Y lane pages, R ranks, E out.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -24,7 +26,7 @@ import numpy as np
 from flax import struct
 from jax import lax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxserve.adapters.bank import SITE_NAMES, BankShape, SiteBank
 from jaxserve.adapters.scales import ScalesShape, SiteScales
@@ -32,6 +34,7 @@ from jaxserve.engine import batch as flags
 from jaxserve.engine.activations import REMAT
 from jaxserve.engine.batch import TokenBatch
 from jaxserve.engine.linear import Lanes, Linear, Linears, contract
+from jaxserve.engine.stash import Kept, Stash, StashShape, Tape, take
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
 from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig
@@ -60,6 +63,17 @@ class TrainState:
     acc: list[tuple[Float[Array, "A K G C"], Float[Array, "A K G C"]]]  # dK, dV; pages that nobody owns are zero
     lanes: dict[str, SiteBank]  # a [devices, L * Y, R, D], members [devices, L * Y, E, 16]
     scale_lanes: dict[str, SiteScales] | None = None  # [devices, L * lanes, ...]; only beside scaled programs
+    stash: Stash | None = None  # activations between forward and backward; None: both run in one step
+
+
+def stash_alone(train: TrainState) -> TrainState:
+    """The state without sums."""
+    return TrainState(acc=[], lanes={}, stash=train.stash)
+
+
+def sums_alone(train: TrainState) -> TrainState:
+    """The sums of the adapters' gradients without what sequences need."""
+    return replace(train, acc=[], stash=None)
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,8 @@ class TrainShape:
     lane_pages: int
     remat: str = "full"
     num_lanes: int = 1
+    stash_blocks: int = 0  # row blocks of sequences between forward and backward; 0: both run in one step
+    row_block: int = 1
 
     def __post_init__(self):
         if self.remat not in REMAT:
@@ -87,9 +103,11 @@ def empty_train_state(
     def accumulators() -> jax.Array:
         return zeros(mesh, pool.shape, pool.axes, wide)
 
+    stash = StashShape(config, shape.stash_blocks, shape.row_block, mesh.size, dtype)
     return TrainState(
         acc=[(accumulators(), accumulators()) for _ in range(config.num_layers)],
         lanes=_lanes(bank.specs(), shape.lane_pages, bank, mesh, wide),
+        stash=stash.empty(mesh) if shape.stash_blocks else None,
     )
 
 
@@ -109,50 +127,34 @@ def _lanes(specs: Any, pages: int, bank: BankShape, mesh: Mesh, dtype: np.dtype)
     return jax.tree.map(lane, specs, is_leaf=lambda x: isinstance(x, ArraySpec))
 
 
-def train_specs(train: TrainState) -> Any:
+def train_specs(train: TrainState, bank: BankShape) -> Any:
     """The PartitionSpec of every array."""
     pool, lane = partition_spec(KV_AXES), partition_spec(("device",))
     lanes, scale_lanes = jax.tree.map(lambda _: lane, (train.lanes, train.scale_lanes))
-    return cast(Any, TrainState)(acc=[(pool, pool) for _ in train.acc], lanes=lanes, scale_lanes=scale_lanes)
-
-
-@struct.dataclass
-class Kept:
-    """What a layer's forward leaves for its backward."""
-
-    x_WD: Float[Array, "W D"]  # the layer's input
-    attended: tuple[jax.Array, jax.Array] | None = None  # attention's output and log-sum-exp
-    products: dict[str, jax.Array] = field(default_factory=dict)  # [W, O] of the sites, before scales
-
-
-@dataclass
-class Tape:
-    """What the layers' forward leaves for the backward; filled while the step is traced."""
-
-    kept: list[Kept] = field(default_factory=list)
-    pulls: list[Callable] = field(default_factory=list)  # vector-Jacobian products of layers, policy none
-    last: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
+    stash = None if train.stash is None else StashShape(bank.config, 1, 1, bank.tensor_parallel, bank.dtype).specs()
+    return cast(Any, TrainState)([(pool, pool) for _ in train.acc], lanes, scale_lanes, stash)
 
 
 class GradientRows:
     """The gradient rows of one step: their layers, differentiable, and their backward.
 
-    Made while tracing, inside ``shard_map``.
+    Made while tracing, inside ``shard_map``. Without a stash the forward is to run with ``tape``.
     """
 
     def __init__(self, params: Any, batch: TokenBatch, train: TrainState | None, linears: Linears, spec: Any):
         assert batch.grad is not None, "a step without gradient rows"
         assert train is not None, "a state without room for training"
-        self.params, self.grad, self.train, self.linears, self.spec = params, batch.grad, train, linears, spec
+        self.train: TrainState = train
+        self.params, self.grad, self.linears, self.spec = params, batch.grad, linears, spec
         self.W = spec.layout.bucket.grad_rows
-        self.remat = spec.train.remat
-        self.tape = Tape()
-        self.kept: Kept | None = None  # of the layer that is being traced
+        self.remat, self.stashed = spec.train.remat, spec.layout.bucket.stashed
+        self.tape: Tape | None = None
+        if not self.stashed:
+            self.tape = AutodiffTape(self) if self.remat == "none" else Tape(linears, self.W, self.remat)
         self.pull_layers: dict[LayerConfig, Callable] = {}  # the backward of each kind of layer, traced once
-        self.all_rows: tuple[Callable, Callable] | None = None  # the engine's attend and rope
         slots, W = spec.layout.all_slots, self.W
-        self.slot_W = jnp.minimum(batch.slot_T[:W], slots - 1)
-        self.position_W = batch.position_T[:W]
+        self.slot_W = jnp.minimum(self.grad.rows.slot_T, slots - 1)
+        self.position_W = self.grad.rows.position_T
         self.layout = AttentionLayout(
             position_T=self.position_W,
             sequence_T=self.slot_W,
@@ -166,74 +168,17 @@ class GradientRows:
         self.acc_offset_W = place_W % spec.page_size
         self.settings: dict[str, Any] = {"scale": spec.config.attention_scale, "softcap": spec.config.attention_softcap}
 
-    # forward
-
-    def record(self, layer_step: Callable) -> Callable:
-        """Wraps the forward of a kind of layer: notes what the policy keeps."""
-
-        @jax.jit
-        def run(p, x_TD, kv):
-            self.kept = Kept(x_TD[: self.W])
-            y_TD, kv = layer_step(p, x_TD, kv)
-            kept, self.kept = self.kept, None
-            return y_TD, kv, kept
-
-        def recorded(p, x_TD, kv):
-            if self.remat == "none":
-                y_TD, kv = self._recorded_with_autodiff(p, x_TD, kv, len(self.tape.pulls))
-            else:
-                y_TD, kv, kept = run(p, x_TD, kv)
-                self.tape.kept.append(kept)
-            self.tape.last = y_TD[: self.W]
-            return y_TD, kv
-
-        return recorded
-
-    def record_attention(self, out_THC, lse_TH) -> None:
-        if self.kept is not None and self.remat in ("elementwise", "attention"):
-            self.kept = replace(self.kept, attended=(out_THC[: self.W], lse_TH[: self.W]))
-
-    def linear(self, site: str, p: dict, x_TI):
-        """The linear slot of the forward; notes what the policy keeps."""
-        linear = self.linears.of_all_rows(site, p["index"])
-        if self.kept is None or self.remat != "elementwise":
-            return linear(p, x_TI)
-        z_TO = linear.before_scaling(p, x_TI)
-        self.kept = replace(self.kept, products=self.kept.products | {site: z_TO[: self.W]})
-        return linear.finish(p, z_TO)
-
-    def _recorded_with_autodiff(self, p, x_TD, kv, index: int):
-        """Policy none: the layer over all rows under autodiff. ``self.all_rows`` gives the engine's own slots."""
-        assert self.all_rows is not None
-        attend, rope = self.all_rows
-        layer_config = self.spec.config.layers[index]
-
-        def run(x_TD, lanes, acc):
-            def attend_rows(q, k, v, kv, layer):
-                out, lse, kv = attend(*lax.stop_gradient((q, k, v)), kv, layer)  # _attention has the gradient
-                return self._attention(q, k, v, acc, kv, layer, (out, lse)), kv
-
-            def linear_rows(site, p, x):
-                return self._linear(self.linears.of_all_rows(site, p["index"]), p, x, lanes[site])
-
-            return decoder.layer(
-                p, x_TD, config=self.spec.config, layer=layer_config, rope=rope(layer_config),
-                linear=linear_rows, attend=attend_rows, kv=kv,
-            )  # fmt: skip
-
-        y_TD, pull, kv = jax.vjp(run, x_TD, self._lanes_of(index), self.train.acc[index], has_aux=True)
-        self.tape.pulls.append(pull)
-        return y_TD, kv
-
     # backward
 
-    def backward(self, kv: list) -> tuple[TrainState, jax.Array, jax.Array]:
-        """The state with this window's gradients, and each row's loss and target's log-probability [W]; ``kv`` are the
-        pools with all of the step's keys and values."""
-        spec, tape = self.spec, self.tape
-        assert tape.last is not None
+    def backward(self, train: TrainState, kv: list) -> tuple[TrainState, jax.Array, jax.Array]:
+        """The state with this window's gradients, and each row's loss and target's log-probability [W].
+
+        Args:
+          train, kv: as the step's forward has left them.
+        """
+        self.train, spec = train, self.spec
         head = frozen_head(self.params, spec.config, spec.shard)
-        hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), tape.last)
+        hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), self._last())
         loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, head, spec.shard)
         (d_x_WD,) = pull_norm(d_hidden_WD)
         acc = list(self.train.acc)
@@ -244,8 +189,26 @@ class GradientRows:
             d_x_WD = after(d_x_WD, jax.tree.leaves(lanes))
         return replace(self.train, acc=acc), loss_W, logprob_W
 
+    def _last(self) -> Float[Array, "W D"]:
+        """What the final norm was of."""
+        if self.tape is None:
+            return take(self._stash.last_NQD, self._block_N)
+        assert self.tape.last_WD is not None, "backward comes after the forward"
+        return self.tape.last_WD
+
+    @property
+    def _stash(self) -> Stash:
+        assert self.train.stash is not None, "a state without a stash"
+        return self.train.stash
+
+    @property
+    def _block_N(self) -> Int[Array, "N"]:
+        """The stash's blocks of these rows."""
+        assert self.grad.stash_block_N is not None, "a step whose gradient rows run forward in it"
+        return self.grad.stash_block_N
+
     def _pull_layer(self, index: int, d_x_WD, kv):
-        if self.remat == "none":
+        if isinstance(self.tape, AutodiffTape):
             T = self.spec.layout.bucket.rows
             d_x_TD, d_lanes, acc = self.tape.pulls[index](jnp.pad(d_x_WD, ((0, T - self.W), (0, 0))))
             return d_x_TD[: self.W], d_lanes, acc
@@ -253,23 +216,34 @@ class GradientRows:
         if layer_config not in self.pull_layers:
             self.pull_layers[layer_config] = jax.jit(partial(self._pull, layer_config))
         p = {**self.params["layers"][index], "index": jnp.int32(index)}
-        lanes, acc = self._lanes_of(index), self.train.acc[index]
-        return self.pull_layers[layer_config](p, self.tape.kept[index], d_x_WD, kv, lanes, acc)
+        lanes, acc = self.lanes_of(index), self.train.acc[index]
+        kept = self._stash.layers[index] if self.tape is None else self.tape.kept[index]
+        return self.pull_layers[layer_config](p, kept, d_x_WD, kv, lanes, acc)
 
     def _pull(self, layer_config: LayerConfig, p: dict, kept: Kept, d_x_WD, kv, lanes: dict[str, Lanes], acc):
-        """The backward of one layer: dx, and the lanes and accumulators as this window leaves them."""
-        # nothing of a layer is to be run again before its turn: all layers at once would be kept at one time
-        x_WD, d_x_WD = lax.optimization_barrier((kept.x_WD, d_x_WD))
-        products = {site: after(z_WO, [d_x_WD]) for site, z_WO in kept.products.items()}
+        """The backward of one layer: dx, and the lanes and accumulators as this window leaves them.
+
+        Args:
+          kept: of these rows, or the stash of the layer.
+        """
+        # nothing of a layer is to be read or run again before its turn: all layers at once would be kept at one time
+        if self.stashed:
+            kept = take(kept, after(self._block_N, [d_x_WD]))
+            x_WD, products = kept.x_WD, kept.products
+        else:
+            x_WD, d_x_WD = lax.optimization_barrier((kept.x_WD, d_x_WD))
+            products = {site: after(z_WO, [d_x_WD]) for site, z_WO in kept.products.items()}
         rope = decoder.rotary(self.spec.config, layer_config, jnp.maximum(self.position_W, 0), x_WD.dtype)
 
         def run(x_WD, lanes, acc):
             def attend(q, k, v, kv, layer):
-                return self._attention(q, k, v, acc, kv, layer, kept.attended), kv
+                return self.attention(q, k, v, acc, kv, layer, kept.attended), kv
 
             def linear(site, p, x):
-                known = products.get(site)
-                return self._linear(self.linears.of_gradient_rows(site, p["index"]), p, x, lanes[site], known)
+                linear, known = self.linears.of_gradient_rows(site, p["index"]), products.get(site)
+                if self.stashed and known is None and linear.scales is None:
+                    known = jnp.zeros_like(x_WD)  # down_proj's, which nothing looks at
+                return self.linear(linear, p, x, lanes[site], known)
 
             y_WD, _ = decoder.layer(
                 p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv
@@ -281,7 +255,7 @@ class GradientRows:
 
     # the differentiable slots
 
-    def _lanes_of(self, index: int) -> dict[str, Lanes]:
+    def lanes_of(self, index: int) -> dict[str, Lanes]:
         """One layer's gradient sums, by site."""
         L, train = self.spec.config.num_layers, self.train
 
@@ -292,7 +266,7 @@ class GradientRows:
         scales = dict.fromkeys(SITE_NAMES) if train.scale_lanes is None else train.scale_lanes
         return {site: jax.tree.map(of_layer, Lanes(train.lanes[site], scales[site])) for site in SITE_NAMES}
 
-    def _linear(self, linear: Linear, p: dict, x, lanes: Lanes, known=None):
+    def linear(self, linear: Linear, p: dict, x, lanes: Lanes, known=None):
         """``linear``, differentiable in x's first W rows. The cotangent of ``lanes`` is not a gradient but the sums as
         these rows leave them.
 
@@ -319,7 +293,7 @@ class GradientRows:
 
         return _with_vjp(run, run_forward, run_backward)(x, lanes)
 
-    def _attention(self, q, k, v, acc, kv, layer: LayerConfig, known):
+    def attention(self, q, k, v, acc, kv, layer: LayerConfig, known):
         """Attention over pools that hold this step's keys already, differentiable in q, k and v of the first W rows.
 
         The cotangent of ``acc`` is not a gradient but the accumulators as this window leaves them.
@@ -352,6 +326,48 @@ class GradientRows:
             return (*pads, acc)
 
         return _with_vjp(run, run_forward, run_backward)(q, k, v, acc)
+
+
+class AutodiffTape(Tape):
+    """Policy none: the layers over all rows under autodiff, with the differentiable slots of the gradient rows."""
+
+    def __init__(self, gradient: GradientRows):
+        super().__init__(gradient.linears, gradient.W, "none")
+        self.gradient = gradient
+        self.pulls: list[Callable] = []  # vector-Jacobian products of the layers
+        self.engine: tuple[Callable, Callable] | None = None  # the step's attend, and rope by kind of layer
+
+    def wrap(self, layer_step: Callable) -> Callable:
+        def noted(p, x_TD, kv):
+            y_TD, kv = self._run(p, x_TD, kv, len(self.pulls))
+            self.last_WD = y_TD[: self.rows]
+            return y_TD, kv
+
+        return noted
+
+    def _run(self, p, x_TD, kv, index: int):
+        assert self.engine is not None, "the step has not said how it attends"
+        (attend, rope), gradient = self.engine, self.gradient
+        config = gradient.spec.config
+        layer_config = config.layers[index]
+
+        def run(x_TD, lanes, acc):
+            def attend_rows(q, k, v, kv, layer):
+                out, lse, kv = attend(*lax.stop_gradient((q, k, v)), kv, layer)  # attention has the gradient
+                return gradient.attention(q, k, v, acc, kv, layer, (out, lse)), kv
+
+            def linear_rows(site, p, x):
+                return gradient.linear(self.linears.of_all_rows(site, p["index"]), p, x, lanes[site])
+
+            return decoder.layer(
+                p, x_TD, config=config, layer=layer_config, rope=rope(layer_config),
+                linear=linear_rows, attend=attend_rows, kv=kv,
+            )  # fmt: skip
+
+        lanes, acc = gradient.lanes_of(index), gradient.train.acc[index]
+        y_TD, pull, kv = jax.vjp(run, x_TD, lanes, acc, has_aux=True)
+        self.pulls.append(pull)
+        return y_TD, kv
 
 
 def frozen_head(params: Any, config: ModelConfig, shard: VocabShard) -> Callable:

@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape
-from jaxserve.engine.gradient import TrainShape, TrainState, empty_scale_lanes
+from jaxserve.engine.gradient import TrainShape, TrainState, empty_scale_lanes, sums_alone
 from jaxserve.engine.job_programs import DeviceShapes, JobPrograms, JobShapes, compile_programs
 from jaxserve.engine.lanes import Masters
 from jaxserve.engine.training import Training
@@ -127,9 +127,8 @@ class LaneSums:
 
     def _of(self, training: Training) -> TrainState:
         """The state that a job's programs take: no accumulators, and scales only where it has some."""
-        return TrainState(
-            acc=[], lanes=self.state.lanes, scale_lanes=self.state.scale_lanes if training.scaled else None
-        )
+        sums = sums_alone(self.state)
+        return sums if training.scaled else replace(sums, scale_lanes=None)
 
     def _set(self, sums: TrainState) -> None:
         scale_lanes = self.state.scale_lanes if sums.scale_lanes is None else sums.scale_lanes

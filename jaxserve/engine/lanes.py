@@ -120,7 +120,7 @@ def take_gradients(
     row-parallel ones, and input scales of column-parallel ones.
 
     Args:
-      train: its accumulators may be missing.
+      train: accumulators and stash may be missing.
       pages_X: lane pages of the factors; lane: number of the lane, of the scales.
       norms: DoRA's row lengths, as ``publish`` returned them.
     """
@@ -138,7 +138,7 @@ def take_gradients(
         check_vma=False,
     )
     lanes, scale_lanes, taken = local(*sums, pages_X, lane, factors, norms)
-    return TrainState(acc=train.acc, lanes=lanes, scale_lanes=scale_lanes), taken
+    return replace(train, lanes=lanes, scale_lanes=scale_lanes), taken
 
 
 def _take_local(lanes, scale_lanes, pages_X, lane, factors, norms, *, rank: int, num_layers: int, parallel: bool):
@@ -402,7 +402,7 @@ def write_lane(train: TrainState, kept: Any, pages_X: Int[Array, "X"], lane: Int
         kept,
         _lane_rows(*sums, pages_X, lane, num_layers=num_layers),
     )
-    return TrainState(acc=train.acc, lanes=lanes, scale_lanes=scale_lanes)
+    return replace(train, lanes=lanes, scale_lanes=scale_lanes)
 
 
 def _lane_rows(lanes, scale_lanes, pages_X, lane, *, num_layers: int) -> Any:

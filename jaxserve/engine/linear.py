@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxserve.adapters.bank import SITE_NAMES, Bank, SiteBank
 from jaxserve.adapters.scales import Scales, SiteScales
 from jaxserve.engine import batch as flags
-from jaxserve.engine.batch import TokenBatch
+from jaxserve.engine.batch import Rows, TokenBatch
 from jaxserve.engine.dropout import drop, keep_mask
 from jaxserve.models import decoder
 from jaxserve.models.layers import accumulator, matmul
@@ -211,7 +211,7 @@ class Linears:
         return self.of_all_rows(site, p["index"])(p, x_TI)
 
     def of_all_rows(self, site: str, layer) -> Linear:
-        lora, block_rows = self.batch.lora, self.spec.layout.bucket.block_rows
+        lora = self.batch.lora
         plan = None
         if lora is not None and self.bank is not None:
             at = SITE_NAMES.index(site)
@@ -221,10 +221,10 @@ class Linears:
                 first_J=lora.first_SJ[at],
                 stop_J=lora.stop_SJ[at],
                 num_items=lora.items_S[at],
-                chunk_rows=block_rows,
+                chunk_rows=self.spec.layout.bucket.forward_block_rows,
                 row_block=self.spec.row_block,
             )
-        return self._linear(site, layer, plan, block_rows)
+        return self._linear(site, layer, plan, self.batch.rows)
 
     def of_gradient_rows(self, site: str, layer) -> Linear:
         """Their row blocks are trained as a whole: padding rows have no cotangent."""
@@ -240,14 +240,14 @@ class Linears:
             chunk_rows=W,
             row_block=row_block,
         )
-        linear = self._linear(site, layer, plan, W, slice(W))
+        linear = self._linear(site, layer, plan, grad.rows)
         return replace(linear, lane_page_J=grad.lane_SJ[at], lane_N=grad.lane_N)
 
-    def _linear(self, site: str, layer, plan: LoraPlan | None, drop_rows: int, rows: slice = slice(None)) -> Linear:
+    def _linear(self, site: str, layer, plan: LoraPlan | None, rows: Rows) -> Linear:
         scales = None
         if self.scales is not None:
-            assert self.batch.lead_page_T is not None
-            page_T = self.batch.lead_page_T[rows] + layer * self.spec.bank.num_pages
+            assert rows.lead_page_T is not None
+            page_T = rows.lead_page_T + layer * self.spec.bank.num_pages
             scales = row_scales(self.scales[site], page_T, self.batch.flags[flags.FUSED_INPUTS])
         return Linear(
             site=site,
@@ -256,23 +256,22 @@ class Linears:
             scales=scales,
             parallel=self.spec.mesh.size > 1,
             implementation=self.spec.lora,
-            drop=partial(self._drop, site, layer, drop_rows) if self.spec.layout.dropout else None,
+            drop=partial(self._drop, site, layer, rows) if self.spec.layout.dropout else None,
         )
 
-    def _drop(self, site: str, layer, rows: int, x_TI: jax.Array) -> jax.Array:
-        """Dropout of the first rows. On a CPU nothing is computed where no row asks for any; elsewhere the host would
-        wait for a branch, and a rate of 0 changes no bit."""
-        grad, columns = self.batch.grad, x_TI.shape[1]
-        assert grad is not None
-        assert grad.drop_key_T is not None
-        assert grad.drop_rate_T is not None
-        key, rate = grad.drop_key_T[:rows], grad.drop_rate_T[:rows].astype(accumulator(x_TI))
+    def _drop(self, site: str, layer, rows: Rows, x_TI: jax.Array) -> jax.Array:
+        """Dropout of the rows in blocks. On a CPU nothing is computed where no row asks for any; elsewhere the host
+        would wait for a branch, and a rate of 0 changes no bit."""
+        assert rows.drop_key_T is not None
+        assert rows.drop_rate_T is not None
+        key, rate, columns = rows.drop_key_T, rows.drop_rate_T.astype(accumulator(x_TI)), x_TI.shape[1]
         first = lax.axis_index(AXIS) * columns if site in decoder.ROW else 0
         salt = layer * len(SITE_NAMES) + SITE_NAMES.index(site)
 
         def dropped(x_TI):
-            keep_TI = keep_mask(key, self.batch.position_T[:rows], rate, salt, first, columns)
-            return jnp.concatenate([drop(x_TI[:rows], keep_TI, rate), x_TI[rows:]])
+            blocks = key.shape[0]
+            keep_TI = keep_mask(key, rows.position_T[:blocks], rate, salt, first, columns)
+            return jnp.concatenate([drop(x_TI[:blocks], keep_TI, rate), x_TI[blocks:]])
 
         def where_asked(x_TI):
             return lax.cond(self.batch.flags[flags.DROPOUT] > 0, dropped, lambda x: x, x_TI)

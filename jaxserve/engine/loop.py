@@ -24,7 +24,7 @@ from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.batch import PROMPT_LOGPROBS
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.gradient import empty_train_state
+from jaxserve.engine.gradient import empty_train_state, sums_alone
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
 from jaxserve.engine.lane_sums import LaneSums
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
@@ -224,7 +224,9 @@ class EngineCore:
             self.programs.train = shape
             self.packer.train = shape
             self.scheduler.reclaim = self.trainer.queue.give_way
-            buckets = Buckets.make(self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows)
+            buckets = Buckets.make(
+                self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows, shape.stash_blocks > 0
+            )
             self.planner.set_buckets(buckets)
             self.planner.finetuning = self.trainer
             if self.programs.extras.scales:
@@ -235,7 +237,7 @@ class EngineCore:
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
         assert self.writer is not None
-        train = replace(self.trainer.sums.state, acc=[])
+        train = sums_alone(self.trainer.sums.state)
         return DeviceShapes(
             self.mesh,
             self.writer.shape,

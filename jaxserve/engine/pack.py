@@ -27,7 +27,7 @@ from pallas_kernels.lora_matmul import SINGLE_ROWS, num_blocks
 from pallas_kernels.token_sampling import GREEDY_BELOW
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
-MAY_BE_NOWHERE = ("acc_table_BM", "grad_lane_N")
+MAY_BE_NOWHERE = ("acc_table_BM", "grad_lane_N", "stash_block_N")
 Edits = tuple[np.ndarray, np.ndarray, np.ndarray]  # see slot_edits
 INTS = ("top_k", "choice", "edited", "counted", "logprobs")
 
@@ -145,7 +145,7 @@ class Packer:
             self._gradients(plan.finetune.grads, i, f, layout)
         decode_rows = self._decodes(plan, i, bucket)
         i["page_table_BM"][:] = self.slots.page_table_BM
-        self._samples(plan, i, f, chunk_ends, decode_rows)
+        self._samples(plan, i, f, chunk_ends, decode_rows, bucket.first_row)
         if layout.lora_items:
             self._adapters(i, layout)
         self._check(i, layout)
@@ -187,6 +187,10 @@ class Packer:
             if seq.dropout:
                 i["drop_key_T"][rows], f["drop_rate_T"][rows] = seq.drop_key, seq.dropout
                 i["flags"][flags.DROPOUT] = 1
+            if seq.stash_blocks:
+                stashed = seq.stash_blocks[window.start // self.row_block : -(-window.end // self.row_block)]
+                block = row // self.row_block
+                i["stash_block_N"][block : block + len(stashed)] = stashed
             row += -(-window.length // self.row_block) * self.row_block
 
     def _validation_targets(self, windows: Iterable[WindowRows], i: dict[str, np.ndarray], row: int) -> None:
@@ -244,13 +248,13 @@ class Packer:
             i["slot_T"][row] = seq.slot
         return rows
 
-    def _samples(self, plan: StepPlan, i, f, chunk_ends: Seq[int], decode_rows: Seq[int]) -> None:
+    def _samples(self, plan: StepPlan, i, f, chunk_ends: Seq[int], decode_rows: Seq[int], first_row: int) -> None:
         count = len(plan.samples)
         if not count:
             return
         slot_R = np.fromiter((sample.seq.slot for sample in plan.samples), np.int32, count)
         row_R = [(chunk_ends if s.kind == "chunk" else decode_rows)[s.segment_index] for s in plan.samples]
-        i["sample_row_R"][:count] = row_R
+        i["sample_row_R"][:count] = np.array(row_R) - first_row
         i["sample_slot_R"][:count] = slot_R
         i["sample_position_R"][:count] = i["position_T"][row_R] + 1
         i["seed_R2"][:count] = self.slots.seed_B2[slot_R]
@@ -269,20 +273,21 @@ class Packer:
     def _adapters(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
         """Lists the work items of each site: a run of neighbours of one adapter in a block, and a page of it."""
         lead_T, bucket = self.slots.lead_page_B[i["slot_T"]], layout.bucket
-        if not lead_T.any():
-            return
         if layout.scaled:
             i["lead_page_T"][:] = lead_T
-        starts = [*range(0, bucket.block_rows, self.row_block), *range(bucket.block_rows, bucket.rows, SINGLE_ROWS)]
-        start_N = np.array(starts)
+            leads = set(lead_T.tolist()) - {0}
+            i["flags"][flags.FUSED_INPUTS] = any(self.slots.adapters[lead].fused_inputs for lead in leads)
+        lead_T, block_rows = lead_T[bucket.first_row :], bucket.forward_block_rows
+        if not lead_T.any():
+            return
+        start_N = np.array([*range(0, block_rows, self.row_block), *range(block_rows, len(lead_T), SINGLE_ROWS)])
         changes = np.flatnonzero(np.diff(lead_T)) + 1
         first_K = np.union1d(start_N, changes)
-        stop_K = np.append(first_K[1:], bucket.rows)
+        stop_K = np.append(first_K[1:], len(lead_T))
         has_adapter_K = lead_T[first_K] != 0
         first_K, stop_K = first_K[has_adapter_K], stop_K[has_adapter_K]
         block_K = np.searchsorted(start_N, first_K, side="right") - 1
         adapters = [self.slots.adapters[lead] for lead in lead_T[first_K].tolist()]
-        i["flags"][flags.FUSED_INPUTS] |= any(adapter.fused_inputs for adapter in adapters)
         counts = [len(adapter.pages) for adapter in adapters]
         columns = np.stack([block_K, first_K - start_N[block_K], stop_K - start_N[block_K]])
         block_I, first_I, stop_I = np.repeat(columns, counts, axis=1)
@@ -295,26 +300,29 @@ class Packer:
 
     def _check(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
         """Refuses an index the device would silently bend into range."""
-        bucket = layout.bucket
+        bucket, rows = layout.bucket, layout.bucket.rows - layout.bucket.first_row
         bounds = {
             "token_T": (FROM_DEVICE, self.vocab_size),
             "position_T": (-1, self.slots.pages_per_seq * self.page_size),
             "slot_T": (0, self.slots.all_slots + 1),
             "page_table_BM": (0, self.num_pages),
-            "sample_row_R": (0, bucket.rows),
+            "sample_row_R": (0, rows),
             "sample_slot_R": (0, self.slots.num_slots + 1),
             "target_T": (-1, self.vocab_size),
         }
         if layout.lora_items:
             block_rows = max(self.row_block, SINGLE_ROWS)
             bounds |= {
-                "block_SJ": (0, num_blocks(bucket.rows, bucket.block_rows, self.row_block)),
+                "block_SJ": (0, num_blocks(rows, bucket.forward_block_rows, self.row_block)),
                 "page_SJ": (0, self.bank_pages),
                 "first_SJ": (0, block_rows),
                 "stop_SJ": (0, block_rows + 1),
             }
         if layout.scaled:
             bounds["lead_page_T"] = (0, self.bank_pages)
+        if bucket.stashed:
+            assert self.train is not None, "a stash without room for training"
+            bounds["stash_block_N"] = (0, self.train.stash_blocks)
         if bucket.grad_rows:
             assert self.train is not None, "gradient rows without room for training"
             bounds |= {

@@ -79,6 +79,7 @@ class Planner:
         self._fit = lru_cache(NUM_KEPT)(lambda *rows: known[buckets.fit(*rows)])
         self._holding = lru_cache(NUM_KEPT)(lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)])
         self.times.resize(buckets, self.max_keys)
+        self.gradient_token = GRADIENT_TOKEN - FORWARD_TOKEN if buckets.stashed else GRADIENT_TOKEN
         self.row_block = self.scheduler.config.row_block
 
     # the loop
@@ -215,7 +216,7 @@ class Planner:
         return best
 
     def _charge(self, queue: FinetuneQueue, windows: FinetunePlan) -> None:
-        for kind, cost in ((windows.grads, GRADIENT_TOKEN), (windows.forwards, FORWARD_TOKEN)):
+        for kind, cost in ((windows.grads, self.gradient_token), (windows.forwards, FORWARD_TOKEN)):
             for window in kind:
                 job, _ = queue.owner[id(window.seq)]
                 self.scheduler.policy.charge(job.tenant, cost * window.length)
@@ -250,12 +251,12 @@ class Planner:
         buckets = [
             bucket
             for bucket in self._holding(rows, len(base.plan.decodes))
-            if bucket.grad_rows or (bucket.chunk_rows != rows and not dropout)
+            if bucket.grad_rows or (bucket.chunk_rows != rows and (bucket.finetunes or not dropout))
         ]
         found = []
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
-                work = GRADIENT_TOKEN * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
+                work = self.gradient_token * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
                     bucket.chunk_rows - rows, forward
                 )
                 found.append((_worth(work, seconds, allowed), seconds, bucket))
@@ -267,8 +268,8 @@ class Planner:
             if promise <= most:
                 break
             room = bucket.chunk_rows - base.plan.chunk_rows
-            windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.grad_rows)
-            work = GRADIENT_TOKEN * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
+            windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.finetunes)
+            work = self.gradient_token * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
             if not work:
                 continue
             load = self._load_with(base, windows, self._tight(base.plan, windows, bucket))
@@ -292,7 +293,7 @@ class Planner:
         """The smallest bucket for these windows."""
         grad_rows = total_rows(windows.grads, self.row_block)
         chunk_rows = plan.chunk_rows + total_rows(windows.forwards, self.row_block)
-        if bucket.grad_rows:
+        if bucket.grad_rows and not bucket.stashed:
             grad_rows = max(grad_rows, 1)  # only these programs know dropout
         return self._fit(chunk_rows, len(plan.decodes), grad_rows)
 
@@ -331,6 +332,8 @@ def with_windows(load: StepLoad, windows: FinetunePlan, bucket: Bucket, extended
         grad_pairs += _pairs(start, length)
         grad_span = max(grad_span, start + length)
         grad_rows += length
+    if not bucket.stashed:  # they run forward as well
+        block_pairs, block_span, rows = block_pairs + grad_pairs, max(block_span, grad_span), grad_rows
     for _, start, length in windows.forwards:
         block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)
@@ -340,11 +343,11 @@ def with_windows(load: StepLoad, windows: FinetunePlan, bucket: Bucket, extended
         extended,
         load.decode_keys,
         load.decode_span,
-        block_pairs + grad_pairs,
-        max(block_span, grad_span),
+        block_pairs,
+        block_span,
         grad_pairs,
         grad_span,
-        load.adapter_rows + grad_rows + rows,
+        load.adapter_rows + rows,
         grad_rows,
     )
 

@@ -20,7 +20,7 @@ from jaxserve.adapters.scales import Scales, is_scaled
 from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.draw import Asks, Drawn, DrawSpec, HeadSpec, Scored, asks_of, draw, head_of, score, slots_of
-from jaxserve.engine.gradient import TrainShape, TrainState
+from jaxserve.engine.gradient import TrainShape, TrainState, stash_alone
 from jaxserve.engine.specs import CoreConfig, step_spec
 from jaxserve.engine.state import EngineState
 from jaxserve.engine.step import StepOutput, StepSpec, step
@@ -91,10 +91,10 @@ class Programs:
         return new
 
     def add_extended(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
-        """Declares programs that know all extras which are enabled; without gradient rows there is no dropout to
+        """Declares programs that know all extras which are enabled; where nothing is finetuned there is no dropout to
         know."""
         with_scales = [bucket for bucket in buckets if self.extras.scales]
-        with_dropout = [bucket for bucket in buckets if self.extras.dropout and bucket.grad_rows]
+        with_dropout = [bucket for bucket in buckets if self.extras.dropout and bucket.finetunes]
         return self.add(dict.fromkeys([*with_scales, *with_dropout]), extended=True)
 
     def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
@@ -168,8 +168,11 @@ class Programs:
         state, scales = _arguments(spec, arrays)
         state, output = step(arrays.params, state, ints, floats, scales, spec=spec)
         train = state.train
-        if train is not None and arrays.train is not None and not spec.scaled:
-            train = replace(train, scale_lanes=arrays.train.scale_lanes)
+        if train is not None and arrays.train is not None:
+            if not spec.layout.bucket.grad_rows:
+                train = replace(arrays.train, stash=train.stash)
+            elif not spec.scaled:
+                train = replace(train, scale_lanes=arrays.train.scale_lanes)
         return replace(state, train=None), train, output
 
     def draw(
@@ -189,8 +192,12 @@ class Programs:
 
 
 def _arguments(spec: StepSpec, arrays: Arrays) -> tuple[EngineState, Scales | None]:
-    """The state that a program takes, and scales: the sums of scales stay out of programs that know none."""
-    state, train = arrays.state, arrays.train if spec.layout.bucket.grad_rows else None
+    """The state that a program takes, and scales. Sums stay out of programs that add nothing to them, as those of
+    scales do out of programs that know none."""
+    bucket, state = spec.layout.bucket, arrays.state
+    train = arrays.train if bucket.finetunes else None
     if train is not None:
+        if not bucket.grad_rows:
+            train = stash_alone(train)
         state = replace(state, train=train if spec.scaled else replace(train, scale_lanes=None))
     return state, arrays.scales if spec.scaled else None

@@ -59,6 +59,7 @@ def core_config(config: EngineConfig, model: ModelConfig, params: Any, mesh: Mes
         max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
         max_grad_rows=max(config.finetune_window, row_block),
         remat=config.finetune_remat,
+        stash_tokens=-(-(config.finetune_stash_tokens or 0) // row_block) * row_block if config.enable_lora else 0,
         objectives=objectives(config),
         finetune_floor=config.finetune_floor,
     )

@@ -40,6 +40,7 @@ class CoreConfig:
     lora: str | None = None
     max_grad_rows: int = 256
     remat: str = "attention"
+    stash_tokens: int = 0  # of finetune sequences between forward and backward; 0: windows run forward twice
     objectives: Mapping[str, Objective] = field(default_factory=lambda: {"": Objective()})  # by class of requests
     finetune_floor: float = 0.0
     sharing: str = "coserve"
@@ -47,6 +48,11 @@ class CoreConfig:
     @property
     def pages_per_seq(self) -> int:
         return -(-self.max_model_len // self.page_size)
+
+    @property
+    def max_example_len(self) -> int:
+        """Tokens of the longest example."""
+        return min(self.max_model_len, self.stash_tokens) if self.stash_tokens else self.max_model_len
 
     @property
     def adapter_pages(self) -> int:
@@ -65,7 +71,15 @@ class CoreConfig:
 
 def train_shape(config: CoreConfig, lanes: int) -> TrainShape:
     """Room for so many jobs at once, and for two sequences of full length between their first and last window."""
-    return TrainShape(TRAIN_SLOTS, 2 * config.pages_per_seq, lanes * config.adapter_pages, config.remat, lanes)
+    return TrainShape(
+        TRAIN_SLOTS,
+        2 * config.pages_per_seq,
+        lanes * config.adapter_pages,
+        config.remat,
+        lanes,
+        stash_blocks=config.stash_tokens // config.row_block,
+        row_block=config.row_block,
+    )
 
 
 def step_spec(
@@ -88,7 +102,7 @@ def step_spec(
     """
     # decode rows stand side by side by adapter: a run of them ends with its block or its adapter
     runs = min(-(-bucket.decode_rows // SINGLE_ROWS) + config.bank_pages - 1, bucket.decode_rows)
-    lora_items = (bucket.block_rows // config.row_block + runs) * config.adapter_pages if bank else 0
+    lora_items = (bucket.forward_block_rows // config.row_block + runs) * config.adapter_pages if bank else 0
     layout = BatchLayout(
         bucket,
         config.max_num_seqs,
@@ -98,10 +112,10 @@ def step_spec(
         grad_items=bucket.grad_rows // config.row_block * config.adapter_pages,
         row_block=config.row_block,
         scaled=scaled,
-        dropout=dropout and bucket.grad_rows > 0,
+        dropout=dropout and bucket.finetunes,
     )
     return StepSpec(
-        train=train if bucket.grad_rows else None,
+        train=train if bucket.finetunes else None,
         config=model,
         mesh=mesh,
         layout=layout,

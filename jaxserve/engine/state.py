@@ -87,7 +87,7 @@ def state_specs(state: EngineState, bank: BankShape | None) -> Any:
         edit_token_BZ=whole,
         edit_value_BZ=whole,
         edit_until_BZ=whole,
-        train=None if state.train is None else train_specs(state.train),
+        train=None if state.train is None or bank is None else train_specs(state.train, bank),
     )
 
 

@@ -6,11 +6,13 @@ The decoder leaves two slots open and this file fills them: ``linear`` adds each
 What the rows' hidden states say of the next token is for ``draw``, another program: nothing here waits for a number
 that only the run knows, so the device is given its next step before this one has ended.
 
-Shapes: T packed rows, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V vocabulary.
+Shapes: T rows that run forward, W gradient rows, Tc chunk rows, R drawn tokens, B sequence slots, D hidden, V
+vocabulary.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +24,9 @@ from jaxserve.adapters.bank import BankShape
 from jaxserve.adapters.scales import Scales, ScalesShape
 from jaxserve.engine.batch import FROM_DEVICE, BatchLayout, TokenBatch
 from jaxserve.engine.draw import Drawn, Scored
-from jaxserve.engine.gradient import GradientRows, TrainShape
+from jaxserve.engine.gradient import AutodiffTape, GradientRows, TrainShape, TrainState
 from jaxserve.engine.linear import Linears
+from jaxserve.engine.stash import StashTape, Tape
 from jaxserve.engine.state import EngineState, state_specs
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
@@ -103,18 +106,29 @@ def step(
 def _local_step(params, state: EngineState, ints, floats, scales, *, spec: StepSpec) -> tuple[EngineState, StepOutput]:
     batch = spec.layout.unpack(ints, floats)
     bucket = spec.layout.bucket
-    linears = Linears(state.bank, scales, batch, spec)
-    gradient = GradientRows(params, batch, state.train, linears, spec) if bucket.grad_rows else None
-    hidden_TD, kv = forward_rows(params, state, batch, spec, linears, gradient)
+    linears, train = Linears(state.bank, scales, batch, spec), state.train
+    gradient = GradientRows(params, batch, train, linears, spec) if bucket.grad_rows else None
+    tape = None if gradient is None else gradient.tape
+    if bucket.stashed and bucket.chunk_rows:
+        tape = _stash_tape(linears, train, batch)
+    hidden_TD, kv = forward_rows(params, state, batch, spec, linears, tape)
     finite_B = _finite_slots(hidden_TD, batch, spec)
-    state = replace(state, kv=kv)
     loss_W = logprob_W = jnp.zeros(0, jnp.float32)
     hidden_RD = hidden_TD.at[batch.sample_row_R].get(mode="clip")
-    chunk_hidden_TD = hidden_TD[bucket.grad_rows : bucket.block_rows]
+    chunk_hidden_TD = hidden_TD[bucket.forward_block_rows - bucket.chunk_rows : bucket.forward_block_rows]
+    if isinstance(tape, StashTape):
+        train = replace(cast(TrainState, train), stash=tape.written())
     if gradient is not None:
-        train, loss_W, logprob_W = gradient.backward(kv)
-        state = replace(state, train=train)
+        train, loss_W, logprob_W = gradient.backward(cast(TrainState, train), kv)
+    state = replace(state, kv=kv, train=train)
     return state, StepOutput(hidden_RD, chunk_hidden_TD, finite_B, loss_W, logprob_W)
+
+
+def _stash_tape(linears: Linears, train: TrainState | None, batch: TokenBatch) -> StashTape:
+    assert train is not None, "a state without room for training"
+    assert train.stash is not None, "a state without a stash"
+    assert batch.stash_block_N is not None, "a batch that says nothing of the stash"
+    return StashTape(linears, train.stash, batch.stash_block_N)
 
 
 def forward_rows(
@@ -123,35 +137,35 @@ def forward_rows(
     batch: TokenBatch,
     spec: StepSpec,
     linears: Linears,
-    gradient: GradientRows | None = None,
+    tape: Tape | None = None,
 ):
-    """All layers over all rows. Returns final hidden states [T, D] and the written K/V pools."""
-    last_T = state.last_token_B.at[batch.slot_T].get(mode="clip")
+    """All layers over all rows that run forward. Returns final hidden states [T, D] and the written K/V pools."""
+    last_T = state.last_token_B.at[batch.rows.slot_T].get(mode="clip")
     token_T = jnp.where(batch.token_T == FROM_DEVICE, last_T, batch.token_T)
-    slot_T = jnp.minimum(batch.slot_T, spec.layout.all_slots - 1)
-    position_T = jnp.maximum(batch.position_T, 0)
+    slot_T = jnp.minimum(batch.rows.slot_T, spec.layout.all_slots - 1)
+    position_T = jnp.maximum(batch.rows.position_T, 0)
     layers = [{**p, "index": jnp.int32(i)} for i, p in enumerate(params["layers"])]
     attend = _make_attend(state, batch, slot_T, spec)
 
     def attend_rows(q, k, v, kv, layer):
         out_THC, lse_TH, kv = attend(q, k, v, kv, layer)
-        if gradient is not None:
-            gradient.record_attention(out_THC, lse_TH)
+        if tape is not None:
+            tape.attended(out_THC, lse_TH)
         return out_THC, kv
 
-    if gradient is not None:
+    if isinstance(tape, AutodiffTape):
         rope = partial(decoder.rotary, spec.config, position_T=position_T, dtype=params["embed"].dtype)
-        gradient.all_rows = (attend, rope)
+        tape.engine = attend, rope
     return decoder.forward(
         {**params, "layers": layers},
         token_T,
         position_T,
         config=spec.config,
         lookup=partial(_lookup, shard=spec.shard),
-        linear=linears.all_rows if gradient is None else gradient.linear,
+        linear=linears.all_rows if tape is None else tape.linear,
         attend=attend_rows,
         kv=state.kv,
-        wrap=jax.jit if gradient is None else gradient.record,
+        wrap=jax.jit if tape is None else tape.wrap,
     )
 
 
@@ -166,16 +180,16 @@ def _lookup(table_VD: Float[Array, "V D"], token_T: Int[Array, "T"], *, shard: V
 
 def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"], spec: StepSpec):
     num_pages = state.kv[0][0].shape[0]
-    real_T = batch.position_T >= 0
-    page_index_T = jnp.maximum(batch.position_T, 0) // spec.page_size
+    place_T, real_T = jnp.maximum(batch.rows.position_T, 0), batch.rows.position_T >= 0
+    page_index_T = place_T // spec.page_size
     page_T = batch.page_table_BM.at[slot_T, page_index_T].get(mode="clip")
     page_T = jnp.where(real_T, page_T, num_pages)  # padding rows are dropped; a negative index would wrap around
-    offset_T = jnp.maximum(batch.position_T, 0) % spec.page_size
+    offset_T = place_T % spec.page_size
     layout = AttentionLayout(
-        position_T=batch.position_T,
+        position_T=batch.rows.position_T,
         sequence_T=slot_T,
         page_table_BM=batch.page_table_BM,
-        chunk_rows=spec.layout.bucket.block_rows,
+        chunk_rows=spec.layout.bucket.forward_block_rows,
         row_block=spec.row_block,
     )
 
@@ -199,5 +213,7 @@ def _make_attend(state: EngineState, batch: TokenBatch, slot_T: Int[Array, "T"],
 
 def _finite_slots(hidden_TD, batch: TokenBatch, spec: StepSpec) -> Bool[Array, "B"]:
     finite_T = jnp.all(jnp.isfinite(hidden_TD), axis=1)
-    finite_B = jnp.ones(spec.layout.all_slots, jnp.int32).at[batch.slot_T].min(finite_T.astype(jnp.int32), mode="drop")
+    finite_B = (
+        jnp.ones(spec.layout.all_slots, jnp.int32).at[batch.rows.slot_T].min(finite_T.astype(jnp.int32), mode="drop")
+    )
     return finite_B.astype(bool)

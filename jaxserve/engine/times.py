@@ -46,7 +46,7 @@ class StepLoad(NamedTuple):
         bucket = self.bucket
         return (
             bucket.decode_rows * self.decode_span,
-            bucket.block_rows * self.block_span,
+            bucket.forward_block_rows * self.block_span,
             bucket.grad_rows * self.grad_span,
             self.decode_keys,
             self.block_pairs,
@@ -80,7 +80,7 @@ class StepTimes:
         buckets = list(buckets)
         decode, block, grad = (
             max((rows(b) for b in buckets), default=0) or 1
-            for rows in (lambda b: b.decode_rows, lambda b: b.block_rows, lambda b: b.grad_rows)
+            for rows in (lambda b: b.decode_rows, lambda b: b.forward_block_rows, lambda b: b.grad_rows)
         )
         keys = (decode * max_keys, block * max_keys, grad * max_keys)
         self._units = (*keys, *keys, decode + block, grad)
@@ -134,7 +134,7 @@ class StepTimes:
     def _in_bucket(self, bucket: Bucket, base: float, slopes: tuple[float, float, float, float]) -> float:
         decode, block, grad, anywhere = slopes
         rows = bucket.grad_rows
-        more = bucket.decode_rows * decode + (rows + bucket.chunk_rows) * block + rows * grad + anywhere
+        more = bucket.decode_rows * decode + bucket.forward_block_rows * block + rows * grad + anywhere
         seconds = base * (self._per_base[1] if rows else self._per_base[0]) + more
         return seconds if seconds > 0.25 * base else 0.25 * base
 

@@ -60,7 +60,10 @@ class Trainer:
     ):
         self.model, self.mesh, self.sums, self.shape = model, mesh, sums, sums.shape
         self._clock, shape = clock, sums.shape
-        self.queue = FinetuneQueue(pool, shape.num_slots, shape.acc_pages, row_block, max_window, clear=sums.clear)
+        self.queue = FinetuneQueue(
+            pool, shape.num_slots, shape.acc_pages, row_block, max_window,
+            stash_blocks=shape.stash_blocks, clear=sums.clear,
+        )  # fmt: skip
         self._lanes = list(range(shape.num_lanes))
         self.waiting: list[Training] = []
         self.trainings: dict[str, Training] = {}

@@ -23,7 +23,12 @@ class Running:
 
 
 class FinetuneQueue:
-    """Sequences under way, over the same K/V pages as serving and over accumulator pages of their own."""
+    """Sequences under way, over the same K/V pages as serving, and over accumulator pages and blocks of the stash of
+    their own.
+
+    Args:
+      stash_blocks: row blocks whose activations wait for their backward; 0: no sequence has a stash.
+    """
 
     def __init__(
         self,
@@ -33,11 +38,14 @@ class FinetuneQueue:
         row_block: int,
         max_window: int,
         *,
+        stash_blocks: int = 0,
         clear: Callable[[list[int]], None],
     ):
         self.pool, self.row_block, self.max_window, self._clear = pool, row_block, max_window, clear
         self._slots = list(range(num_slots))
         self._acc = list(range(acc_pages))
+        self._stash = list(range(stash_blocks))
+        self.stashed = stash_blocks > 0
         self.running: list[Running] = []
         self.active: list[TrainSequence] = []
         self.owner: dict[int, tuple[Job, Batch]] = {}  # by id of an active sequence
@@ -54,10 +62,10 @@ class FinetuneQueue:
         backward = forward = 0
         dropout = False
         for seq in self.active:
-            if not seq.forward_only:
+            ahead = rounded(seq.num_rows - seq.forwarded, self.row_block) if not seq.backward_begun else 0
+            forward += ahead
+            if not (seq.forward_only or (ahead and self.stashed)):
                 backward += rounded(min(seq.remaining, seq.window), self.row_block)
-            if not seq.backward_begun:
-                forward += rounded(seq.num_rows - seq.forwarded, self.row_block)
             if seq.dropout:
                 dropout = True
         return backward, forward, dropout
@@ -72,6 +80,8 @@ class FinetuneQueue:
             itself are left out of phase F.
           plain: the step's program knows no dropout.
         """
+        if self.stashed:
+            return FinetunePlan(self._backward(grad_rows), self._forward(chunk_rows, usual, set(), plain))
         grads: list[WindowRows] = []
         forwards: list[WindowRows] = []
         blocked: set[int] = set()  # lanes whose order forbids more
@@ -91,9 +101,14 @@ class FinetuneQueue:
             if window is not None:
                 grads.append(window)
                 grad_rows -= rounded(window.length, self.row_block)
-            if (seq.fixed and (window is None or window.start > 0)) or (seq.alone and window is not None):
+            if _is_last(seq, window):
                 blocked.add(seq.lane.index)
         taken = {id(window.seq) for window in grads}
+        return FinetunePlan(tuple(grads), (*forwards, *self._forward(chunk_rows, usual, taken, plain)))
+
+    def _forward(self, chunk_rows: int, usual: int, taken: set[int], plain: bool) -> tuple[WindowRows, ...]:
+        """Windows of phase F; ``taken``: by id, sequences that are in the step already."""
+        forwards = []
         for seq in self.active:
             if chunk_rows < self.row_block:
                 break
@@ -103,7 +118,24 @@ class FinetuneQueue:
             if window is not None:
                 forwards.append(window)
                 chunk_rows -= rounded(window.length, self.row_block)
-        return FinetunePlan(tuple(grads), tuple(forwards))
+        return tuple(forwards)
+
+    def _backward(self, grad_rows: int) -> tuple[WindowRows, ...]:
+        """Windows of phase B, of sequences with a stash."""
+        grads = []
+        blocked: set[int] = set()  # lanes whose order forbids more
+        for seq in sorted(self.active, key=_not_begun):
+            if grad_rows < self.row_block:
+                break
+            if seq.lane.index in blocked:
+                continue
+            window = seq.backward_window(grad_rows) if seq.forwarded == seq.num_rows else None
+            if window is not None:
+                grads.append(window)
+                grad_rows -= rounded(window.length, self.row_block)
+            if _is_last(seq, window):
+                blocked.add(seq.lane.index)
+        return tuple(grads)
 
     def begin(self, plan: FinetunePlan) -> None:
         """Notes that these windows go into a step."""
@@ -142,7 +174,8 @@ class FinetuneQueue:
     def _sequence(self, example: Example, batch: Batch, running: Running, reserve: int) -> TrainSequence | None:
         config, needed = running.job.config, self.pool.pages_for(example.num_tokens - 1)
         num_acc = 0 if batch.forward_only else needed
-        if num_acc > len(self._acc) or needed + reserve > self.pool.num_available:
+        num_blocks = 0 if batch.forward_only or not self.stashed else -(-(example.num_tokens - 1) // self.row_block)
+        if num_acc > len(self._acc) or num_blocks > len(self._stash) or needed + reserve > self.pool.num_available:
             return None
         pages = self.pool.alloc(needed)
         if pages is None:
@@ -157,9 +190,11 @@ class FinetuneQueue:
             forward_only=batch.forward_only,
             dropout=0.0 if batch.forward_only else config.dropout,
             drop_key=example_key(config.seed, batch.epoch, example.index) if config.dropout else 0,
+            row_block=self.row_block,
         )
         seq.slot, seq.pages = self._slots.pop(0), pages
         seq.acc_pages = [self._acc.pop() for _ in range(num_acc)]
+        seq.stash_blocks = [self._stash.pop() for _ in range(num_blocks)]
         return seq
 
     def _window_of(self, job: Job) -> int:
@@ -182,6 +217,9 @@ class FinetuneQueue:
                 self.pool.free(seq.pages[needed:])
                 self._acc.extend(seq.acc_pages[needed:])
                 del seq.pages[needed:], seq.acc_pages[needed:]
+            blocks = -(-seq.remaining // self.row_block)
+            self._stash.extend(seq.stash_blocks[blocks:])
+            del seq.stash_blocks[blocks:]
         complete = [(r.job, r.job.batch) for r in self.running if r.job.batch is not None and r.job.batch.planned]
         return [(job, batch) for job, batch in complete if batch is not None]
 
@@ -189,8 +227,9 @@ class FinetuneQueue:
         self.active.remove(seq)
         self.pool.free(seq.pages)
         self._acc.extend(seq.acc_pages)
+        self._stash.extend(seq.stash_blocks)
         self._slots.append(seq.slot)
-        seq.pages, seq.acc_pages = [], []
+        seq.pages, seq.acc_pages, seq.stash_blocks = [], [], []
 
     def drop(self, job: Job) -> None:
         """Forgets a job's sequences, wherever they are; its accumulators are set back to zero."""
@@ -243,16 +282,23 @@ class FinetuneQueue:
         batch.waiting.insert(0, next(e for e in batch.examples if e.token_ids is seq.token_ids))
         self._free(seq)
 
-    def check(self, num_slots: int, acc_pages: int) -> None:
-        """Slots and accumulator pages are free or owned, once."""
+    def check(self, num_slots: int, acc_pages: int, stash_blocks: int = 0) -> None:
+        """Slots, accumulator pages and blocks of the stash are free or owned, once."""
         slots = [*self._slots, *(seq.slot for seq in self.active)]
         acc = [*self._acc, *(page for seq in self.active for page in seq.acc_pages)]
         assert sorted(slots) == list(range(num_slots)), f"{slots=}"
         assert sorted(acc) == list(range(acc_pages)), f"{acc=}"
+        stash = [*self._stash, *(block for seq in self.active for block in seq.stash_blocks)]
+        assert sorted(stash) == list(range(stash_blocks)), f"{stash=}"
 
 
 def _not_begun(seq: TrainSequence) -> bool:
     return not seq.backward_begun
+
+
+def _is_last(seq: TrainSequence, window: WindowRows | None) -> bool:
+    """No sequence behind this one may be in its lane's backward in the same step, given its own window there."""
+    return (seq.fixed and (window is None or window.start > 0)) or (seq.alone and window is not None)
 
 
 def _is_worth_it(window: WindowRows, usual: int) -> bool:

@@ -4,6 +4,9 @@ A sequence is cut into windows of at most W rows. Phase F runs all but the last 
 values stay. Phase B runs the windows right to left, forward and backward in one step each. One that fits in a single
 window has no phase F.
 
+With a stash phase F runs all windows forward, their activations stay until phase B, and phase B has no forward. Windows
+then begin at whole blocks of rows, which is what the stash is made of.
+
 Shapes: S tokens.
 """
 
@@ -78,6 +81,8 @@ class TrainSequence:
     slot: int = -1  # 0 .. train_slots - 1
     pages: list[int] = field(default_factory=list)
     acc_pages: list[int] = field(default_factory=list)
+    stash_blocks: list[int] = field(default_factory=list)  # of the rows' activations, block by block; none: no stash
+    row_block: int = 1  # rows of one
     forwarded: int = 0  # rows [0, forwarded) have phase F planned
     num_rows: int = field(init=False)
     remaining: int = field(init=False)  # rows [0, remaining) have no phase B planned
@@ -101,22 +106,29 @@ class TrainSequence:
         return self.forwarded == self.num_rows if self.forward_only else self.remaining == 0
 
     def first_backward(self, rows: int) -> int:
-        """Where phase B's first window begins when a step has room for ``rows``."""
+        """Where phase B's first window that runs forward itself begins when a step has room for ``rows``."""
+        if self.stash_blocks:
+            return self.num_rows
         if self.fixed:
             return (self.num_rows - 1) // self.window * self.window
         return max(self.num_rows - min(rows, self.window), 0)
 
     def backward_window(self, room: int) -> WindowRows | None:
-        """The next window of phase B that ``room`` rows allow. Its earlier rows must have been forward by then."""
+        """The next window of phase B that ``room`` rows allow. Its earlier rows must have been forward by then, with a
+        stash its own as well."""
         if self.forward_only or self.done or room <= 0:
             return None
-        start = max(self.remaining - min(room, self.window), 0)
+        window, block = self.window, self.row_block if self.stash_blocks else 1
+        if block > 1:
+            window = rounded(window, block)
+        start = max(self.remaining - min(room, window), 0)
         if self.fixed:
-            boundary = (self.remaining - 1) // self.window * self.window
+            boundary = (self.remaining - 1) // window * window
             if boundary < start:
                 return None
             start = boundary
-        return WindowRows(self, start, self.remaining - start)
+        start = rounded(start, block)
+        return WindowRows(self, start, self.remaining - start) if start < self.remaining else None
 
     def forward_window(self, room: int, last: int) -> WindowRows | None:
         """The next window of phase F, or None where nothing is left for it.
@@ -135,7 +147,8 @@ class TrainSequence:
     def take_backward(self, window: WindowRows) -> None:
         """Notes that a window of phase B is in a step."""
         assert window.end == self.remaining, f"rows up to {self.remaining} are due, not {window.end}"
-        assert self.backward_begun or window.start <= self.forwarded, f"rows before {window.start} are not forward yet"
+        needed = window.end if self.stash_blocks else window.start
+        assert self.backward_begun or needed <= self.forwarded, f"rows before {needed} are not forward yet"
         self.remaining = window.start
         self.num_losses += 1
 

@@ -20,6 +20,7 @@ FUSED_LORA = (
     {"rank": 5},
 )
 DROPOUT = 0.25
+STASH = "stash"  # in place of a remat policy: forward and backward in different steps
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dr
     """Five sequences on two adapters in random legal order; returns what it takes to judge the gradients."""
     rng = np.random.default_rng(seed)
     scaled = any("method" in options for options in adapters)
-    trainer = Trainer(family, dtype, remat, scaled=scaled, dropout=dropout > 0)
+    trainer = Trainer(family, dtype, remat, scaled=scaled, dropout=dropout > 0, stashed=remat == STASH)
     config = trainer.config
     adapters = [random_adapter(config, rng, **options) for options in adapters]
     lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
@@ -72,6 +73,8 @@ def masked(key, rate):
         ("gemma2", "none", LORAS, 0),
         ("qwen2", "attention", DORA_IA3, DROPOUT),
         ("llama", "elementwise", LORAS, 0),
+        ("gemma2", STASH, LORAS, 0),
+        ("qwen2", STASH, DORA_IA3, DROPOUT),
         pytest.param("gemma3", "elementwise", LORAS, 0, marks=pytest.mark.slow),
         pytest.param("qwen2", "elementwise", DORA_IA3, DROPOUT, marks=pytest.mark.slow),
         pytest.param("llama", "elementwise", FUSED_LORA, 0, marks=pytest.mark.slow),

@@ -1,0 +1,195 @@
+"""What the forward of finetune rows leaves for their backward, and where it waits for it.
+
+While a step is traced, a ``Tape`` notes what the forward of its first rows leaves. Gradient rows that run forward in
+their own step take it from there. With a stash, forward and backward run in different steps: the forward writes the
+activations of its row blocks to blocks of the stash, layer by layer, and the backward reads them, so that no row runs
+forward twice and nothing is multiplied again (FlexLLM, arXiv 2402.18789, section 5: of a frozen model's activations
+only those are kept that the adapters' gradients need).
+
+Shapes: T rows, W of them that are noted, N row blocks, or blocks of the stash, Q rows per block, D hidden, H query
+heads, C head dim, O out.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import jax
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int
+
+from jaxserve.engine.linear import Linears
+from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import SITES, param_specs
+from pallas_kernels.numerics import after, wide_dtype
+from sharding import partition_spec, zeros
+
+
+@struct.dataclass
+class Kept:
+    """What a layer's forward leaves for its backward."""
+
+    x_WD: Float[Array, "W D"]  # the layer's input
+    attended: tuple[jax.Array, jax.Array] | None = None  # attention's output and log-sum-exp
+    products: dict[str, jax.Array] = field(default_factory=dict)  # [W, O] of the sites, before scales
+
+
+@struct.dataclass
+class Stash:
+    """Activations of row blocks, [N, Q, ...] each. A block belongs to one sequence at a time; all of it is written
+    before it is read."""
+
+    layers: list[Kept]
+    last_NQD: Float[Array, "N Q D"]  # after the last layer, before the final norm
+
+
+def stashed_sites(config: ModelConfig) -> tuple[str, ...]:
+    """The linear layers whose products are kept. What down_proj gives is only added to its layer's input, unless a norm
+    comes between."""
+    return tuple(site for site in SITES if site != "down_proj" or config.post_norms)
+
+
+@dataclass(frozen=True)
+class StashShape:
+    """What it takes to make a stash."""
+
+    config: ModelConfig
+    num_blocks: int
+    row_block: int
+    tensor_parallel: int
+    dtype: str
+
+    def empty(self, mesh: Mesh) -> Stash:
+        """All zeros, on the mesh."""
+        return self._of(partial(zeros, mesh))
+
+    def specs(self) -> Any:
+        """The PartitionSpec of every array."""
+        return self._of(lambda shape, axes, dtype: partition_spec(axes))
+
+    def nbytes(self) -> int:
+        """Bytes over all devices; the residual stream is on each of them."""
+        copies = self.tensor_parallel
+
+        def of_array(shape, axes, dtype) -> int:
+            return int(np.prod(shape)) * np.dtype(dtype).itemsize * (1 if "heads" in axes or "ffn" in axes else copies)
+
+        return sum(jax.tree.leaves(self._of(of_array)))
+
+    def _of(self, make: Callable[[tuple[int, ...], tuple[str | None, ...], Any], Any]) -> Any:
+        """A Stash of what is made of each array's shape, logical axes and dtype."""
+
+        def array(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any = self.dtype) -> Any:
+            return make((self.num_blocks, self.row_block, *shape), (None, None, *axes), dtype)
+
+        config, kept = self.config, cast(Any, Kept)
+
+        def of_layer(params: Any) -> Kept:
+            attended = (
+                array((config.num_heads, config.head_dim), ("heads", None)),
+                array((config.num_heads,), ("heads",), wide_dtype(np.dtype(self.dtype))),
+            )
+            products = {site: array(params[site].shape[:1], params[site].axes[:1]) for site in stashed_sites(config)}
+            return kept(residual(), attended, products)
+
+        def residual() -> Any:
+            return array((config.hidden_size,), ("embed",))
+
+        layers = param_specs(config, self.tensor_parallel)["layers"]
+        return cast(Any, Stash)([of_layer(params) for params in layers], residual())
+
+
+def put(stash: Any, rows: Any, block_N: Int[Array, "N"]) -> Any:
+    """Arrays of the stash with the rows of N blocks written to these of its blocks; one out of range is dropped."""
+
+    def write(pool, new):
+        return pool.at[block_N].set(new.reshape(block_N.shape[0], *pool.shape[1:]), mode="drop")
+
+    return jax.tree.map(write, stash, rows)
+
+
+def take(stash: Any, block_N: Int[Array, "N"]) -> Any:
+    """The rows in these blocks, N * Q of them in all; a block out of range reads zeros."""
+
+    def read(pool):
+        rows = pool.at[block_N].get(mode="fill", fill_value=0)
+        return rows.reshape(-1, *pool.shape[2:])
+
+    return jax.tree.map(read, stash)
+
+
+class Tape:
+    """Notes what the layers' forward leaves of their first rows; filled while a step is traced, inside ``shard_map``.
+
+    Args:
+      remat: see ``engine.gradient``.
+    """
+
+    def __init__(self, linears: Linears, rows: int, remat: str):
+        self.linears, self.rows, self.remat = linears, rows, remat
+        self.kept: list[Kept] = []
+        self.last_WD: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
+        self._open: Kept | None = None  # of the layer that is being traced
+
+    def wrap(self, layer_step: Callable) -> Callable:
+        """Wraps the forward of a kind of layer, ``(p, x_TD, kv) -> (x_TD, kv)``; it is traced once."""
+
+        @jax.jit
+        def run(p, x_TD, kv):
+            self._open = Kept(x_TD[: self.rows])
+            y_TD, kv = layer_step(p, x_TD, kv)
+            kept, self._open = self._open, None
+            return y_TD, kv, kept
+
+        def noted(p, x_TD, kv):
+            y_TD, kv, kept = run(p, x_TD, kv)
+            y_TD = self.keep(kept, y_TD)
+            self.last_WD = y_TD[: self.rows]
+            return y_TD, kv
+
+        return noted
+
+    def keep(self, kept: Kept, y_TD: jax.Array) -> jax.Array:
+        """Takes what a layer leaves; returns its output."""
+        self.kept.append(kept)
+        return y_TD
+
+    def attended(self, out_THC: jax.Array, lse_TH: jax.Array) -> None:
+        """Notes what attention gave."""
+        if self._open is not None and self.remat in ("elementwise", "attention"):
+            self._open = replace(self._open, attended=(out_THC[: self.rows], lse_TH[: self.rows]))
+
+    def linear(self, site: str, p: dict, x_TI: jax.Array) -> jax.Array:
+        """The linear slot of the forward; notes what it gave."""
+        linear = self.linears.of_all_rows(site, p["index"])
+        if self._open is None or self.remat != "elementwise":
+            return linear(p, x_TI)
+        z_TO = linear.before_scaling(p, x_TI)
+        self._open = replace(self._open, products=self._open.products | {site: z_TO[: self.rows]})
+        return linear.finish(p, z_TO)
+
+
+class StashTape(Tape):
+    """Notes it in the stash.
+
+    Args:
+      block_N: of the rows, which are N * Q; see ``put``.
+    """
+
+    def __init__(self, linears: Linears, stash: Stash, block_N: Int[Array, "N"]):
+        super().__init__(linears, block_N.shape[0] * stash.last_NQD.shape[1], "elementwise")
+        self.stash, self._block_N, self._layers = stash, block_N, list[Kept]()
+
+    def keep(self, kept: Kept, y_TD: jax.Array) -> jax.Array:
+        place = self.stash.layers[len(self._layers)]
+        kept = replace(kept, products={site: kept.products[site] for site in place.products})
+        self._layers.append(put(place, kept, self._block_N))
+        # nothing else waits for the writes, and what they write would be kept until the end
+        return after(y_TD, jax.tree.leaves(self._layers[-1]))
+
+    def written(self) -> Stash:
+        """The stash after the last layer."""
+        return Stash(self._layers, put(self.stash.last_NQD, self.last_WD, self._block_N))
