@@ -134,7 +134,8 @@ def _row(kind: str, text: str, temporary: int, between: int = 0) -> dict[str, An
 def _step_bytes(model: ModelConfig, options: EngineConfig, length: int, rows: int, remat: str, mesh: Mesh) -> int:
     pages = -(-length // options.block_size)
     changed = {"max_model_len": length, "num_kv_pages": pages, "max_num_seqs": MIN_ROWS}
-    changed |= {"finetune_remat": remat, "finetune_window": rows, "max_loras": 1, "max_lora_rank": RANK}
+    changed |= {"finetune_remat": remat, "finetune_window": rows, "finetune_stash_tokens": 0}
+    changed |= {"max_loras": 1, "max_lora_rank": RANK}
     core = core_config(options.model_copy(update=changed), model, None, mesh)
     grad_rows = -(-rows // core.row_block) * core.row_block
     train = train_shape(core, 1)

@@ -17,11 +17,11 @@ from jax import tree
 from jaxserve.bench import ahead, hlo, roofline
 from jaxserve.bench.engine import model_path
 from jaxserve.config import Config, EngineConfig
-from jaxserve.engine.activations import activation_bytes
+from jaxserve.engine.activations import activation_bytes, stash_bytes
 from jaxserve.engine.batch import DrawLayout
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.engine.draw import Asks, DrawSpec
-from jaxserve.engine.gradient import TrainShape
+from jaxserve.engine.gradient import TrainShape, stash_alone
 from jaxserve.engine.sizes import STEP_BYTES, core_config
 from jaxserve.engine.specs import CoreConfig, step_spec, train_shape
 from jaxserve.errors import ConfigError
@@ -98,6 +98,7 @@ def plan(
         "bytes_per_token": {
             "kv": roofline.kv_bytes(model, np.dtype(core.dtype).itemsize, mesh.size),
             "finetune": roofline.finetune_bytes(model, np.dtype(core.dtype).itemsize, mesh.size),
+            "finetune_stash": stash_bytes(model, np.dtype(core.dtype).itemsize, mesh.size) if core.stash_tokens else 0,
             "finetune_activations": _activation_bytes(steps),
         },
         "steps": steps,
@@ -110,7 +111,7 @@ def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) ->
     """As the engine sizes itself, with the device's memory from its data sheet."""
     given = options.num_kv_pages
     tp = mesh.size
-    small = core_config(options.model_copy(update={"num_kv_pages": given or 1 << 20}), model, None, mesh)
+    small = core_config(options.model_copy(update={"num_kv_pages": given or 1 << 20}), model, None, mesh, budget)
     if given:
         return small
     train = train_shape(small, max(options.max_finetune_jobs, 1)) if small.max_loras else None
@@ -119,7 +120,7 @@ def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) ->
     left = budget - ahead.local_bytes(params) - ahead.local_bytes(state) - STEP_BYTES
     if train is not None:
         itemsize = np.dtype(small.dtype).itemsize
-        left -= activation_bytes(model, small.max_grad_rows, small.remat, itemsize, tp)
+        left -= activation_bytes(model, small.max_grad_rows, small.window_remat, itemsize, tp)
     wanted = small.max_num_seqs * small.pages_per_seq
     pages = min(wanted, left * tp // page_bytes(model, small.page_size, tp, small.dtype))
     if pages < small.pages_per_seq:
@@ -153,11 +154,14 @@ def _cut(model: ModelConfig, indices: Iterable[int]) -> ModelConfig:
 def _memory(params: Any, state: Any) -> dict[str, int]:
     """Bytes on one device of what stays there."""
     rest = dataclasses.replace(state, kv=[], bank=None, train=None)
+    stash = 0 if state.train is None else ahead.local_bytes(state.train.stash)
+    sums = ahead.local_bytes(state.train) - stash
     return {
         "weights": ahead.local_bytes(params),
         "kv_pool": ahead.local_bytes(state.kv),
         "adapters": ahead.local_bytes(state.bank),
-        "finetune_sums": ahead.local_bytes(state.train),  # of adapters' gradients, and of dK and dV
+        "finetune_sums": sums,  # of adapters' gradients, and of dK and dV
+        "finetune_stash": stash,  # activations between forward and backward
         "requests": ahead.local_bytes(rest),
     }
 
@@ -166,12 +170,12 @@ def _buckets(core: CoreConfig, finetunes: bool, every: bool) -> list[Bucket]:
     """The longest decode, prefill and co-serving steps, or all."""
     chunk = core.max_num_batched_tokens // core.row_block * core.row_block
     grads = core.max_grad_rows // core.row_block * core.row_block if finetunes else 0
-    buckets = Buckets.make(chunk, core.max_num_seqs, core.row_block, grads)
+    buckets = Buckets.make(chunk, core.max_num_seqs, core.row_block, grads, grads > 0 and core.stash_tokens > 0)
     if every:
         return list(buckets)
-    many = buckets.decode_rows[-1]
-    chosen = [Bucket(0, many), Bucket(buckets.chunk_rows[-1], many)]
-    return [*chosen, Bucket(0, many, buckets.grad_rows[-1])] if grads else chosen
+    many, most = buckets.decode_rows[-1], buckets.chunk_rows[-1]
+    sizes = [(0, many), (most, many), (0, many, buckets.grad_rows[-1])]
+    return [buckets.fit(*rows) for rows in (sizes if grads else sizes[:2])]
 
 
 def program_of(
@@ -180,7 +184,9 @@ def program_of(
     """The engine's program of a bucket, compiled."""
     params, state, plain = ahead.abstract_arguments(core, model, mesh, train)
     spec = step_spec(bucket, core, model, mesh, core.bank(model, mesh.size), train)
-    return ahead.compile_step(params, state if bucket.grad_rows else plain, spec)
+    if bucket.finetunes and not bucket.grad_rows:
+        state = dataclasses.replace(state, train=stash_alone(state.train))
+    return ahead.compile_step(params, state if bucket.finetunes else plain, spec)
 
 
 def _kernels(
@@ -228,7 +234,7 @@ def _told(
         _load(core, bucket, context),
         tensor_parallel=options.tensor_parallel,
         itemsize=np.dtype(core.dtype).itemsize,
-        remat=core.remat,
+        remat=core.window_remat,
     )
     named = roofline.DEVICES[device]
     return {
@@ -266,6 +272,7 @@ def _load(core: CoreConfig, bucket: Bucket, context: int) -> roofline.StepLoad:
     return roofline.StepLoad(
         decodes=[context] * bucket.decode_rows,
         chunks=[roofline.Segment(bucket.chunk_rows)] if bucket.chunk_rows else [],
+        stashed_rows=bucket.chunk_rows if bucket.stashed else 0,
         grads=[roofline.Segment(bucket.grad_rows)] if bucket.grad_rows else [],
         adapters=ranks,
         grad_rank=min(core.max_lora_rank, 16) or 16,
@@ -291,8 +298,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         f"  {'in all':<16} {(sum(memory.values()) + temporary) / GB:8.2f} GB"
         f" {'fits' if result['fits'] else 'DOES NOT FIT'}",
         f"K/V: room for {result['kv_tokens']:,} tokens; {result['kv_tokens_that_fit']:,} would fit",
-        "bytes per token: {kv:,.0f} of K/V; finetuning keeps {finetune:,.0f} per token of a sequence and "
-        "{finetune_activations:,.0f} per row of a window".format(**result["bytes_per_token"]),
+        "bytes per token: {kv:,.0f} of K/V; finetuning keeps {finetune:,.0f} per token of a sequence, "
+        "{finetune_stash:,.0f} per token of the stash, and {finetune_activations:,.0f} per row of a window".format(
+            **result["bytes_per_token"]
+        ),
     ]
     if model["layers_compiled"] != model["layers"]:
         told.append(f"compiled with {model['layers_compiled']} of {model['layers']} layers: temporaries are theirs")

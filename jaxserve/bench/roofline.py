@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
+from jaxserve.engine.activations import stash_bytes
 from jaxserve.models.config import ModelConfig
 
 PAGE_RANK = 16  # adapters are stored, and multiplied, in units of so many ranks
@@ -96,6 +97,7 @@ class StepLoad:
 
     decodes: Sequence[int] = ()  # of each decode row: tokens of its sequence before it
     chunks: Sequence[Segment] = ()  # prefill chunks, and finetune windows that only go forward
+    stashed_rows: int = 0  # of them, those whose activations are kept for a later step
     grads: Sequence[Segment] = ()  # windows whose backward runs in this step
     drawn: int | None = None  # tokens; by default one per decode row
     adapters: Sequence[int] = ()  # ranks of the adapters in the batch
@@ -110,10 +112,6 @@ class StepLoad:
     @property
     def grad_rows(self) -> int:
         return sum(segment.rows for segment in self.grads)
-
-    @property
-    def rows(self) -> int:
-        return len(self.decodes) + self.chunk_rows + self.grad_rows
 
     @property
     def num_drawn(self) -> int:
@@ -198,7 +196,8 @@ def kv_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1) ->
 
 
 def finetune_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1) -> int:
-    """The same of a token that is trained on: keys and values, and their gradients' float32 sums."""
+    """The same of a token that is trained on: keys and values, and their gradients' float32 sums. Activations in a
+    stash come to it."""
     return kv_bytes(model, itemsize, tensor_parallel) + kv_bytes(model, WIDE, tensor_parallel)
 
 
@@ -218,13 +217,13 @@ def train_flops(model: ModelConfig) -> int:
 
 
 def step_work(
-    model: ModelConfig, load: StepLoad, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str = "full"
+    model: ModelConfig, load: StepLoad, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str | None = "full"
 ) -> tuple[Work, ...]:
     """Every part of one step on one device.
 
     Args:
       remat: what the backward computes again: none; elementwise (what lies between products); attention (all but
-        attention); full.
+        attention); full. None: gradient rows have a stash; they do not run forward, and read what elementwise keeps.
     """
     return Steps(model, tensor_parallel=tensor_parallel, itemsize=itemsize, remat=remat).work(load)
 
@@ -238,8 +237,9 @@ def ideal_decode_seconds(model: ModelConfig, decodes: Sequence[int], device: Dev
 class Steps:
     """The parts of many steps of one model; what depends on row counts alone is worked out once. See ``step_work``."""
 
-    def __init__(self, model: ModelConfig, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str = "full"):
+    def __init__(self, model: ModelConfig, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str | None = "full"):
         self.model, self.shards, self.itemsize, self.remat = model, tensor_parallel, itemsize, remat
+        self._stash_bytes = stash_bytes(model, itemsize, tensor_parallel)
         self._windows = Counter(layer.window for layer in model.layers)
         self._of_rows = lru_cache(NUM_KEPT)(self.of_rows)
         self._adapters = lru_cache(NUM_KEPT)(self.adapters)
@@ -247,11 +247,13 @@ class Steps:
     def work(self, load: StepLoad) -> tuple[Work, ...]:
         """Every part of one step on one device."""
         grad_rows, targets = load.grad_rows, tuple(load.targets)
-        rows = len(load.decodes) + load.chunk_rows + grad_rows
+        rows = len(load.decodes) + load.chunk_rows + (0 if self.remat is None else grad_rows)
         parts = [*self._of_rows(rows, load.num_drawn, grad_rows, load.grad_rank, targets), *self.attention(load)]
         if load.adapters:
             adapter_rows = rows if load.adapter_rows is None else load.adapter_rows
             parts.append(self._adapters(adapter_rows, tuple(load.adapters), targets))
+        if load.stashed_rows:
+            parts.append(self._stash("stash written", load.stashed_rows))
         if grad_rows:
             parts += self.attention_backward(load)
         return tuple(part for part in parts if part.flops or part.bytes or part.link_bytes)
@@ -287,8 +289,9 @@ class Steps:
         if load.decodes:
             keys = self._over_layers(lambda window: _keys_of_decodes(load.decodes, window))
             parts.append(self._attention("attention of decodes", 4, len(load.decodes), keys, keys, kernels=2))
-        if load.chunks or load.grads:
-            parts.append(self._attention_of("attention of blocks", [*load.chunks, *load.grads], 4, kernels=2))
+        blocks = load.chunks if self.remat is None else [*load.chunks, *load.grads]
+        if blocks:
+            parts.append(self._attention_of("attention of blocks", blocks, 4, kernels=2))
         return parts
 
     def _attention_of(
@@ -376,12 +379,18 @@ class Steps:
         parts = self._loss(W)
         if again:
             parts += self.linears("linear again", W)
+        if self.remat is None:
+            parts.append(self._stash("stash read", W))
         if self.remat != "none":
             parts.append(self.between(W))
         parts += self.linears("linear backward", W, bytes_out=WIDE)
         parts.append(self.between(W, passes=2))
         parts.append(self._adapters_backward(W, grad_rank, targets, again))
         return [*parts, self.all_reduces("all-reduce backward", W, per_layer=4 if again else 2)]
+
+    def _stash(self, name: str, rows: int) -> Work:
+        """Read at one place and written at the other."""
+        return Work(name, bytes=2 * rows * self._stash_bytes, kernels=6 * self.model.num_layers)
 
     def attention_backward(self, load: StepLoad) -> list[Work]:
         m = self.model

@@ -77,6 +77,7 @@ class RooflineDevice:
 
     Args:
       rank: of every adapter; targets: the linear layers it changes.
+      remat: of gradient rows; None: they have a stash.
       host_seconds: from one step's end to the next one's start.
     """
 
@@ -89,7 +90,7 @@ class RooflineDevice:
         tensor_parallel: int = 1,
         rank: int = 16,
         targets: Sequence[str] = roofline.ALL_LINEAR,
-        remat: str = "attention",
+        remat: str | None = "attention",
         host_seconds: float = 0.0,
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
@@ -125,6 +126,7 @@ class RooflineDevice:
             decodes=decodes + [0] * (bucket.decode_rows - len(decodes)),
             chunks=blocks,
             grads=trained,
+            stashed_rows=sum(window.length for window in forwards if window.seq.stash_blocks),
             adapters=[self.rank] * (len(requests) + len(lanes)),
             adapter_rows=planned.load.adapter_rows,
             grad_rank=self.rank,
@@ -142,6 +144,7 @@ class Settings:
     max_grad_rows: int = 0  # 0: no finetuning
     train_slots: int = 8
     acc_pages: int | None = None  # by default two sequences of full length
+    stash_blocks: int = 0  # row blocks between forward and backward
     objectives: tuple[Objective, ...] = (NO_OBJECTIVE,)  # the first one is every request's
     finetune_floor: float = 0.0
     sharing: str = "coserve"
@@ -202,6 +205,7 @@ class VirtualTraining:
             2 * per_seq if settings.acc_pages is None else settings.acc_pages,
             settings.limits.row_block,
             settings.max_grad_rows,
+            stash_blocks=settings.stash_blocks,
             clear=lambda pages: None,
         )
         self.queue.running = [Running(job, Lane(i, (), (), ())) for i, job in enumerate(jobs)]
@@ -257,7 +261,8 @@ class Simulator:
         self.pool = PagePool(settings.num_pages, settings.page_size)
         self.scheduler = Scheduler(limits, self.pool, _Resident())
         rows = settings.max_grad_rows if jobs else 0
-        buckets = Buckets.make(limits.max_chunk_rows, limits.max_num_seqs, limits.row_block, rows)
+        stashed = rows > 0 and settings.stash_blocks > 0
+        buckets = Buckets.make(limits.max_chunk_rows, limits.max_num_seqs, limits.row_block, rows, stashed)
         budget = LatencyBudget(settings.objectives, settings.finetune_floor)
         self.planner = Planner(self.scheduler, buckets, limits.max_model_len, budget, sharing(settings.sharing))
         self.training = VirtualTraining(settings, self.pool, jobs) if jobs else None

@@ -21,7 +21,7 @@ from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.config import Config
-from jaxserve.engine.activations import activation_bytes
+from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
 from jaxserve.engine.planner import Planned
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
@@ -67,9 +67,13 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     rows = max(finetune.finetune_window // ROW_BLOCK, 1) * ROW_BLOCK
     accumulators = 2 * longest * kv_bytes(model, roofline.WIDE, shards)
     used = copies * weight_bytes(model, 2, shards) + RESERVE_BYTES + accumulators
-    used += activation_bytes(model, rows, finetune.finetune_remat, tensor_parallel=shards)
-    free = device.memory * engine.gpu_memory_utilization - used
-    fitting = math.floor(free / (engine.block_size * kv_bytes(model, 2, shards)))
+    budget = int(device.memory * engine.gpu_memory_utilization)
+    each = stash_bytes(model, tensor_parallel=shards)
+    stash = stash_tokens(finetune.finetune_stash_tokens, longest, (budget - used) // STASH_SHARE, each)
+    used += stash * each
+    used += activation_bytes(model, rows, None if stash else finetune.finetune_remat, tensor_parallel=shards)
+    free = budget - used
+    fitting = free // (engine.block_size * kv_bytes(model, 2, shards))
     pages = min(fitting, engine.num_kv_pages or fitting)
     if pages * engine.block_size < longest:
         raise ConfigError(
@@ -91,6 +95,7 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
         num_pages=pages,
         page_size=engine.block_size,
         max_grad_rows=rows,
+        stash_blocks=stash // ROW_BLOCK,
         objectives=(objective_of(config),),
         finetune_floor=finetune.finetune_floor,
         sharing=sharing,
@@ -206,7 +211,7 @@ class Virtual:
         given = self.config.sweep.matmul_efficiency
         return roofline.EXPECTED if given is None else replace(roofline.EXPECTED, matmul=given)
 
-    def make_device(self) -> SharedDevice:
+    def make_device(self, settings: Settings) -> SharedDevice:
         config = self.config
         return SharedDevice(
             self.model,
@@ -215,13 +220,18 @@ class Virtual:
             tensor_parallel=config.engine.tensor_parallel,
             rank=config.job.rank,
             targets=targets_of(config),
-            remat=config.finetune.finetune_remat,
+            remat=None if settings.stash_blocks else config.finetune.finetune_remat,
         )
 
     def assumptions(self) -> list[str]:
         """What the numbers rest on, in words."""
         device, used, config = self.device, self.efficiency, self.config
         settings = settings_of(config, self.model, device, "coserve")
+        if settings.stash_blocks:
+            activations = f"activations of {settings.stash_blocks * ROW_BLOCK} tokens between forward and backward"
+        else:
+            remat = config.finetune.finetune_remat
+            activations = f"activations of {settings.max_grad_rows} gradient rows (remat {remat})"
         return [
             f"Simulated: {device.name}, {config.engine.tensor_parallel} per replica; the engine's own scheduler, "
             "pages, latency budget and finetune windows on a virtual clock, no arrays.",
@@ -232,8 +242,8 @@ class Virtual:
             f"of {device.link / 1e9:.0f} GB/s links {used.link:.0%}; {used.launch * 1e6:.1f} us per kernel. The parts "
             "of a step follow each other. The host's work hides behind the device's.",
             f"{settings.num_pages} KV pages of {settings.page_size} tokens: {config.engine.gpu_memory_utilization:.0%} "
-            f"of {device.memory / 1e9:.0f} GB without weights, activations of {settings.max_grad_rows} gradient rows "
-            f"(remat {config.finetune.finetune_remat}) and float32 sums of K and V gradients of two sequences.",
+            f"of {device.memory / 1e9:.0f} GB without weights, {activations}, and float32 sums of K and V gradients of "
+            "two sequences.",
             f"Adapters of rank {config.job.rank} on {', '.join(targets_of(config))}; optimizer steps take no time. "
             f"Examples of {config.bench.finetune_shortest} to {config.bench.finetune_longest} tokens, "
             f"{config.bench.finetune_batch} to a batch.",
@@ -254,14 +264,14 @@ class Virtual:
     # a Backend
 
     def run(self, sharing: str, rate: float) -> Ran:
-        device = self.make_device()
         name = run_name(sharing, rate)
         settings = settings_of(self.config, self.model, self.device, sharing)
+        device = self.make_device(settings)
         return self._replicas(name, rate, lambda requests, replica: self._replica(settings, device, requests, replica))
 
     def spatial(self, rate: float) -> tuple[Ran, Ran]:
-        device = self.make_device()
         plain = settings_of(self.config, self.model, self.device, "inference-only", copies=2)
+        device = self.make_device(plain)
         tuning = replace(plain, sharing="finetune-only")
         probe = _Measured(device)
         self._replica(tuning, probe, [], 0)

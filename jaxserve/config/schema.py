@@ -152,11 +152,13 @@ class FinetuneOptions(Section):
     finetune_window: Annotated[int, Field(ge=16, le=1 << 16)] = 256
     """Most gradient rows of a step: tokens whose backward runs in it."""
     finetune_remat: Literal["none", "elementwise", "attention", "full"] = "elementwise"
-    """What a backward computes again rather than keeps: nothing; what lies between matrix products; all but attention;
-    or all. Keeping more takes more memory for each gradient row."""
+    """Without a stash, what a backward computes again rather than keeps: nothing; what lies between matrix products;
+    all but attention; or all. Keeping more takes more memory for each gradient row."""
     finetune_stash_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens whose activations may wait on the device for their backward: examples, of at most so many tokens, run
-    forward once, and nothing is computed again. 0 waits for nothing: windows of long examples run forward twice."""
+    forward once, and no product is computed again. 0 keeps none: windows of long examples run forward twice, which
+    takes less memory. None is for two examples of full length, where a quarter of the memory that weights leave holds
+    them; on an accelerator only if max_finetune_jobs asks for jobs."""
     tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
     """Mean time per output token that finetuning, and others' prompts, must leave to running requests; none lets them
     take all they can."""

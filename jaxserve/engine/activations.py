@@ -1,16 +1,44 @@
-"""How much of the forward is kept for the backward of gradient rows, by remat policy; see ``engine.gradient``."""
+"""How much of the forward is kept for the backward of gradient rows, by remat policy or in a stash; see
+``engine.gradient`` and ``engine.stash``."""
 
 from jaxserve.models.config import ModelConfig
 
+STASH_SHARE = 4  # by default the stash takes at most one part in so many of the memory beside the weights
 REMAT = ("none", "elementwise", "attention", "full")
 WIDE = 4  # bytes of a log-sum-exp
 
 
-def activation_bytes(model: ModelConfig, rows: int, remat: str, itemsize: int = 2, tensor_parallel: int = 1) -> int:
+def stash_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1) -> int:
+    """Bytes on one device of a token in the stash."""
+    D, heads = model.hidden_size, model.num_heads // tensor_parallel
+    qkv = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor_parallel
+    products = qkv + D + 2 * model.intermediate_size // tensor_parallel + (D if model.post_norms else 0)
+    each = (D + heads * model.head_dim + products) * itemsize + heads * max(itemsize, WIDE)
+    return model.num_layers * each + D * itemsize
+
+
+def stash_tokens(given: int | None, longest: int, room: int, each: int) -> int:
+    """Tokens of the stash.
+
+    Args:
+      given: by the user; None: for two sequences of full length or as many tokens as there is room for, but none where
+        one sequence has no room.
+      longest: tokens of a sequence.
+      room: bytes that it may take; each: of a token.
+    """
+    if given is not None:
+        return given
+    tokens = min(2 * longest, max(room, 0) // each)
+    return tokens if tokens >= longest else 0
+
+
+def activation_bytes(
+    model: ModelConfig, rows: int, remat: str | None, itemsize: int = 2, tensor_parallel: int = 1
+) -> int:
     """Bytes on one device that a backward of so many rows needs: what is kept of every layer, and one layer at work.
 
     Args:
-      remat: a name of ``REMAT``.
+      remat: a name of ``REMAT``; None: what is kept is in a stash, and not counted.
       itemsize: of an activation.
     """
     D, heads = model.hidden_size, model.num_heads // tensor_parallel
@@ -23,6 +51,7 @@ def activation_bytes(model: ModelConfig, rows: int, remat: str, itemsize: int = 
         "elementwise": D + qkv + out + D + 2 * ffn + (D if model.post_norms else 0),
         "attention": D + out,
         "full": D,
+        None: 0,
     }[remat]
-    sums = 0 if remat == "full" else heads * WIDE
+    sums = 0 if remat in ("full", None) else heads * WIDE
     return rows * (model.num_layers * (kept * itemsize + sums) + working * itemsize)

@@ -50,6 +50,11 @@ class CoreConfig:
         return -(-self.max_model_len // self.page_size)
 
     @property
+    def window_remat(self) -> str | None:
+        """What the backward of a window computes again; None: there is a stash."""
+        return None if self.stash_tokens else self.remat
+
+    @property
     def max_example_len(self) -> int:
         """Tokens of the longest example."""
         return min(self.max_model_len, self.stash_tokens) if self.stash_tokens else self.max_model_len
