@@ -5,7 +5,7 @@ The packer's own check knows bounds; this one knows which index it has to be.
 Shapes: T rows, R drawn tokens, J work items of the adapters, S adapter sites.
 """
 
-from jaxserve.engine.batch import FROM_DEVICE
+from jaxserve.engine.batch import FROM_DEVICE, NOWHERE
 from jaxserve.engine.loop import EngineCore
 from jaxserve.engine.pack import Packed, Packer
 from jaxserve.scheduler.plan import Segment, StepPlan
@@ -45,6 +45,8 @@ def audit(packer: Packer, plan: StepPlan, packed: Packed) -> None:
     _audit_samples(plan, packed, rows, slots.num_slots)
     if packed.layout.lora_items and plan.finetune is None:
         _audit_adapters(packer, packed, rows)
+    if packed.layout.bucket.stashed:
+        _audit_stash(packer, plan, packed)
     for row, (segment, _) in rows.items() if packed.layout.scaled else ():
         lead = slots.lead_page_B[segment.seq.slot]
         assert i["lead_page_T"][row] == lead, f"scales of row {row}"
@@ -60,10 +62,26 @@ def _rows(packer: Packer, plan: StepPlan, packed: Packed) -> dict[int, tuple[Seg
     return rows | {packed.layout.bucket.block_rows + k: (s, s.start) for k, s in enumerate(decodes)}
 
 
+def _audit_stash(packer: Packer, plan: StepPlan, packed: Packed) -> None:
+    """Each row block of a window meets the block of the stash that has its rows, and no other block meets any."""
+    size, wanted = packer.row_block, {}
+    grads, forwards = plan.finetune or ((), ())
+    for windows, row in ((grads, 0), (forwards, packed.layout.bucket.grad_rows + plan.chunk_rows)):
+        for window in windows:
+            blocks = range(-(-window.length // size))
+            if window.seq.stash_blocks:
+                assert window.start % size == 0, f"a window from row {window.start}"
+                own = window.seq.stash_blocks
+                wanted |= {row // size + k: own[window.start // size + k] for k in blocks}
+            row += len(blocks) * size
+    found = packed.fields["stash_block_N"].tolist()
+    assert {k: block for k, block in enumerate(found) if block != NOWHERE} == wanted, "blocks of the stash"
+
+
 def _audit_samples(plan: StepPlan, packed: Packed, rows: dict[int, tuple[Segment, int]], num_slots: int) -> None:
     i = packed.fields
     for k, sample in enumerate(plan.samples):
-        segment, position = rows[int(i["sample_row_R"][k])]
+        segment, position = rows[packed.layout.bucket.first_row + int(i["sample_row_R"][k])]
         wanted = (plan.decodes if sample.kind == "decode" else plan.chunks)[sample.segment_index]
         assert segment is wanted, f"sample {k} reads a row of {segment.seq}"
         assert position == wanted.end - 1, f"sample {k} is not drawn from the segment's last row"
@@ -76,7 +94,7 @@ def _audit_samples(plan: StepPlan, packed: Packed, rows: dict[int, tuple[Segment
 def _audit_adapters(packer: Packer, packed: Packed, rows: dict[int, tuple[Segment, int]]) -> None:
     """Every row with an adapter meets each page of its adapter once per site that has it; other rows meet none."""
     i, slots, bucket = packed.fields, packer.slots, packed.layout.bucket
-    chunk_blocks = bucket.block_rows // packer.row_block
+    first_row, chunk_blocks = bucket.first_row, bucket.forward_block_rows // packer.row_block
     for site in range(packed.layout.num_sites):
         wanted, found = [], []
         for row in range(bucket.rows):
@@ -91,7 +109,8 @@ def _audit_adapters(packer: Packer, packed: Packed, rows: dict[int, tuple[Segmen
         for block, page, first, stop in zip(*items, strict=True):
             single = block >= chunk_blocks
             size = SINGLE_ROWS if single else packer.row_block
-            start = bucket.block_rows + (block - chunk_blocks) * SINGLE_ROWS if single else block * packer.row_block
+            start = bucket.block_rows + (block - chunk_blocks) * SINGLE_ROWS
+            start = start if single else first_row + block * packer.row_block
             assert 0 <= first < stop <= size, f"an item of rows {first}..{stop} in a block of {size}"
             found += [(row, page) for row in range(start + first, start + stop)]
         assert sorted(found) == sorted(wanted), f"items of site {site}"

@@ -94,8 +94,9 @@ def few_buckets(buckets: Buckets) -> Iterator[None]:
     """Engines that are made meanwhile compile these shapes alone."""
     make = Buckets.__dict__["make"]
 
-    def chosen(cls, max_chunk_rows: int, max_num_seqs: int, row_block: int, max_grad_rows: int = 0) -> Buckets:
-        return Buckets(buckets.chunk_rows, buckets.decode_rows, buckets.grad_rows if max_grad_rows else ())
+    def chosen(cls, max_chunk_rows, max_num_seqs, row_block, max_grad_rows=0, stashed=False) -> Buckets:
+        grad_rows = buckets.grad_rows if max_grad_rows else ()
+        return Buckets(buckets.chunk_rows, buckets.decode_rows, grad_rows, stashed)
 
     setattr(Buckets, "make", classmethod(chosen))  # noqa: B010  (a type checker takes it for a method)
     try:

@@ -174,8 +174,8 @@ def _buckets(core: CoreConfig, finetunes: bool, every: bool) -> list[Bucket]:
     if every:
         return list(buckets)
     many, most = buckets.decode_rows[-1], buckets.chunk_rows[-1]
-    sizes = [(0, many), (most, many), (0, many, buckets.grad_rows[-1])]
-    return [buckets.fit(*rows) for rows in (sizes if grads else sizes[:2])]
+    with_gradients = [(0, many, buckets.grad_rows[-1])] if grads else []
+    return [buckets.fit(*rows) for rows in ((0, many), (most, many), *with_gradients)]
 
 
 def program_of(

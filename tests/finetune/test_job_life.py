@@ -19,12 +19,13 @@ from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.folder import read_events, read_job
 
 JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 6, "dropout": 0.1}
+LIFE = {"max_finetune_jobs": 1, "finetune_window": 16, "finetune_stash_tokens": 0}
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     path = tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama")
-    engine = jaxserve.Engine.from_pretrained(path, **SIZES | {"max_finetune_jobs": 1, "finetune_window": 16})
+    engine = jaxserve.Engine.from_pretrained(path, **SIZES | LIFE)
     engine.prepare_finetuning(scales=True, dropout=True)
     return engine
 

@@ -46,7 +46,7 @@ def settled(engine) -> None:
     engine.core.pool.check([])
     engine.core.residency.check()
     shape = engine.core.trainer.shape
-    engine.core.trainer.queue.check(shape.num_slots, shape.acc_pages)
+    engine.core.trainer.queue.check(shape.num_slots, shape.acc_pages, shape.stash_blocks)
     assert engine.core.residency.counts().num_refs == 0
     assert all(not np.asarray(pool).any() for layer in engine.core.trainer.sums.state.acc for pool in layer)
 

@@ -67,27 +67,27 @@ METHODS = {
 
 
 @pytest.mark.parametrize(
-    ("family", "method"),
+    ("family", "method", "stash"),  # tokens of it; None: the engine's own choice, which has one
     [
-        ("llama", "lora"),
-        pytest.param("llama", "rslora", marks=pytest.mark.slow),
-        pytest.param("qwen2", "dora", marks=pytest.mark.slow),
-        pytest.param("llama", "dora", marks=pytest.mark.slow),
-        ("qwen2", "ia3"),
-        pytest.param("mistral", "lora", marks=pytest.mark.slow),
-        pytest.param("qwen2", "lora", marks=pytest.mark.slow),
-        pytest.param("qwen3", "lora", marks=pytest.mark.slow),
-        pytest.param("gemma2", "lora", marks=pytest.mark.slow),
-        pytest.param("gemma3", "lora", marks=pytest.mark.slow),
-        pytest.param("gemma3", "dora", marks=pytest.mark.slow),
+        ("llama", "lora", None),
+        pytest.param("llama", "rslora", 0, marks=pytest.mark.slow),
+        pytest.param("qwen2", "dora", 0, marks=pytest.mark.slow),
+        pytest.param("llama", "dora", None, marks=pytest.mark.slow),
+        ("qwen2", "ia3", 0),
+        pytest.param("mistral", "lora", 0, marks=pytest.mark.slow),
+        pytest.param("qwen2", "lora", None, marks=pytest.mark.slow),
+        pytest.param("qwen3", "lora", None, marks=pytest.mark.slow),
+        pytest.param("gemma2", "lora", None, marks=pytest.mark.slow),
+        pytest.param("gemma3", "lora", 0, marks=pytest.mark.slow),
+        pytest.param("gemma3", "dora", None, marks=pytest.mark.slow),
     ],
 )
-def test_a_job_is_peft_step_for_step(tmp_path, family, method):
+def test_a_job_is_peft_step_for_step(tmp_path, family, method, stash):
     rng = np.random.default_rng(5)
     path = tiny_models.build(tmp_path / "model", family, tokenizer=False)
     engine = jaxserve.Engine.from_pretrained(
         path, dtype="float32", max_model_len=96, max_num_seqs=2, max_num_batched_tokens=32, block_size=16,
-        max_loras=3, max_lora_rank=16, finetune_window=32,
+        max_loras=3, max_lora_rank=16, finetune_window=32, finetune_stash_tokens=stash,
     )  # fmt: skip
     job = engine.finetune(examples(rng), adapter="a", method=method, **METHODS[method], **JOB)
     start = tmp_path / "start"

@@ -72,11 +72,11 @@ def test_served_log_probabilities_are_those_of_transformers(tmp_path, family):
     assert ours.max() <= 2 * theirs.max()
 
 
-@pytest.mark.parametrize("remat", ["elementwise", "full"])
-def test_a_job_is_peft_step_for_step(tmp_path, remat):
+@pytest.mark.parametrize("options", [{"finetune_remat": "full"}, {"finetune_stash_tokens": 640}], ids=str)
+def test_a_job_is_peft_step_for_step(tmp_path, options):
     rng = np.random.default_rng(5)
     path = tiny_models.build(tmp_path / "model", "llama", tokenizer=False, **SIZES)
-    engine = engine_of(path, finetune_remat=remat)
+    engine = engine_of(path, **options)
     options = {"rank": 6, "alpha": 9, "target_modules": "all-linear"}
     job = engine.finetune(examples(rng), adapter="a", method="lora", **options, **JOB)
     save_peft(job._job.start, tmp_path / "start")

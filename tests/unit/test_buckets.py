@@ -58,6 +58,20 @@ def test_gradient_rows_come_before_chunk_rows_and_decode_rows():
     assert all(b.grad_rows == 0 for b in Buckets.make(64, 8, 16))
 
 
+def test_with_a_stash_gradient_rows_do_not_run_forward_and_decode_steps_are_what_they_were():
+    plain = Buckets.make(64, 8, 16, max_grad_rows=64)
+    stashed = Buckets.make(64, 8, 16, max_grad_rows=64, stashed=True)
+    for one, other in zip(plain, stashed, strict=True):
+        assert (one == other) == (other.block_rows == 0)
+        assert (other.rows, other.block_rows) == (one.rows, one.block_rows)
+        assert (one.first_row, other.first_row) == (0, other.grad_rows)
+        assert other.forward_block_rows == other.chunk_rows
+        assert one.forward_block_rows == one.block_rows
+        assert other.finetunes == (other.block_rows > 0)
+    assert set(stashed.holding(16, 2)) < set(stashed)
+    assert stashed.fit(16, 2, 20) in set(stashed)
+
+
 def test_more_rows_than_the_limit_are_our_own_mistake():
     with pytest.raises(AssertionError):
         Buckets.make(64, 8, 16).fit(80, 1)

@@ -25,6 +25,11 @@ def device():
     return RooflineDevice(ModelConfig.from_dict(config), DEVICES["h200"])
 
 
+@pytest.fixture(scope="module")
+def stashing(device):
+    return RooflineDevice(device.model, device.device, remat=None)
+
+
 def load(rate, seconds, seed=0, start=0.0, prompt=1000, outputs=200):
     rng = np.random.default_rng(seed)
     times = start + np.cumsum(rng.exponential(1 / rate, int(rate * seconds)))
@@ -60,6 +65,16 @@ def test_finetuning_fills_what_the_objectives_leave(device, alone):
     assert np.quantile(np.abs(run.errors()), 0.9) < 0.15
 
 
+def test_with_a_stash_more_is_trained_within_the_same_objectives(device, stashing):
+    runs = [simulate(one, load(3, 20), 25.0, stash_blocks=blocks)[1] for one, blocks in ((device, 0), (stashing, 128))]
+    assert all(run.attainment(GOALS) >= 0.99 for run in runs)
+    assert runs[1].finetune_rate(2, 20) > 1.08 * runs[0].finetune_rate(2, 20)
+    assert np.quantile(np.abs(runs[1].errors()), 0.9) < 0.15
+    mixes = [step.mix for step in runs[1].steps]
+    assert any(mix.backward and mix.decode for mix in mixes)
+    assert any(mix.forward and mix.decode for mix in mixes)
+
+
 def test_it_is_the_same_every_time(device):
     one, other = (simulate(device, load(3, 5), 6.0)[1] for _ in range(2))
     assert one.steps == other.steps
@@ -89,10 +104,12 @@ def test_when_pages_are_short_finetuning_gives_way_first(device):
     assert run.attainment(GOALS) >= without.attainment(GOALS) - 0.02
 
 
-def test_pages_slots_and_accumulators_are_all_given_back(device):
-    simulator, _ = simulate(device, load(5, 3), 40.0, jobs=3, num_pages=3000)
+@pytest.mark.parametrize("stash_blocks", [0, 70])
+def test_pages_slots_accumulators_and_stash_are_all_given_back(device, stash_blocks):
+    simulator, _ = simulate(device, load(5, 3), 40.0, jobs=3, num_pages=3000, stash_blocks=stash_blocks)
     queue = simulator.training.queue
-    queue.check(simulator.settings.train_slots, 2 * simulator.pool.pages_for(LIMITS.max_model_len))
+    pages = 2 * simulator.pool.pages_for(LIMITS.max_model_len)
+    queue.check(simulator.settings.train_slots, pages, stash_blocks)
     simulator.pool.check([seq.pages for seq in queue.active])
     assert len(simulator.training.steps_done) == 3  # no job starves
 
