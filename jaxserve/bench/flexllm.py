@@ -25,6 +25,7 @@ POLICIES = (
 )  # fmt: skip
 TTFT_MS = 5000.0
 TARGETS = {"down_proj": ("down_proj",), "all-linear": "all-linear"}
+STASH_TOKENS = 4096  # two examples of the longest
 MATMUL = {"a100-80gb": 0.55}
 LENGTHS = {
     "random_input_len": 1155,
@@ -75,7 +76,7 @@ def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: 
         "engine": {"tensor_parallel": setting.devices, "max_num_seqs": 256},
         "finetune": {
             "finetune_window": 1024,
-            "finetune_remat": "none",
+            "finetune_stash_tokens": STASH_TOKENS,
             "tpot_objective_ms": setting.tpot_ms,
             "ttft_objective_ms": TTFT_MS,
         },

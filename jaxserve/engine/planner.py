@@ -23,6 +23,7 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.slo import LatencyBudget
 
 NUM_KEPT = 4096  # choices of buckets that are remembered
+STEP_ROWS = 128  # a step takes about as long as so many rows more: weights are read, kernels started
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
@@ -259,7 +260,7 @@ class Planner:
                 work = self.gradient_token * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
                     bucket.chunk_rows - rows, forward
                 )
-                found.append((_worth(work, seconds, allowed), seconds, bucket))
+                found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
         return sorted(found, key=_promise, reverse=True)
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
@@ -274,7 +275,7 @@ class Planner:
                 continue
             load = self._load_with(base, windows, self._tight(base.plan, windows, bucket))
             seconds = self.times.predict(load)
-            worth = _worth(work, seconds, allowed)
+            worth = _worth(work, seconds, allowed, load.bucket)
             if seconds <= allowed and worth > most:
                 best, most = (windows, load, seconds), worth
         if best is None:
@@ -306,10 +307,11 @@ def _length(windows: Iterable[WindowRows]) -> int:
     return sum([window.length for window in windows])
 
 
-def _worth(work: float, seconds: float, allowed: float) -> float:
-    """Work per second. Where nothing limits a step, the work: there measured times decide nothing, so that a job which
-    has the engine to itself can be repeated bit for bit."""
-    return work if allowed == NEVER else work / seconds
+def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float:
+    """Work per second. Where nothing limits a step, per row that runs forward or backward, padding among them: there
+    measured times decide nothing, so that a job which has the engine to itself can be repeated bit for bit."""
+    rows = bucket.rows - bucket.first_row + bucket.grad_rows
+    return work / (rows + STEP_ROWS) if allowed == NEVER else work / seconds
 
 
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
