@@ -5,7 +5,7 @@ run their backward in the order of their examples, so the order in which gradien
 on load, not on the jobs beside it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
@@ -62,10 +62,10 @@ class FinetuneQueue:
         backward = forward = 0
         dropout = False
         for seq in self.active:
-            ahead = rounded(seq.num_rows - seq.forwarded, self.row_block) if not seq.backward_begun else 0
-            forward += ahead
-            if not (seq.forward_only or (ahead and self.stashed)):
+            if not seq.forward_only:
                 backward += rounded(min(seq.remaining, seq.window), self.row_block)
+            if not seq.backward_begun:
+                forward += rounded(seq.num_rows - seq.forwarded, self.row_block)
             if seq.dropout:
                 dropout = True
         return backward, forward, dropout
@@ -81,7 +81,8 @@ class FinetuneQueue:
           plain: the step's program knows no dropout.
         """
         if self.stashed:
-            return FinetunePlan(self._backward(grad_rows), self._forward(chunk_rows, usual, set(), plain))
+            forwards = self._forward(chunk_rows, usual, set(), plain)
+            return FinetunePlan(self._backward(grad_rows, forwards), forwards)
         grads: list[WindowRows] = []
         forwards: list[WindowRows] = []
         blocked: set[int] = set()  # lanes whose order forbids more
@@ -120,16 +121,18 @@ class FinetuneQueue:
                 chunk_rows -= rounded(window.length, self.row_block)
         return tuple(forwards)
 
-    def _backward(self, grad_rows: int) -> tuple[WindowRows, ...]:
-        """Windows of phase B, of sequences with a stash."""
+    def _backward(self, grad_rows: int, forwards: Iterable[WindowRows]) -> tuple[WindowRows, ...]:
+        """Windows of phase B, of sequences with a stash: a step's backward follows all of its forward."""
         grads = []
+        forwarded = {id(window.seq): window.end for window in forwards}
         blocked: set[int] = set()  # lanes whose order forbids more
         for seq in sorted(self.active, key=_not_begun):
             if grad_rows < self.row_block:
                 break
             if seq.lane.index in blocked:
                 continue
-            window = seq.backward_window(grad_rows) if seq.forwarded == seq.num_rows else None
+            is_forward = forwarded.get(id(seq), seq.forwarded) == seq.num_rows
+            window = seq.backward_window(grad_rows) if is_forward else None
             if window is not None:
                 grads.append(window)
                 grad_rows -= rounded(window.length, self.row_block)
