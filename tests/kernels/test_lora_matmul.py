@@ -43,6 +43,15 @@ def test_each_row_goes_through_its_own_adapter(implementation, case):
     assert (out[case.adapter_rows() < 0] == 0).all()
 
 
+@pytest.mark.parametrize(
+    "case", [dataclasses.replace(MIXED, chunks=()), dataclasses.replace(MIXED, singles=())], ids=str
+)
+def test_no_operand_is_empty(case):
+    """XLA's partitioner (Shardy, of jax 0.11.2) crashes on an empty operand of a program that is split over devices."""
+    program = jax.make_jaxpr(partial(lora_matmul, implementation="xla"))(*case.make())
+    assert "i32[0]" not in str(program)
+
+
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_other_dtypes_keep_their_precision(implementation, dtype):
