@@ -191,14 +191,14 @@ class Job:
 
     def meta(self, cursor: Cursor) -> dict[str, Any]:
         """Everything a checkpoint must know beside arrays, as JSON: the state after ``step`` steps, which have read
-        the data up to ``cursor``."""
+        the data up to ``cursor``. It is the caller's: what the job does next does not change it."""
         return {
             "id": self.id,
             "created_at": self.created_at,
             "step": self.step,
             "cursor": cursor.to_json(),
-            "losses": self.losses,
-            "validation_losses": self.validation_losses,
+            "losses": list(self.losses),
+            "validation_losses": list(self.validation_losses),
             "trained_tokens": self.trained_tokens,
             "num_events": len(self._events),
             "adapter_config": dict(self.start.config),

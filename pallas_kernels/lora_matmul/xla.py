@@ -84,7 +84,9 @@ def _span_by_span(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part) -> Flo
 
     def work(x_TD, y_TE):
         y_NQE = _sum_spans(_blocks(x_TD, part), a_PRD, members, plan, part, first_item, stop_item)
-        return y_TE.at[rows].add(y_NQE.reshape(-1, y_TE.shape[1])[: y_TE.shape[0] - part.first_row])
+        # not .at[rows].add: where those are all rows its index is empty, on which XLA crashes in a split program
+        added_TE = y_NQE.reshape(-1, y_TE.shape[1])[: y_TE.shape[0] - part.first_row]
+        return lax.dynamic_update_slice_in_dim(y_TE, y_TE[rows] + added_TE, part.first_row, axis=0)
 
     return lax.cond(stop_item > first_item, work, lambda _, y_TE: y_TE, x_TD, y_TE)
 

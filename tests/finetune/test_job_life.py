@@ -3,6 +3,7 @@
 import contextlib
 import json
 import shutil
+import threading
 import time
 from concurrent.futures import wait
 
@@ -123,6 +124,30 @@ def test_a_job_goes_on_from_what_a_kill_leaves_bit_by_bit(engine, tmp_path, meth
         assert [e.number for e in read_events(place)] == list(range(len(again.events())))
         resumed.append(before)
     assert len(set(resumed)) > 1
+
+
+def test_a_checkpoint_that_waited_for_the_disk_is_of_its_own_step(engine, tmp_path, undisturbed):
+    """The job went on meanwhile: by another step, and by the validation of the step that is saved."""
+    fields = {**JOB, "save_steps": 2, "validation_fraction": 0.3, "eval_steps": 2}
+    job, opened = (
+        engine.finetune(examples(1), adapter="a", output_dir=str(tmp_path / "job"), **fields),
+        threading.Event(),
+    )
+    job._job.folder._checkpoints._saver.submit(opened.wait)
+    until(engine, lambda: job.step == 5)
+    opened.set()
+    wait([engine.core.trainer.trainings[job.id].saving])  # of step 2; that of step 4 is due
+    until(engine, lambda: any(event.kind == "checkpoint" and event.data["step"] == 4 for event in job.events()))
+    name = "checkpoints/step-0000000004"
+    shutil.copytree(tmp_path / "job" / name, tmp_path / "copy" / name)
+    shutil.copy(tmp_path / "job" / "events.jsonl", tmp_path / "copy")
+    job.wait()
+    again = engine.finetune(examples(1), adapter="a", output_dir=str(tmp_path / "copy"), **fields)
+    assert again.step == 4
+    again.wait()
+    assert (again.losses, again.validation_losses, content(engine, "a")) == undisturbed
+    noted = [event.data["step"] for event in again.events() if event.kind == "validation"]
+    assert noted == [0, 2, 4, 6]
 
 
 def test_the_directory_says_what_became_of_the_job(engine, tmp_path):

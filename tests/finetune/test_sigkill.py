@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,8 +20,8 @@ from jaxserve.finetune.folder import read_events, read_job
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KILLS = 20
-STEPS = 60
-POINTS = [point for point in faults.POINTS if point.startswith(("ckpt.", "fs.", "job."))]
+STEPS = 300
+POINTS = [*(p for p in faults.POINTS if p.startswith(("ckpt.", "fs."))), "job.before_adapter", "job.after_adapter"]
 
 
 class Command:
@@ -78,20 +79,27 @@ def made(tmp_path_factory):
     return commands
 
 
+def tells(line: str, saved: int) -> bool:
+    """Whether this line of a process's output tells of a checkpoint of step ``saved`` or later; 0: of any step."""
+    wanted = '"kind": "checkpoint"' if saved else '"gradient_norm"'
+    return wanted in line and json.loads(line)["data"]["step"] >= saved
+
+
 def test_kills_at_random_moments_change_nothing(made):
-    command, rng, done = made["moments"], random.Random(5), 0
-    for _ in range(KILLS):
+    """Spread over the job, however fast its steps and its disk are: before each kill a little more of it is saved."""
+    command, rng, done, saved = made["moments"], random.Random(5), 0, 0
+    for kill in range(1, KILLS + 1):
         process = command.start()
         assert process.stdout is not None
-        if rng.random() < 0.25:  # while it loads and compiles, or early
-            time.sleep(rng.uniform(0.5, 8.0))
-        else:
-            wanted = rng.randint(1, 6)
-            for line in process.stdout:  # one of the next steps, and some time into it
-                wanted -= '"gradient_norm"' in line
-                if wanted <= 0:
-                    break
-            time.sleep(rng.uniform(0, 0.3))
+        early = rng.random() < 0.25  # while it loads and compiles
+        timer = threading.Timer(rng.uniform(0.5, 8.0) if early else 600, process.kill)
+        timer.start()
+        wanted = kill * STEPS // (2 * KILLS)
+        for line in process.stdout:
+            if tells(line, wanted if wanted > saved else 0):
+                break
+        time.sleep(rng.uniform(0, 0.1))  # some time into the next steps and checkpoints
+        timer.cancel()
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.stdout.close()
@@ -99,21 +107,19 @@ def test_kills_at_random_moments_change_nothing(made):
         done += killed
         if not killed:  # it was over already
             break
+        saved = max((int(path.name.split("-")[1]) for path in command.root.glob("checkpoints/step-*")), default=0)
     assert done >= KILLS - 5
-    assert read_job(command.root)["step"] > STEPS // 3  # not all of them at the start
+    assert saved > STEPS // 3  # not all of them at the start
     command.finish()
     assert command.result() == made["undisturbed"].result()
 
 
 def test_kills_at_every_named_point_change_nothing(made):
-    command, rng, reached = made["points"], random.Random(6), []
+    command, rng = made["points"], random.Random(6)
     for point in POINTS:
-        process = command.start(f"{point}=kill@{rng.randint(1, 2)}")
-        process.communicate(timeout=600)
-        if process.returncode == -signal.SIGKILL:
-            reached.append(point)
-        elif read_job(command.root)["status"] == "succeeded":
-            break
-    assert len(reached) >= len([point for point in POINTS if point.startswith("ckpt.")]), reached
+        count = 1 if point.startswith("job.") else rng.randint(1, 2)
+        process = command.start(f"{point}=kill@{count}")
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == -signal.SIGKILL, f"{point} was not reached: {said[-3000:]}"
     command.finish()
     assert command.result() == made["undisturbed"].result()

@@ -14,7 +14,7 @@ import pytest
 from one_by_one import one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import NoImplementation
-from pallas_kernels.lora_matmul import lora_matmul, lora_matmul_backward
+from pallas_kernels.lora_matmul import lora_matmul, lora_matmul_backward, xla
 from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, CASES, KERNEL_CASES
 
 NAMES = ["xla", "reference"]
@@ -41,6 +41,24 @@ def test_each_row_goes_through_its_own_adapter(implementation, case):
     expected = one_by_one(case, x_TD, a_PRD, members)
     np.testing.assert_allclose(out, expected, atol=1e-5)
     assert (out[case.adapter_rows() < 0] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_span_by_span_it_is_the_same(case, monkeypatch):
+    """What XLA runs where it is no CPU."""
+    monkeypatch.setattr(xla.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
+    x_TD, a_PRD, members, plan = case.make()
+    out = jax.jit(xla.lora_matmul)(x_TD, a_PRD, members, plan)
+    np.testing.assert_allclose(out, one_by_one(case, x_TD, a_PRD, members), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "case", [dataclasses.replace(MIXED, chunks=()), dataclasses.replace(MIXED, singles=())], ids=str
+)
+def test_no_operand_is_empty(case):
+    """XLA's partitioner (Shardy, of jax 0.11.2) crashes on an empty operand of a program that is split over devices."""
+    program = jax.make_jaxpr(partial(lora_matmul, implementation="xla"))(*case.make())
+    assert "i32[0]" not in str(program)
 
 
 @pytest.mark.parametrize("implementation", NAMES)

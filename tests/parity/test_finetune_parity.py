@@ -18,6 +18,15 @@ JOB = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """For so small a model others only wait, and for long where another process is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def examples(rng):
     """Token ids and weights, some longer than a window, some weights zero."""
     made = []
