@@ -53,13 +53,14 @@ def make_examples(count: int, shortest: int, longest: int, vocab_size: int, seed
 
 
 def train(engine: "Engine", examples: Examples, adapter: str, fields: dict[str, Any]) -> TrainRun:
-    """One of our jobs from its first step to its last."""
+    """One of our jobs from its first step to its last; its adapter is not kept."""
     job = engine.finetune([(ids, None) for ids in examples], adapter=adapter, **fields)
     start, cpu = time.perf_counter(), time.process_time()
     job.wait()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     if job.status != "succeeded":
         raise ConfigError([f"the job is {job.status}: {job.error}"])
+    engine.unload_adapter(adapter)
     return TrainRun(how="JaxServe", seconds=seconds, cpu_seconds=cpu, tokens=job.trained_tokens, losses=job.losses)
 
 
