@@ -116,13 +116,14 @@ def start(bench: Bench) -> Iterator[Figure]:
         "max_model_len": 8704,
         "max_loras": 1 + most // 2,
         "finetune_window": 4096,
-        "gpu_memory_utilization": 0.8,
+        "finetune_stash_tokens": 8704,
+        "gpu_memory_utilization": 0.85,
     }
-    # a long window for finetuning alone, where it spares most of the forward windows, and one for a step with requests
+    # a long window for finetuning alone, and one for a step with requests
     buckets = Buckets(chunk_rows=(1024,), decode_rows=(most,) if bench.few else (64, most), grad_rows=(1024, 4096))
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
-        small = {"max_num_batched_tokens": 32, "max_model_len": 256, "max_loras": 5}
+        small = {"max_num_batched_tokens": 32, "max_model_len": 256, "max_loras": 5, "finetune_stash_tokens": 256}
         sizes |= small | {"finetune_window": 32, "num_kv_pages": 64, "block_size": 16}
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory, few_buckets(buckets):

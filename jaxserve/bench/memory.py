@@ -2,8 +2,9 @@
 
 FlexLLM's ablation (arXiv 2402.18789, section 5) rebuilt: the activations of one sequence where every weight could be
 trained and nothing is run again; without what only the gradients of frozen weights ask for; with policies that run more
-and more again; and with windows, where a sequence keeps its keys, its values and their gradients between steps and
-everything else for a window alone. All but the first are the engine's own step.
+and more again; with windows, where a sequence keeps its keys, its values and their gradients between steps and
+everything else for a window alone; and with a stash, where it keeps its activations between steps as well and nothing
+is run twice. All but the first are the engine's own step.
 
 Letters: S tokens of the sequence, W rows of a window, D hidden, I in, O out, R rank, G tokens per page.
 """
@@ -23,7 +24,7 @@ from jaxserve.bench import ahead, roofline
 from jaxserve.bench.engine import model_path
 from jaxserve.bench.plan import first_layers, program_of
 from jaxserve.config import Config, EngineConfig
-from jaxserve.engine.activations import REMAT
+from jaxserve.engine.activations import REMAT, stash_bytes
 from jaxserve.engine.buckets import MIN_ROWS, Bucket
 from jaxserve.engine.gradient import frozen_head
 from jaxserve.engine.sizes import core_config
@@ -96,6 +97,9 @@ def ablation(
             text = f"{f'windows of {window}' if kind == 'windows' else 'frozen weights pruned'}, remat {remat}"
             step = partial(_step_bytes, options=options, length=length, rows=rows, remat=remat, mesh=mesh)
             methods.append((kind, text, between if kind == "windows" else 0, step))
+    stashed = length * stash_bytes(model, np.dtype(dtype).itemsize)
+    step = partial(_step_bytes, options=options, length=length, rows=window, remat=None, mesh=mesh)
+    methods.append(("stash", f"windows of {window}, a stash", between + stashed, step))
     found = [
         _row(kind, text, _at_all_layers(model, shapes, [compiled(shape) for shape in shapes]), kept)
         for kind, text, kept, compiled in methods
@@ -131,15 +135,23 @@ def _row(kind: str, text: str, temporary: int, between: int = 0) -> dict[str, An
 # the engine's step
 
 
-def _step_bytes(model: ModelConfig, options: EngineConfig, length: int, rows: int, remat: str, mesh: Mesh) -> int:
+def _step_bytes(
+    model: ModelConfig, options: EngineConfig, length: int, rows: int, remat: str | None, mesh: Mesh
+) -> int:
+    """Temporaries of a step with so many gradient rows; ``remat`` None: with a stash, and of the step before it, that
+    runs them forward, if they are more."""
     pages = -(-length // options.block_size)
     changed = {"max_model_len": length, "num_kv_pages": pages, "max_num_seqs": MIN_ROWS}
-    changed |= {"finetune_remat": remat, "finetune_window": rows, "finetune_stash_tokens": 0}
+    changed |= {"finetune_window": rows, "finetune_stash_tokens": length if remat is None else 0}
+    changed |= {} if remat is None else {"finetune_remat": remat}
     changed |= {"max_loras": 1, "max_lora_rank": RANK}
     core = core_config(options.model_copy(update=changed), model, None, mesh)
     grad_rows = -(-rows // core.row_block) * core.row_block
     train = train_shape(core, 1)
-    return program_of(core, model, mesh, train, Bucket(0, MIN_ROWS, grad_rows)).temporary
+    buckets = [Bucket(0, MIN_ROWS, grad_rows, remat is None)]
+    if remat is None:
+        buckets.append(Bucket(grad_rows, MIN_ROWS, stashed=True))
+    return max(program_of(core, model, mesh, train, bucket).temporary for bucket in buckets)
 
 
 # every weight trainable
