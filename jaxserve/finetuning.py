@@ -12,6 +12,7 @@ from jaxserve.adapters.fields import CONFIG_FILE
 from jaxserve.adapters.method import method_of
 from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.weights import AdapterWeights
+from jaxserve.engine.activations import DEFAULT_REMAT
 from jaxserve.engine.lanes import weights_of
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
@@ -97,7 +98,7 @@ def _check_name(engine: "TrainingEngine", adapter: str) -> None:
 def make_start(engine: "TrainingEngine", adapter: str, config: FinetuneConfig) -> AdapterWeights:
     """What the adapter is before the first step. Raises ConfigError, InvalidRequest, AdapterError."""
     _check_name(engine, adapter)
-    compiled = engine.config.finetune_remat
+    compiled = engine.core.config.window_remat or DEFAULT_REMAT  # which is what a stash keeps
     if config.remat not in (None, compiled):
         raise ConfigError([f"remat is {config.remat!r}; this engine's steps are compiled with {compiled!r}"])
     weights, limit = _start(engine, config), engine.config.max_lora_rank

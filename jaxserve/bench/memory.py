@@ -142,8 +142,8 @@ def _step_bytes(
     runs them forward, if they are more."""
     pages = -(-length // options.block_size)
     changed = {"max_model_len": length, "num_kv_pages": pages, "max_num_seqs": MIN_ROWS}
-    changed |= {"finetune_window": rows, "finetune_stash_tokens": length if remat is None else 0}
-    changed |= {} if remat is None else {"finetune_remat": remat}
+    changed |= {"finetune_window": rows, "finetune_remat": remat}
+    changed |= {"finetune_stash_tokens": length if remat is None else 0}
     changed |= {"max_loras": 1, "max_lora_rank": RANK}
     core = core_config(options.model_copy(update=changed), model, None, mesh)
     grad_rows = -(-rows // core.row_block) * core.row_block

@@ -21,7 +21,7 @@ from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.config import Config
-from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
+from jaxserve.engine.activations import DEFAULT_REMAT, STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
 from jaxserve.engine.planner import Planned
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
@@ -69,9 +69,12 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     used = copies * weight_bytes(model, 2, shards) + RESERVE_BYTES + accumulators
     budget = int(device.memory * engine.gpu_memory_utilization)
     each = stash_bytes(model, tensor_parallel=shards)
-    stash = stash_tokens(finetune.finetune_stash_tokens, longest, (budget - used) // STASH_SHARE, each)
+    room = (budget - used) // STASH_SHARE
+    stash = stash_tokens(finetune.finetune_stash_tokens, finetune.finetune_remat, longest, room, each)
     used += stash * each
-    used += activation_bytes(model, rows, None if stash else finetune.finetune_remat, tensor_parallel=shards)
+    used += activation_bytes(
+        model, rows, None if stash else finetune.finetune_remat or DEFAULT_REMAT, tensor_parallel=shards
+    )
     free = budget - used
     fitting = free // (engine.block_size * kv_bytes(model, 2, shards))
     pages = min(fitting, engine.num_kv_pages or fitting)
@@ -220,7 +223,7 @@ class Virtual:
             tensor_parallel=config.engine.tensor_parallel,
             rank=config.job.rank,
             targets=targets_of(config),
-            remat=None if settings.stash_blocks else config.finetune.finetune_remat,
+            remat=None if settings.stash_blocks else config.finetune.finetune_remat or DEFAULT_REMAT,
         )
 
     def assumptions(self) -> list[str]:
@@ -230,7 +233,7 @@ class Virtual:
         if settings.stash_blocks:
             activations = f"activations of {settings.stash_blocks * ROW_BLOCK} tokens between forward and backward"
         else:
-            remat = config.finetune.finetune_remat
+            remat = config.finetune.finetune_remat or DEFAULT_REMAT
             activations = f"activations of {settings.max_grad_rows} gradient rows (remat {remat})"
         return [
             f"Simulated: {device.name}, {config.engine.tensor_parallel} per replica; the engine's own scheduler, "

@@ -151,14 +151,15 @@ class FinetuneOptions(Section):
     """Jobs that train at once, prepared for at start-up; 0 prepares for one job when the first one comes."""
     finetune_window: Annotated[int, Field(ge=16, le=1 << 16)] = 256
     """Most gradient rows of a step: tokens whose backward runs in it."""
-    finetune_remat: Literal["none", "elementwise", "attention", "full"] = "elementwise"
-    """Without a stash, what a backward computes again rather than keeps: nothing; what lies between matrix products;
-    all but attention; or all. Keeping more takes more memory for each gradient row."""
+    finetune_remat: Literal["none", "elementwise", "attention", "full"] | None = None
+    """Without a stash, what a backward computes again rather than keeps: nothing; what lies between matrix products,
+    which is the default; all but attention; or all. Keeping more takes more memory for each gradient row."""
     finetune_stash_tokens: Annotated[int, Field(ge=0)] | None = None
     """Tokens whose activations may wait on the device for their backward: examples, of at most so many tokens, run
     forward once, and no product is computed again. 0 keeps none: windows of long examples run forward twice, which
-    takes less memory. None is for two examples of full length, where a quarter of the memory that weights leave holds
-    them; on an accelerator only if max_finetune_jobs asks for jobs."""
+    takes less memory. Unless finetune_remat is given, the default is room for two examples of full length, or for one,
+    where a quarter of the memory that weights leave holds it; on an accelerator only if max_finetune_jobs asks for
+    jobs."""
     tpot_objective_ms: Annotated[float, Field(gt=0)] | None = None
     """Mean time per output token that finetuning, and others' prompts, must leave to running requests; none lets them
     take all they can."""
@@ -170,6 +171,15 @@ class FinetuneOptions(Section):
     """Both for requests that name a class, as name=ttft:500,tpot:50."""
     finetune_floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the device's time that finetuning gets whatever the objectives say."""
+
+    @model_validator(mode="after")
+    def _one_way_to_keep(self):
+        if self.finetune_stash_tokens and self.finetune_remat is not None:
+            raise ValueError(
+                f"finetune_remat {self.finetune_remat!r} is for windows without a stash; finetune_stash_tokens is "
+                f"{self.finetune_stash_tokens}, it must be 0 or left out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _classes_differ(self):

@@ -4,6 +4,7 @@
 from jaxserve.models.config import ModelConfig
 
 STASH_SHARE = 4  # by default the stash takes at most one part in so many of the memory beside the weights
+DEFAULT_REMAT = "elementwise"
 REMAT = ("none", "elementwise", "attention", "full")
 WIDE = 4  # bytes of a log-sum-exp
 
@@ -17,17 +18,20 @@ def stash_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int = 1)
     return model.num_layers * each + D * itemsize
 
 
-def stash_tokens(given: int | None, longest: int, room: int, each: int) -> int:
+def stash_tokens(given: int | None, remat: str | None, longest: int, room: int, each: int) -> int:
     """Tokens of the stash.
 
     Args:
-      given: by the user; None: for two sequences of full length or as many tokens as there is room for, but none where
-        one sequence has no room.
+      given: by the user; None: none where a policy was asked for, else for two sequences of full length or as many
+        tokens as there is room for, but none where one sequence has no room.
+      remat: the policy that the user asked for, if any.
       longest: tokens of a sequence.
       room: bytes that it may take; each: of a token.
     """
     if given is not None:
         return given
+    if remat is not None:
+        return 0
     tokens = min(2 * longest, max(room, 0) // each)
     return tokens if tokens >= longest else 0
 

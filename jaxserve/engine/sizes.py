@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape
 from jaxserve.config import EngineConfig
-from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
+from jaxserve.engine.activations import DEFAULT_REMAT, STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
 from jaxserve.engine.specs import CoreConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
@@ -68,7 +68,7 @@ def core_config(
         max_loras=config.max_loras if config.enable_lora else 0,
         max_lora_rank=config.max_lora_rank if config.enable_lora else 0,
         max_grad_rows=max(config.finetune_window, row_block),
-        remat=config.finetune_remat,
+        remat=config.finetune_remat or DEFAULT_REMAT,
         stash_tokens=stash,
         objectives=objectives(config),
         finetune_floor=config.finetune_floor,
@@ -102,7 +102,8 @@ def _stash_tokens(config: EngineConfig, model: ModelConfig, mesh: Mesh, max_mode
     if budget is not None:
         left = budget - _weight_elements(model, mesh.size) * itemsize // mesh.size
         room = left // STASH_SHARE if config.max_finetune_jobs else 0
-    return stash_tokens(config.finetune_stash_tokens, max_model_len, room, stash_bytes(model, itemsize, mesh.size))
+    each = stash_bytes(model, itemsize, mesh.size)
+    return stash_tokens(config.finetune_stash_tokens, config.finetune_remat, max_model_len, room, each)
 
 
 def _weight_elements(model: ModelConfig, tensor_parallel: int) -> int:
@@ -141,7 +142,7 @@ def _finetune_bytes(config: EngineConfig, model: ModelConfig, mesh: Mesh, max_mo
     itemsize = jnp.dtype(str(config.dtype)).itemsize
     sums = 2 * -(-max_model_len // config.block_size) * page_bytes(model, config.block_size, mesh.size, "float32")
     lanes = _bank_bytes(config, model, mesh, config.max_finetune_jobs * _adapter_pages(config)) * 4 // itemsize
-    remat = None if stash else config.finetune_remat
+    remat = None if stash else config.finetune_remat or DEFAULT_REMAT
     kept = activation_bytes(model, config.finetune_window, remat, itemsize, mesh.size)
     kept += stash * stash_bytes(model, itemsize, mesh.size)
     return sums + lanes + kept * mesh.size

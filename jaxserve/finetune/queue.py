@@ -81,8 +81,8 @@ class FinetuneQueue:
           plain: the step's program knows no dropout.
         """
         if self.stashed:
-            forwards = self._forward(chunk_rows, usual, set(), plain)
-            return FinetunePlan(self._backward(grad_rows, forwards), forwards)
+            all_forward = self._forward(chunk_rows, usual, set(), plain)
+            return FinetunePlan(self._backward(grad_rows, all_forward), all_forward)
         grads: list[WindowRows] = []
         forwards: list[WindowRows] = []
         blocked: set[int] = set()  # lanes whose order forbids more

@@ -13,6 +13,7 @@ from training import random_params
 from jaxserve.bench import memory
 from jaxserve.bench.roofline import site_dims
 from jaxserve.config import EngineConfig
+from jaxserve.engine.activations import stash_bytes
 from jaxserve.errors import ConfigError
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
@@ -80,6 +81,8 @@ def test_units_are_relative_to_the_first_method(monkeypatch, model):
     assert units["frozen weights pruned, remat full"] == 16
     between = 16 * model.num_layers * 2 * model.num_kv_heads * model.head_dim * (4 + 4)
     assert units["windows of 4, remat none"] == pytest.approx((400 + between) / 100)
+    stashed = 16 * stash_bytes(model, 4)
+    assert units["windows of 4, a stash"] == pytest.approx((400 + between + stashed) / 100)
     assert len(memory.lines(result)) == 3 + len(units)
 
 

@@ -11,6 +11,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.activations import REMAT, STASH_SHARE, activation_bytes, stash_bytes
 from jaxserve.engine.sizes import STEP_BYTES, core_config
 from jaxserve.engine.stash import StashShape
+from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
@@ -46,7 +47,7 @@ def test_pages_take_what_weights_and_a_step_leave():
 
 @pytest.mark.parametrize("remat", REMAT)
 def test_jobs_that_are_prepared_for_have_their_memory_kept_back(remat):
-    options = {"block_size": 16, "finetune_remat": remat, "finetune_window": 4096, "finetune_stash_tokens": 0}
+    options = {"block_size": 16, "finetune_remat": remat, "finetune_window": 4096}
     each = page_bytes(MODEL, 16, 1, "bfloat16")
     without, beside = (num_pages(max_finetune_jobs=jobs, **options) for jobs in (0, 1))
     sums = 2 * 4 * page_bytes(MODEL, 16, 1, "float32")
@@ -66,6 +67,10 @@ def test_a_stash_has_room_for_two_examples_where_its_share_of_the_memory_holds_t
     assert sized(max_finetune_jobs=1).stash_tokens == 2 * 64
     assert sized().stash_tokens == 0  # no job was asked for
     assert sized("cpu", enable_lora=False).stash_tokens == 0
+    asked = sized("cpu", finetune_remat="full")
+    assert (asked.stash_tokens, asked.remat) == (0, "full")
+    with pytest.raises(ConfigError, match="finetune_remat 'full'.*finetune_stash_tokens is 64"):
+        sized(finetune_remat="full", finetune_stash_tokens=64)
     weights = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(param_specs(MODEL, 1), is_leaf=is_spec)) * 2
     for tokens, kept in ((63, 0), (64, 64), (127, 127), (400, 128)):
         memory = 2 * (weights + STASH_SHARE * tokens * stash_bytes(MODEL) + STASH_SHARE)
