@@ -272,7 +272,6 @@ def _load(core: CoreConfig, bucket: Bucket, context: int) -> roofline.StepLoad:
     return roofline.StepLoad(
         decodes=[context] * bucket.decode_rows,
         chunks=[roofline.Segment(bucket.chunk_rows)] if bucket.chunk_rows else [],
-        stashed_rows=bucket.chunk_rows if bucket.stashed else 0,
         grads=[roofline.Segment(bucket.grad_rows)] if bucket.grad_rows else [],
         adapters=ranks,
         grad_rank=min(core.max_lora_rank, 16) or 16,

@@ -72,9 +72,8 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     room = (budget - used) // STASH_SHARE
     stash = stash_tokens(finetune.finetune_stash_tokens, finetune.finetune_remat, longest, room, each)
     used += stash * each
-    used += activation_bytes(
-        model, rows, None if stash else finetune.finetune_remat or DEFAULT_REMAT, tensor_parallel=shards
-    )
+    remat = None if stash else finetune.finetune_remat or DEFAULT_REMAT
+    used += activation_bytes(model, rows, remat, tensor_parallel=shards)
     free = budget - used
     fitting = free // (engine.block_size * kv_bytes(model, 2, shards))
     pages = min(fitting, engine.num_kv_pages or fitting)

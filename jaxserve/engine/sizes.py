@@ -41,7 +41,8 @@ def core_config(
             [f"max_model_len {max_model_len} exceeds max_position_embeddings {model.max_position_embeddings}"]
         )
     row_block = ROW_BLOCKS.get(mesh.devices.flat[0].platform, 64)
-    budget = _budget(config, mesh) if budget is None else budget
+    if budget is None and None in (config.num_kv_pages, config.finetune_stash_tokens):
+        budget = _budget(config, mesh)
     stash = _stash_tokens(config, model, mesh, max_model_len, budget)
     stash = -(-stash // row_block) * row_block
     num_pages = config.num_kv_pages or _pages_that_fit(config, model, params, mesh, max_model_len, stash, budget)

@@ -69,7 +69,7 @@ def test_a_stash_has_room_for_two_examples_where_its_share_of_the_memory_holds_t
     assert sized("cpu", enable_lora=False).stash_tokens == 0
     asked = sized("cpu", finetune_remat="full")
     assert (asked.stash_tokens, asked.remat) == (0, "full")
-    with pytest.raises(ConfigError, match="finetune_remat 'full'.*finetune_stash_tokens is 64"):
+    with pytest.raises(ConfigError, match=r"finetune_remat 'full'.*finetune_stash_tokens is 64"):
         sized(finetune_remat="full", finetune_stash_tokens=64)
     weights = sum(int(np.prod(s.shape)) for s in jax.tree.leaves(param_specs(MODEL, 1), is_leaf=is_spec)) * 2
     for tokens, kept in ((63, 0), (64, 64), (127, 127), (400, 128)):
