@@ -196,6 +196,7 @@ class Live:
             max_grad_rows=core.config.max_grad_rows,
             train_slots=trainer.shape.num_slots,
             acc_pages=trainer.shape.acc_pages,
+            stash_blocks=trainer.shape.stash_blocks,
             objectives=tuple(core.config.objectives.values()),
             finetune_floor=core.config.finetune_floor,
             sharing=how,
