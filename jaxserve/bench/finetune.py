@@ -168,7 +168,7 @@ def measure(config: Config, path: str, scratch: Path) -> dict[str, Any]:
     bench, peer = config.bench, config.bench.against == "peft"
     options = beside_peer(config, options_of(config, room_alone(config, bench.adapter_rank)))
     engine = Engine.from_pretrained(path, **options)
-    longest = min(bench.finetune_longest, engine.core.config.max_model_len)
+    longest = min(bench.finetune_longest, engine.core.config.max_example_len)
     shortest = min(bench.finetune_shortest, longest)
     examples = make_examples(bench.finetune_examples, shortest, longest, engine.model.vocab_size, bench.seed)
     size, start = bench.finetune_batch, scratch / "start"

@@ -168,7 +168,7 @@ class Live:
     def examples(self) -> list[list[int]]:
         """Token ids of what is trained on where the configuration names no jobs."""
         bench = self.config.bench
-        longest = min(bench.finetune_longest, self.engine.core.config.max_model_len)
+        longest = min(bench.finetune_longest, self.engine.core.config.max_example_len)
         shortest = min(bench.finetune_shortest, longest)
         return make_examples(bench.finetune_examples, shortest, longest, self.engine.model.vocab_size, bench.seed)
 

@@ -257,7 +257,8 @@ class Virtual:
 
     def jobs(self) -> list[Job]:
         bench = self.config.bench
-        longest = min(bench.finetune_longest, self.config.model.max_model_len or MAX_LENGTH)
+        stash = self.config.finetune.finetune_stash_tokens or bench.finetune_longest
+        longest = min(bench.finetune_longest, stash, self.config.model.max_model_len or MAX_LENGTH)
         rng = np.random.default_rng(bench.seed)
         lengths = rng.integers(min(bench.finetune_shortest, longest), longest, NUM_EXAMPLES, endpoint=True).tolist()
         count = max(len(self.config.coserve.jobs), 1)

@@ -249,7 +249,7 @@ class JobOptions(Section):
     loss_on: Literal["assistant", "all"] = "assistant"
     """Tokens that are learnt: the assistant's (the completion), or all."""
     max_length: Annotated[int, Field(ge=2)] | None = None
-    """Most tokens of an example; by default the model's."""
+    """Most tokens of an example; by default what the engine takes."""
     on_long: Literal["refuse", "truncate"] = "refuse"
     """What is done with a longer example; what is cut is counted and reported."""
     shuffle: bool = True

@@ -204,7 +204,10 @@ class _Loader:
     def _fitted(self, whole: Example) -> Example:
         """``whole``, cut if need be. Raises ValueError: too long, or nothing to learn."""
         if whole.num_tokens > self.max_length and self.on_long == "refuse":
-            raise ValueError(f"{whole.num_tokens} tokens, at most {self.max_length} (max_length, or on_long=truncate)")
+            raise ValueError(
+                f"{whole.num_tokens} tokens, at most {self.max_length} (the least of max_length, the engine's "
+                "max_model_len and its finetune_stash_tokens; on_long=truncate cuts longer examples)"
+            )
         fitted = replace(whole, token_ids=whole.token_ids[: self.max_length], weights=whole.weights[: self.max_length])
         self.num_truncated += fitted.num_tokens < whole.num_tokens
         if not fitted.num_trained:

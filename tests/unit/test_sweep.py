@@ -138,6 +138,13 @@ def test_simulated_co_serving_keeps_the_objectives_and_more_finetuning_than_the_
     assert again.finetune_rate == found[0]["finetune_tokens_per_s"]  # by seed
 
 
+def test_simulated_examples_fit_into_the_stash():
+    config = simulated(bench={"finetune_longest": 2048})
+    config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"finetune_stash_tokens": 300})})
+    backend = Virtual(config=config, model=EIGHT)
+    assert backend.run("finetune-only", 1.0).finetune_rate > 0
+
+
 def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     config = Config(sweep={"replicas": 4, "matmul_efficiency": 0.5}, lora={"enable_lora": False})
     with pytest.raises(ConfigError) as error:
