@@ -141,15 +141,15 @@ def _step_bytes(
     """Temporaries of a step with so many gradient rows; ``remat`` None: with a stash, and of the step before it, that
     runs them forward, if they are more."""
     pages = -(-length // options.block_size)
+    stashed = remat is None
     changed = {"max_model_len": length, "num_kv_pages": pages, "max_num_seqs": MIN_ROWS}
-    changed |= {"finetune_window": rows, "finetune_remat": remat}
-    changed |= {"finetune_stash_tokens": length if remat is None else 0}
+    changed |= {"finetune_window": rows, "finetune_remat": remat, "finetune_stash_tokens": length if stashed else 0}
     changed |= {"max_loras": 1, "max_lora_rank": RANK}
     core = core_config(options.model_copy(update=changed), model, None, mesh)
     grad_rows = -(-rows // core.row_block) * core.row_block
     train = train_shape(core, 1)
-    buckets = [Bucket(0, MIN_ROWS, grad_rows, remat is None)]
-    if remat is None:
+    buckets = [Bucket(0, MIN_ROWS, grad_rows, stashed)]
+    if stashed:
         buckets.append(Bucket(grad_rows, MIN_ROWS, stashed=True))
     return max(program_of(core, model, mesh, train, bucket).temporary for bucket in buckets)
 

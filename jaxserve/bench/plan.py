@@ -170,7 +170,7 @@ def _buckets(core: CoreConfig, finetunes: bool, every: bool) -> list[Bucket]:
     """The longest decode, prefill and co-serving steps, or all."""
     chunk = core.max_num_batched_tokens // core.row_block * core.row_block
     grads = core.max_grad_rows // core.row_block * core.row_block if finetunes else 0
-    buckets = Buckets.make(chunk, core.max_num_seqs, core.row_block, grads, grads > 0 and core.stash_tokens > 0)
+    buckets = Buckets.make(chunk, core.max_num_seqs, core.row_block, grads, core.stash_tokens > 0)
     if every:
         return list(buckets)
     many, most = buckets.decode_rows[-1], buckets.chunk_rows[-1]

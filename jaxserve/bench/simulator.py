@@ -261,8 +261,8 @@ class Simulator:
         self.pool = PagePool(settings.num_pages, settings.page_size)
         self.scheduler = Scheduler(limits, self.pool, _Resident())
         rows = settings.max_grad_rows if jobs else 0
-        stashed = rows > 0 and settings.stash_blocks > 0
-        buckets = Buckets.make(limits.max_chunk_rows, limits.max_num_seqs, limits.row_block, rows, stashed)
+        sizes = limits.max_chunk_rows, limits.max_num_seqs, limits.row_block
+        buckets = Buckets.make(*sizes, rows, settings.stash_blocks > 0)
         budget = LatencyBudget(settings.objectives, settings.finetune_floor)
         self.planner = Planner(self.scheduler, buckets, limits.max_model_len, budget, sharing(settings.sharing))
         self.training = VirtualTraining(settings, self.pool, jobs) if jobs else None

@@ -21,7 +21,7 @@ from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.config import Config
-from jaxserve.engine.activations import DEFAULT_REMAT, STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
+from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens, window_remat
 from jaxserve.engine.planner import Planned
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
@@ -72,7 +72,7 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     room = (budget - used) // STASH_SHARE
     stash = stash_tokens(finetune.finetune_stash_tokens, finetune.finetune_remat, longest, room, each)
     used += stash * each
-    remat = None if stash else finetune.finetune_remat or DEFAULT_REMAT
+    remat = window_remat(stash, finetune.finetune_remat)
     used += activation_bytes(model, rows, remat, tensor_parallel=shards)
     free = budget - used
     fitting = free // (engine.block_size * kv_bytes(model, 2, shards))
@@ -222,18 +222,17 @@ class Virtual:
             tensor_parallel=config.engine.tensor_parallel,
             rank=config.job.rank,
             targets=targets_of(config),
-            remat=None if settings.stash_blocks else config.finetune.finetune_remat or DEFAULT_REMAT,
+            remat=window_remat(settings.stash_blocks, config.finetune.finetune_remat),
         )
 
     def assumptions(self) -> list[str]:
         """What the numbers rest on, in words."""
         device, used, config = self.device, self.efficiency, self.config
         settings = settings_of(config, self.model, device, "coserve")
-        if settings.stash_blocks:
+        remat = window_remat(settings.stash_blocks, config.finetune.finetune_remat)
+        activations = f"activations of {settings.max_grad_rows} gradient rows (remat {remat})"
+        if remat is None:
             activations = f"activations of {settings.stash_blocks * ROW_BLOCK} tokens between forward and backward"
-        else:
-            remat = config.finetune.finetune_remat or DEFAULT_REMAT
-            activations = f"activations of {settings.max_grad_rows} gradient rows (remat {remat})"
         return [
             f"Simulated: {device.name}, {config.engine.tensor_parallel} per replica; the engine's own scheduler, "
             "pages, latency budget and finetune windows on a virtual clock, no arrays.",

@@ -36,6 +36,11 @@ def stash_tokens(given: int | None, remat: str | None, longest: int, room: int, 
     return tokens if tokens >= longest else 0
 
 
+def window_remat(stash_tokens: int, given: str | None) -> str | None:
+    """What the backward of a window computes again; None: there is a stash."""
+    return None if stash_tokens else given or DEFAULT_REMAT
+
+
 def activation_bytes(
     model: ModelConfig, rows: int, remat: str | None, itemsize: int = 2, tensor_parallel: int = 1
 ) -> int:

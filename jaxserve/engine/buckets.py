@@ -88,7 +88,7 @@ class Buckets:
         chunks = tuple(row_block * n for n in ladder(min(max(64 // row_block, 1), most), most))
         decodes = ladder(min(MIN_ROWS, max(max_num_seqs, 2)), max(max_num_seqs, 2))
         grads = max_grad_rows // row_block
-        return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else (), stashed)
+        return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else (), stashed and grads > 0)
 
     def _bucket(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
         return Bucket(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)

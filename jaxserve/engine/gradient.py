@@ -147,10 +147,10 @@ class GradientRows:
         self.train: TrainState = train
         self.params, self.grad, self.linears, self.spec = params, batch.grad, linears, spec
         self.W = spec.layout.bucket.grad_rows
-        self.remat, self.stashed = spec.train.remat, spec.layout.bucket.stashed
-        self.tape: Tape | None = None
-        if not self.stashed:
-            self.tape = AutodiffTape(self) if self.remat == "none" else Tape(linears, self.W, self.remat)
+        self.tape: Tape | None = None  # there is a stash
+        if not spec.layout.bucket.stashed:
+            remat = spec.train.remat
+            self.tape = AutodiffTape(self) if remat == "none" else Tape(linears, self.W, remat)
         self.pull_layers: dict[LayerConfig, Callable] = {}  # the backward of each kind of layer, traced once
         slots, W = spec.layout.all_slots, self.W
         self.slot_W = jnp.minimum(self.grad.rows.slot_T, slots - 1)
@@ -227,7 +227,7 @@ class GradientRows:
           kept: of these rows, or the stash of the layer.
         """
         # nothing of a layer is to be read or run again before its turn: all layers at once would be kept at one time
-        if self.stashed:
+        if self.tape is None:
             kept = take(kept, after(self._block_N, [d_x_WD]))
             x_WD, products = kept.x_WD, kept.products
         else:
@@ -241,7 +241,7 @@ class GradientRows:
 
             def linear(site, p, x):
                 linear, known = self.linears.of_gradient_rows(site, p["index"]), products.get(site)
-                if self.stashed and known is None and linear.scales is None:
+                if self.tape is None and known is None and linear.scales is None:
                     known = jnp.zeros_like(x_WD)  # down_proj's, which nothing looks at
                 return self.linear(linear, p, x, lanes[site], known)
 

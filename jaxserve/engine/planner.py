@@ -310,8 +310,9 @@ def _length(windows: Iterable[WindowRows]) -> int:
 def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float:
     """Work per second. Where nothing limits a step, per row that runs forward or backward, padding among them: there
     measured times decide nothing, so that a job which has the engine to itself can be repeated bit for bit."""
-    rows = bucket.rows - bucket.first_row + bucket.grad_rows
-    return work / (rows + STEP_ROWS) if allowed == NEVER else work / seconds
+    if allowed != NEVER:
+        return work / seconds
+    return work / (bucket.rows - bucket.first_row + bucket.grad_rows + STEP_ROWS)
 
 
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:

@@ -9,9 +9,17 @@ from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape
 from jaxserve.config import EngineConfig
-from jaxserve.engine.activations import DEFAULT_REMAT, STASH_SHARE, activation_bytes, stash_bytes, stash_tokens
+from jaxserve.engine.activations import (
+    DEFAULT_REMAT,
+    STASH_SHARE,
+    activation_bytes,
+    stash_bytes,
+    stash_tokens,
+    window_remat,
+)
 from jaxserve.engine.specs import CoreConfig
 from jaxserve.errors import ConfigError
+from jaxserve.finetune.windows import rounded
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
@@ -43,8 +51,7 @@ def core_config(
     row_block = ROW_BLOCKS.get(mesh.devices.flat[0].platform, 64)
     if budget is None and None in (config.num_kv_pages, config.finetune_stash_tokens):
         budget = _budget(config, mesh)
-    stash = _stash_tokens(config, model, mesh, max_model_len, budget)
-    stash = -(-stash // row_block) * row_block
+    stash = rounded(_stash_tokens(config, model, mesh, max_model_len, budget), row_block)
     num_pages = config.num_kv_pages or _pages_that_fit(config, model, params, mesh, max_model_len, stash, budget)
     fitting = num_pages * config.block_size
     if fitting < max_model_len:
@@ -143,7 +150,7 @@ def _finetune_bytes(config: EngineConfig, model: ModelConfig, mesh: Mesh, max_mo
     itemsize = jnp.dtype(str(config.dtype)).itemsize
     sums = 2 * -(-max_model_len // config.block_size) * page_bytes(model, config.block_size, mesh.size, "float32")
     lanes = _bank_bytes(config, model, mesh, config.max_finetune_jobs * _adapter_pages(config)) * 4 // itemsize
-    remat = None if stash else config.finetune_remat or DEFAULT_REMAT
+    remat = window_remat(stash, config.finetune_remat)
     kept = activation_bytes(model, config.finetune_window, remat, itemsize, mesh.size)
     kept += stash * stash_bytes(model, itemsize, mesh.size)
     return sums + lanes + kept * mesh.size

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from jax.sharding import Mesh
 
 from jaxserve.adapters.bank import BankShape
+from jaxserve.engine.activations import window_remat
 from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.gradient import TrainShape
@@ -52,7 +53,7 @@ class CoreConfig:
     @property
     def window_remat(self) -> str | None:
         """What the backward of a window computes again; None: there is a stash."""
-        return None if self.stash_tokens else self.remat
+        return window_remat(self.stash_tokens, self.remat)
 
     @property
     def max_example_len(self) -> int:

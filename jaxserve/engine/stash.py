@@ -70,15 +70,6 @@ class StashShape:
         """The PartitionSpec of every array."""
         return self._of(lambda shape, axes, dtype: partition_spec(axes))
 
-    def nbytes(self) -> int:
-        """Bytes over all devices; the residual stream is on each of them."""
-        copies = self.tensor_parallel
-
-        def of_array(shape, axes, dtype) -> int:
-            return int(np.prod(shape)) * np.dtype(dtype).itemsize * (1 if "heads" in axes or "ffn" in axes else copies)
-
-        return sum(jax.tree.leaves(self._of(of_array)))
-
     def _of(self, make: Callable[[tuple[int, ...], tuple[str | None, ...], Any], Any]) -> Any:
         """A Stash of what is made of each array's shape, logical axes and dtype."""
 

@@ -5,11 +5,11 @@ run their backward in the order of their examples, so the order in which gradien
 on load, not on the jobs beside it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
-from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded
+from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded, total_rows
 from jaxserve.kvcache.pages import PagePool
 
 
@@ -82,30 +82,32 @@ class FinetuneQueue:
         """
         if self.stashed:
             all_forward = self._forward(chunk_rows, usual, set(), plain)
-            return FinetunePlan(self._backward(grad_rows, all_forward), all_forward)
-        grads: list[WindowRows] = []
-        forwards: list[WindowRows] = []
-        blocked: set[int] = set()  # lanes whose order forbids more
-        for seq in sorted(self.active, key=_not_begun):
-            if grad_rows < self.row_block:
-                break
-            if seq.lane.index in blocked:
-                continue
-            window = seq.backward_window(grad_rows)
-            if window is not None and not seq.backward_begun:
-                ahead = WindowRows(seq, seq.forwarded, window.start - seq.forwarded)
-                if not _is_worth_it(window, usual) or rounded(ahead.length, self.row_block) > chunk_rows:
-                    window = None
-                elif ahead.length > 0:
-                    forwards.append(ahead)
-                    chunk_rows -= rounded(ahead.length, self.row_block)
-            if window is not None:
-                grads.append(window)
-                grad_rows -= rounded(window.length, self.row_block)
-            if _is_last(seq, window):
-                blocked.add(seq.lane.index)
+            ends = {
+                id(window.seq): window.end for window in all_forward
+            }  # a step's backward follows all of its forward
+
+            def of_forwarded(seq: TrainSequence, room: int) -> WindowRows | None:
+                return seq.backward_window(room) if ends.get(id(seq), seq.forwarded) == seq.num_rows else None
+
+            return FinetunePlan(self._backward(grad_rows, of_forwarded), all_forward)
+        ahead: list[WindowRows] = []  # what must go forward beside a backward that begins
+
+        def with_rows_ahead(seq: TrainSequence, room: int) -> WindowRows | None:
+            window = seq.backward_window(room)
+            if window is None or seq.backward_begun:
+                return window
+            rest = WindowRows(seq, seq.forwarded, window.start - seq.forwarded)
+            left = chunk_rows - total_rows(ahead, self.row_block)
+            if not _is_worth_it(window, usual) or rounded(rest.length, self.row_block) > left:
+                return None
+            if rest.length > 0:
+                ahead.append(rest)
+            return window
+
+        grads = self._backward(grad_rows, with_rows_ahead)
         taken = {id(window.seq) for window in grads}
-        return FinetunePlan(tuple(grads), (*forwards, *self._forward(chunk_rows, usual, taken, plain)))
+        left = chunk_rows - total_rows(ahead, self.row_block)
+        return FinetunePlan(grads, (*ahead, *self._forward(left, usual, taken, plain)))
 
     def _forward(self, chunk_rows: int, usual: int, taken: set[int], plain: bool) -> tuple[WindowRows, ...]:
         """Windows of phase F; ``taken``: by id, sequences that are in the step already."""
@@ -121,22 +123,22 @@ class FinetuneQueue:
                 chunk_rows -= rounded(window.length, self.row_block)
         return tuple(forwards)
 
-    def _backward(self, grad_rows: int, forwards: Iterable[WindowRows]) -> tuple[WindowRows, ...]:
-        """Windows of phase B, of sequences with a stash: a step's backward follows all of its forward."""
+    def _backward(
+        self, grad_rows: int, window_of: Callable[[TrainSequence, int], WindowRows | None]
+    ) -> tuple[WindowRows, ...]:
+        """Windows of phase B; ``window_of``: a sequence's next one in so many rows, if it is ready."""
         grads = []
-        forwarded = {id(window.seq): window.end for window in forwards}
         blocked: set[int] = set()  # lanes whose order forbids more
         for seq in sorted(self.active, key=_not_begun):
             if grad_rows < self.row_block:
                 break
             if seq.lane.index in blocked:
                 continue
-            is_forward = forwarded.get(id(seq), seq.forwarded) == seq.num_rows
-            window = seq.backward_window(grad_rows) if is_forward else None
+            window = window_of(seq, grad_rows)
             if window is not None:
                 grads.append(window)
                 grad_rows -= rounded(window.length, self.row_block)
-            if _is_last(seq, window):
+            if (seq.fixed and (window is None or window.start > 0)) or (seq.alone and window is not None):
                 blocked.add(seq.lane.index)
         return tuple(grads)
 
@@ -297,11 +299,6 @@ class FinetuneQueue:
 
 def _not_begun(seq: TrainSequence) -> bool:
     return not seq.backward_begun
-
-
-def _is_last(seq: TrainSequence, window: WindowRows | None) -> bool:
-    """No sequence behind this one may be in its lane's backward in the same step, given its own window there."""
-    return (seq.fixed and (window is None or window.start > 0)) or (seq.alone and window is not None)
 
 
 def _is_worth_it(window: WindowRows, usual: int) -> bool:

@@ -118,9 +118,8 @@ class TrainSequence:
         stash its own as well."""
         if self.forward_only or self.done or room <= 0:
             return None
-        window, block = self.window, self.row_block if self.stash_blocks else 1
-        if block > 1:
-            window = rounded(window, block)
+        block = self.row_block if self.stash_blocks else 1
+        window = rounded(self.window, block)
         start = max(self.remaining - min(room, window), 0)
         if self.fixed:
             boundary = (self.remaining - 1) // window * window

@@ -15,6 +15,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
+from sharding import make_mesh
 
 ROOM = 96 << 20
 MEMORY = 2 * (STEP_BYTES + ROOM)
@@ -92,7 +93,8 @@ def test_a_given_stash_bounds_examples_and_takes_its_memory_from_the_pages():
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_tokens_bytes_in_the_stash_are_those_of_its_arrays(family, tensor_parallel):
     model = ModelConfig.from_dict(tiny_models.config_dict(family))
-    whole = StashShape(model, 3, 16, tensor_parallel, "bfloat16").nbytes()
+    stash = StashShape(model, 3, 16, tensor_parallel, "bfloat16").empty(make_mesh(tensor_parallel))
+    whole = sum(shard.data.nbytes for array in jax.tree.leaves(stash) for shard in array.addressable_shards)
     assert whole == 3 * 16 * stash_bytes(model, 2, tensor_parallel) * tensor_parallel
 
 
