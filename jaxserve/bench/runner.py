@@ -33,7 +33,7 @@ class StepClock:
     @contextmanager
     def watch(self, engine: "Engine") -> Iterator[None]:
         """Times the parts of an engine's host work while the context lasts."""
-        owners = {"plan": engine.core.scheduler, "pack": engine.core.packer, "commit": engine.core.scheduler}
+        owners = {"plan": engine.core.planner, "pack": engine.core.packer, "commit": engine.core}
         for part, owner in owners.items():
             setattr(owner, part, self._timed(part, getattr(owner, part)))
         try:

@@ -29,6 +29,9 @@ LORA_ITEM_FIELDS = ("block_SJ", "page_SJ", "first_SJ", "stop_SJ")
 LOSS_FLOATS = ("weight_W", "sampled_logprob_W", "advantage_W", "clip_low_W", "clip_high_W")
 NUM_FLAGS = 9
 RANDOM, FILTER, EDITS, PENALTIES, LOGPROBS, PROMPT_LOGPROBS, FUSED_INPUTS, DROPOUT, ALWAYS = range(NUM_FLAGS)
+SLOT_FLAGS = slice(LOGPROBS + 1)  # those that depend on the slots which draw
+SLOT_INTS = ("edited", "counted", "top_k", "choice")  # of a slot, for its draws; in this order in the buffers
+SLOT_FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 
 
 @struct.dataclass
@@ -103,13 +106,12 @@ class DrawLayout:
     @cached_property
     def int_fields(self) -> dict[str, tuple[int, ...]]:
         R = self.num_samples
-        names = ("sample_slot_R", "edited_R", "counted_R", "top_k_R", "choice_R", "sample_position_R")
+        names = (*(name + "_R" for name in SLOT_INTS), "sample_slot_R", "sample_position_R")
         return {"flags": (NUM_FLAGS,), **dict.fromkeys(names, (R,)), "seed_R2": (R, 2)}
 
     @cached_property
     def float_fields(self) -> dict[str, tuple[int, ...]]:
-        names = ("temperature_R", "top_p_R", "min_p_R", "repetition_R", "presence_R", "frequency_R")
-        return dict.fromkeys(names, (self.num_samples,))
+        return {name + "_R": (self.num_samples,) for name in SLOT_FLOATS}
 
     @cached_property
     def num_ints(self) -> int:
@@ -122,6 +124,12 @@ class DrawLayout:
     def flags(self, ints: np.ndarray) -> np.ndarray:
         """The flags in a buffer."""
         return ints[:NUM_FLAGS]
+
+    def slot_values(self, ints: np.ndarray, floats: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The fields of SLOT_INTS, [fields, R], and of SLOT_FLOATS in the buffers."""
+        R = self.num_samples
+        of_ints = ints[NUM_FLAGS : NUM_FLAGS + len(SLOT_INTS) * R].reshape(-1, R)
+        return of_ints, floats[: len(SLOT_FLOATS) * R].reshape(-1, R)
 
     def unpack(self, ints: jax.Array, floats: jax.Array) -> DrawBatch:
         """The heads of the buffers as a DrawBatch, inside jit."""
@@ -214,6 +222,12 @@ class BatchLayout:
 
     def empty(self) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray, dict[str, np.ndarray]]:
         """New host buffers of a step with nothing to do, and views of their fields."""
+        ints, floats = (buffer.copy() for buffer in self._nothing)
+        return ints, _views(ints, self.int_fields), floats, _views(floats, self.float_fields)
+
+    @cached_property
+    def _nothing(self) -> tuple[np.ndarray, np.ndarray]:
+        """The buffers of a step with nothing to do."""
         ints = np.zeros(sum(map(prod, self.int_fields.values())), np.int32)
         floats = np.zeros(sum(map(prod, self.float_fields.values())), np.float32)
         int_views, float_views = _views(ints, self.int_fields), _views(floats, self.float_fields)
@@ -230,7 +244,7 @@ class BatchLayout:
             int_views["acc_table_BM"][:] = NOWHERE
             if self.scaled:
                 int_views["grad_lane_N"][:] = NOWHERE
-        return ints, int_views, floats, float_views
+        return ints, floats
 
     def unpack(self, ints: jax.Array, floats: jax.Array) -> TokenBatch:
         """The buffers as a TokenBatch, inside jit."""
@@ -266,6 +280,7 @@ class BatchLayout:
 def _views(buffer, fields: dict[str, tuple[int, ...]]):
     views, start = {}, 0
     for name, shape in fields.items():
-        views[name] = buffer[start : start + prod(shape)].reshape(shape)
-        start += prod(shape)
+        end = start + prod(shape)
+        views[name] = buffer[start:end] if len(shape) == 1 else buffer[start:end].reshape(shape)
+        start = end
     return views

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import DrawBatch, DrawLayout
+from jaxserve.engine.hashing import hashed_once
 from jaxserve.engine.state import COUNT_AXES, EngineState
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
@@ -52,6 +53,7 @@ def asks_of(flag: np.ndarray) -> Asks:
     return Asks.RANDOM if flag[flags.RANDOM] else Asks.GREEDY
 
 
+@hashed_once
 @dataclass(frozen=True)
 class HeadSpec:
     """Everything a compiled score is specific to."""
@@ -65,6 +67,7 @@ class HeadSpec:
         return VocabShard(AXIS, self.mesh.size)
 
 
+@hashed_once
 @dataclass(frozen=True)
 class DrawSpec(HeadSpec):
     """Everything a compiled draw is specific to."""

@@ -355,7 +355,7 @@ class EngineCore:
                 return self.recovery.failed(error, oldest.plan)
             self.in_flight.popleft()
             self.recovery.succeeded()
-            return self._commit(oldest)
+            return self.commit(oldest)
 
     def _dispatch(self, planned: Planned) -> InFlight:
         plan, load = planned.plan, planned.load
@@ -407,7 +407,8 @@ class EngineCore:
         elif self.trainer is not None:
             self.trainer.held = False
 
-    def _commit(self, done: InFlight) -> list[News]:
+    def commit(self, done: InFlight) -> list[News]:
+        """Takes in what a step did for its requests."""
         start = time.perf_counter()
         plan, output = done.plan, done.output
         now = self.clock()

@@ -14,7 +14,15 @@ from jaxserve.adapters.bank import sites_touched
 from jaxserve.adapters.scales import fused_inputs, is_scaled
 from jaxserve.adapters.weights import Weights
 from jaxserve.engine import batch as flags
-from jaxserve.engine.batch import FROM_DEVICE, LORA_ITEM_FIELDS, NOWHERE, BatchLayout
+from jaxserve.engine.batch import (
+    FROM_DEVICE,
+    LORA_ITEM_FIELDS,
+    NOWHERE,
+    SLOT_FLAGS,
+    SLOT_FLOATS,
+    SLOT_INTS,
+    BatchLayout,
+)
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.gradient import TrainShape
 from jaxserve.engine.state import MAX_EDITS
@@ -26,10 +34,8 @@ from jaxserve.scheduler.request import Sequence
 from pallas_kernels.lora_matmul import SINGLE_ROWS, num_blocks
 from pallas_kernels.token_sampling import GREEDY_BELOW
 
-FLOATS = ("temperature", "top_p", "min_p", "repetition", "presence", "frequency")
 MAY_BE_NOWHERE = ("acc_table_BM", "grad_lane_N", "stash_block_N")
 Edits = tuple[np.ndarray, np.ndarray, np.ndarray]  # see slot_edits
-INTS = ("top_k", "choice", "edited", "counted", "logprobs")
 
 
 @dataclass
@@ -60,27 +66,29 @@ def adapter_rows(weights: Weights, pages: tuple[int, ...]) -> AdapterRows:
 
 @dataclass
 class Slots:
-    """Per-slot values of the running sequences."""
+    """Per-slot values of the running sequences, in tables: a step gathers all columns of its slots at once."""
 
     num_slots: int
     pages_per_seq: int
     train_slots: int = 0  # behind the others: sequences that are finetuned on
     page_table_BM: np.ndarray = field(init=False)
-    num_pages_B: np.ndarray = field(init=False)
+    num_pages: list[int] = field(init=False)  # of a slot's row in the page table that are known
     lead_page_B: np.ndarray = field(init=False)  # first bank page of the slot's adapter; 0: base
     seed_B2: np.ndarray = field(init=False)
-    ints: dict[str, np.ndarray] = field(init=False)
-    floats: dict[str, np.ndarray] = field(init=False)
+    int_FB: np.ndarray = field(init=False)  # rows: SLOT_INTS
+    float_FB: np.ndarray = field(init=False)  # rows: SLOT_FLOATS
+    needs_FB: np.ndarray = field(init=False)  # rows: SLOT_FLAGS
     adapters: dict[int, AdapterRows] = field(default_factory=dict)  # by lead page
 
     def __post_init__(self):
         B = self.all_slots
         self.page_table_BM = np.zeros((B, self.pages_per_seq), np.int32)
-        self.num_pages_B = np.zeros(B, np.int32)
+        self.num_pages = [0] * B
         self.lead_page_B = np.zeros(B + 1, np.int32)  # the last entry stands for padding rows
         self.seed_B2 = np.zeros((B, 2), np.int32)
-        self.ints = {name: np.zeros(B, np.int32) for name in INTS}
-        self.floats = {name: np.zeros(B, np.float32) for name in FLOATS}
+        self.int_FB = np.zeros((len(SLOT_INTS), B), np.int32)
+        self.float_FB = np.zeros((len(SLOT_FLOATS), B), np.float32)
+        self.needs_FB = np.zeros((SLOT_FLAGS.stop, B), bool)
 
     @property
     def all_slots(self) -> int:
@@ -89,26 +97,29 @@ class Slots:
     def admit(self, seq: Sequence, adapter: AdapterRows | None, edited: bool) -> None:
         """Takes over a slot for a sequence that starts (or starts again). Its params carry a seed."""
         slot, p = seq.slot, seq.request.params
+        assert slot is not None, f"{seq} has no slot"
         greedy = p.temperature < GREEDY_BELOW
-        values = (0.0 if greedy else p.temperature, p.top_p, p.min_p, p.repetition_penalty, p.presence_penalty)
-        for name, value in zip(FLOATS, (*values, p.frequency_penalty), strict=True):
-            self.floats[name][slot] = value
-        logprobs = -1 if p.logprobs is None else p.logprobs
-        for name, value in zip(INTS, (max(p.top_k, 0), seq.index, edited, p.uses_penalties, logprobs), strict=True):
-            self.ints[name][slot] = value
+        temperature, top_k = 0.0 if greedy else p.temperature, max(p.top_k, 0)
+        penalties = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+        self.int_FB[:, slot] = edited, p.uses_penalties, top_k, seq.index
+        self.float_FB[:, slot] = temperature, p.top_p, p.min_p, *penalties
+        filtered = not greedy and bool(top_k or p.top_p < 1 or p.min_p > 0)
+        self.needs_FB[:, slot] = not greedy, filtered, edited, p.uses_penalties, bool(p.logprobs)
         assert p.seed is not None, f"{seq} has no seed"
         self.seed_B2[slot] = np.array([p.seed & (2**64 - 1)], np.uint64).view(np.int32)
-        self.num_pages_B[slot] = 0
+        self.num_pages[slot] = 0
         self.lead_page_B[slot] = adapter.pages[0] if adapter else 0
         if adapter:
             self.adapters[adapter.pages[0]] = adapter
 
     def grow(self, seq: Sequence) -> None:
         """Copies the pages a sequence got since the last step into its page-table row."""
-        known, pages = self.num_pages_B[seq.slot], seq.pages
+        slot, pages = seq.slot, seq.pages
+        assert slot is not None, f"{seq} has no slot"
+        known = self.num_pages[slot]
         if len(pages) != known:
-            self.page_table_BM[seq.slot, known : len(pages)] = pages[known:]
-            self.num_pages_B[seq.slot] = len(pages)
+            self.page_table_BM[slot, known : len(pages)] = pages[known:]
+            self.num_pages[slot] = len(pages)
 
 
 class Packer:
@@ -145,7 +156,9 @@ class Packer:
             self._gradients(plan.finetune.grads, i, f, layout)
         decode_rows = self._decodes(plan, i, bucket)
         i["page_table_BM"][:] = self.slots.page_table_BM
-        self._samples(plan, i, f, chunk_ends, decode_rows, bucket.first_row)
+        if plan.samples:
+            self._samples(plan, i, chunk_ends, decode_rows, bucket.first_row)
+            self._sampling(i, layout.draw.slot_values(ints, floats), len(plan.samples))
         if layout.lora_items:
             self._adapters(i, layout)
         self._check(i, layout)
@@ -235,40 +248,34 @@ class Packer:
 
     def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> list[int]:
         """Lays decode rows side by side by adapter; returns each segment's row."""
-        slot_K = np.array([segment.seq.slot for segment in plan.decodes], int)
-        row_K = np.empty_like(slot_K)
-        order = np.argsort(self.slots.lead_page_B[slot_K], kind="stable")
-        row_K[order] = np.arange(bucket.block_rows, bucket.block_rows + len(order))
-        rows = row_K.tolist()
-        for row, segment in zip(rows, plan.decodes, strict=True):
-            seq, start = segment.seq, segment.start
+        slots, tokens, positions = [], [], []
+        for seq, start, _ in plan.decodes:
             self.slots.grow(seq)
-            i["token_T"][row] = seq.tokens[start] if start < len(seq.tokens) else FROM_DEVICE
-            i["position_T"][row] = start
-            i["slot_T"][row] = seq.slot
-        return rows
+            slots.append(seq.slot)
+            tokens.append(seq.tokens[start] if start < len(seq.tokens) else FROM_DEVICE)
+            positions.append(start)
+        order = np.argsort(self.slots.lead_page_B[slots], kind="stable") if slots else ()
+        row_K = np.empty(len(slots), int)
+        row_K[order] = np.arange(bucket.block_rows, bucket.block_rows + len(slots))
+        for name, values in (("token_T", tokens), ("position_T", positions), ("slot_T", slots)):
+            i[name][row_K] = values
+        return row_K.tolist()
 
-    def _samples(self, plan: StepPlan, i, f, chunk_ends: Seq[int], decode_rows: Seq[int], first_row: int) -> None:
+    def _samples(self, plan: StepPlan, i, chunk_ends: Seq[int], decode_rows: Seq[int], first_row: int) -> None:
+        """Where tokens are drawn, and for which slots."""
         count = len(plan.samples)
-        if not count:
-            return
-        slot_R = np.fromiter((sample.seq.slot for sample in plan.samples), np.int32, count)
-        row_R = [(chunk_ends if s.kind == "chunk" else decode_rows)[s.segment_index] for s in plan.samples]
-        i["sample_row_R"][:count] = np.array(row_R) - first_row
-        i["sample_slot_R"][:count] = slot_R
+        row_R = np.array([(decode_rows if kind == "decode" else chunk_ends)[k] for _, k, kind in plan.samples])
+        i["sample_row_R"][:count] = row_R - first_row
+        i["sample_slot_R"][:count] = [seq.slot for seq, _, _ in plan.samples]
         i["sample_position_R"][:count] = i["position_T"][row_R] + 1
-        i["seed_R2"][:count] = self.slots.seed_B2[slot_R]
-        for name in ("top_k", "choice", "edited", "counted"):
-            i[name + "_R"][:count] = self.slots.ints[name][slot_R]
-        for name in FLOATS:
-            f[name + "_R"][:count] = self.slots.floats[name][slot_R]
-        drawn = f["temperature_R"] > 0
-        filtered = (i["top_k_R"] > 0) | (f["top_p_R"] < 1) | (f["min_p_R"] > 0)
-        i["flags"][flags.RANDOM] = drawn.any()
-        i["flags"][flags.FILTER] = (drawn & filtered).any()
-        i["flags"][flags.EDITS] = i["edited_R"].any()
-        i["flags"][flags.PENALTIES] = i["counted_R"].any()
-        i["flags"][flags.LOGPROBS] = (self.slots.ints["logprobs"][slot_R] > 0).any()
+
+    def _sampling(self, i: dict[str, np.ndarray], values: tuple[np.ndarray, np.ndarray], count: int) -> None:
+        """How they are drawn: what the slots keep, and what that needs of the draw."""
+        slots, slot_R, (int_FR, float_FR) = self.slots, i["sample_slot_R"][:count], values
+        int_FR[:, :count] = slots.int_FB[:, slot_R]
+        float_FR[:, :count] = slots.float_FB[:, slot_R]
+        i["seed_R2"][:count] = slots.seed_B2[slot_R]
+        i["flags"][SLOT_FLAGS] = slots.needs_FB[:, slot_R].any(axis=1)
 
     def _adapters(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
         """Lists the work items of each site: a run of neighbours of one adapter in a block, and a page of it."""
@@ -338,7 +345,8 @@ class Packer:
             values = i[name]
             if name in MAY_BE_NOWHERE:
                 values = values[values != NOWHERE]
-            if values.size and (values.min() < low or values.max() >= high):
+            # one pass: as unsigned numbers, those below are past the end
+            if values.size and (values - low if low else values).view(np.uint32).max() >= high - low:
                 raise EngineError(f"{name} spans {values.min()}..{values.max()}, outside [{low}, {high})")
 
 

@@ -25,6 +25,7 @@ from jaxserve.adapters.scales import Scales, ScalesShape
 from jaxserve.engine.batch import FROM_DEVICE, BatchLayout, TokenBatch
 from jaxserve.engine.draw import Drawn, Scored
 from jaxserve.engine.gradient import AutodiffTape, GradientRows, TrainShape, TrainState
+from jaxserve.engine.hashing import hashed_once
 from jaxserve.engine.linear import Linears
 from jaxserve.engine.stash import StashTape, Tape
 from jaxserve.engine.state import EngineState, state_specs
@@ -37,6 +38,7 @@ from pallas_kernels.token_sampling import VocabShard
 from sharding import AXIS, tree_specs
 
 
+@hashed_once
 @dataclass(frozen=True)
 class StepSpec:
     """Everything a compiled step is specific to; hashable, so that engines of one shape share programs."""

@@ -9,9 +9,9 @@ import numpy as np
 import pack_audit
 import pytest
 
-from jaxserve.engine.batch import FROM_DEVICE, BatchLayout
+from jaxserve.engine.batch import FROM_DEVICE, SLOT_FLOATS, BatchLayout
 from jaxserve.engine.buckets import Buckets
-from jaxserve.engine.pack import INTS, AdapterRows, Packer, Slots, check_edits, slot_edits
+from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.state import MAX_EDITS
 from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.kvcache.pages import PagePool
@@ -130,7 +130,7 @@ INDEX_FIELDS = (
     "first_SJ",
     "stop_SJ",
 )
-OTHER_FIELDS = {"flags", "seed_R2", "top_k_R", "items_S", *(f"{name}_R" for name in INTS)}
+OTHER_FIELDS = {"flags", "seed_R2", "top_k_R", "items_S", "edited_R", "counted_R"}
 
 
 def test_every_field_is_an_index_or_known_not_to_be_one():
@@ -231,7 +231,7 @@ def test_all_64_bits_of_a_seed_reach_the_device(seed):
 def test_temperatures_too_small_to_divide_by_are_greedy(temperature, kept):
     slots = Slots(NUM_SLOTS, 4)
     slots.admit(sequence(temperature=temperature), None, edited=False)
-    assert slots.floats["temperature"][5] == np.float32(kept)
+    assert slots.float_FB[SLOT_FLOATS.index("temperature"), 5] == np.float32(kept)
 
 
 def test_logit_edits_are_the_bias_for_ever_and_the_stop_tokens_until_min_tokens():
