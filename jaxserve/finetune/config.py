@@ -9,7 +9,8 @@ from pydantic import field_validator, model_validator
 
 from jaxserve.adapters import ia3, lora
 from jaxserve.adapters.patterns import Budget, Pattern, PatternError
-from jaxserve.config.schema import JobOptions, Keywords
+from jaxserve.config.job import JobOptions
+from jaxserve.config.section import Keywords
 
 _IA3_TARGETS = ("k_proj", "v_proj", "down_proj")  # PEFT's own choice for decoders
 _IA3_FEEDFORWARD = ("down_proj",)

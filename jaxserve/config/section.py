@@ -1,0 +1,41 @@
+"""What all sections of a configuration share."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from jaxserve.config.messages import problems
+from jaxserve.errors import ConfigError
+
+Name = Annotated[str, Field(min_length=1)]
+Names = tuple[Name, ...]
+
+
+class Section(BaseModel):
+    """Frozen; unknown keys, lax conversions ("16" for 16) and non-finite numbers are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class Keywords(Section):
+    """Taken as keyword arguments.
+
+    Raises:
+      ConfigError: unknown or wrong fields, all of them at once.
+    """
+
+    def __init__(self, **fields: Any):
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise ConfigError([p.line() for p in problems(error, type(self))]) from None
+
+
+def refuse_twice(names: Sequence[str], said: str) -> None:
+    """Raises ValueError, "{said} 'name' twice", where a name comes twice."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{said} {twice[0]!r} twice")
