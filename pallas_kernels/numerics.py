@@ -5,7 +5,8 @@ change with it. Its matrix product does not, as long as both operands contract t
 two rows on either side; so on CPU a row sum is a product with ones. Everywhere else it is a plain sum.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,19 @@ def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
         return x
 
     return lax.platform_dependent(x, tuple(others), cpu=lambda x, _: x, default=dependent)
+
+
+def map_rows(function: Callable[[Any], Any], most: int, arrays: Any) -> Any:
+    """``function`` of arrays with the same rows, [R, ...], at most ``most`` rows at a time, padded with zeros."""
+    R = jax.tree.leaves(arrays)[0].shape[0]
+    size = min(most, R)
+    chunks = -(-R // size)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, chunks * size - R), *((0, 0),) * (x.ndim - 1))).reshape(chunks, size, *x.shape[1:])
+
+    out = lax.map(function, jax.tree.map(chunked, arrays))
+    return jax.tree.map(lambda x: x.reshape(chunks * size, *x.shape[2:])[:R], out)
 
 
 def _by_matmul(x: jax.Array) -> jax.Array:

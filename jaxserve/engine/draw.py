@@ -28,6 +28,7 @@ from jaxserve.engine.state import COUNT_AXES, EngineState
 from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
+from pallas_kernels.numerics import map_rows
 from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, pick, sample, top_tokens
 from sharding import AXIS, partition_spec, tree_specs
 
@@ -159,9 +160,8 @@ def _on_mesh(function: Callable, spec: HeadSpec, in_specs: tuple, out_specs: Any
 def _local_logits(head, hidden_RD, spec: HeadSpec) -> tuple[Float[Array, "R V"], Bool[Array, "R"]]:
     """This shard's logits, padding of the vocabulary at -inf, and which rows are finite on all shards."""
     logits_RV = decoder.logits(head, hidden_RD, spec.config).astype(jnp.float32)
-    token_V = spec.shard.offset(logits_RV.shape[1]) + jnp.arange(logits_RV.shape[1], dtype=jnp.int32)
     finite_R = spec.shard.min(jnp.all(jnp.isfinite(logits_RV), axis=1).astype(jnp.int32)) > 0
-    return jnp.where((token_V < spec.config.vocab_size)[None], logits_RV, -jnp.inf), finite_R
+    return spec.shard.known(logits_RV, spec.config.vocab_size), finite_R
 
 
 def _draw(head, last_token_B, count_BV, edits, hidden_RD, ints, floats, *, spec: DrawSpec):
@@ -239,10 +239,10 @@ def _edit(logits_RV, edits, slot_R, position_R, edited_R, shard: VocabShard) -> 
 
 
 def _score(head, hidden_TD, target_T, *, spec: HeadSpec) -> Scored:
-    T, N = hidden_TD.shape[0], spec.max_logprobs
+    N = spec.max_logprobs
 
-    def block(args):
-        hidden_QD, target_Q = args
+    def block(rows):
+        hidden_QD, target_Q = rows
         logits_QV, _ = _local_logits(head, hidden_QD, spec)
         norm_Q = log_normaliser(logits_QV, spec.shard)
         top_QN, token_QN = top_tokens(logits_QV, N, spec.shard)
@@ -252,9 +252,4 @@ def _score(head, hidden_TD, target_T, *, spec: HeadSpec) -> Scored:
             top_logprob_TN=top_QN - norm_Q[:, None],
         )
 
-    size = min(HEAD_ROWS, T)
-    blocks = -(-T // size)
-    padded_TD = jnp.pad(hidden_TD, ((0, blocks * size - T), (0, 0)))
-    padded_T = jnp.pad(target_T, (0, blocks * size - T))
-    out = lax.map(block, (padded_TD.reshape(blocks, size, -1), padded_T.reshape(blocks, size)))
-    return jax.tree.map(lambda x: x.reshape(blocks * size, *x.shape[2:])[:T], out)
+    return map_rows(block, HEAD_ROWS, (hidden_TD, target_T))

@@ -376,14 +376,13 @@ def frozen_head(params: Any, config: ModelConfig, shard: VocabShard) -> Callable
 
     def head(hidden_QD):
         logits_QV = decoder.logits(params, hidden_QD, config)
-        token_V = shard.offset(logits_QV.shape[1]) + jnp.arange(logits_QV.shape[1], dtype=jnp.int32)
 
         def pull(d_QV):
             if config.logits_softcap is not None:
                 d_QV = d_QV * (1 - (logits_QV / config.logits_softcap) ** 2)
             return contract(d_QV.astype(table_VD.dtype), table_VD, wide_dtype(table_VD.dtype))
 
-        return jnp.where((token_V < config.vocab_size)[None], logits_QV, -jnp.inf), pull
+        return shard.known(logits_QV, config.vocab_size), pull
 
     return head
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import target
+from pallas_kernels.numerics import map_rows
 from pallas_kernels.token_sampling import VocabShard, log_normaliser, pick
 
 CHUNK_ROWS = 64
@@ -67,22 +67,16 @@ def loss_and_gradient(
       head: [Q, D] -> this shard's logits [Q, V] in float32 or wider, padding of the vocabulary at -inf, and their
         vector-Jacobian product [Q, V] -> [Q, D] (this shard's part; the parts are summed here).
     """
-    W, device = hidden_WD.shape[0], target()
-    size = min(GPU_CHUNK_ROWS if device is not None and device.platform == "gpu" else CHUNK_ROWS, W)
-    chunks = -(-W // size)
+    device = target()
+    most = GPU_CHUNK_ROWS if device is not None and device.platform == "gpu" else CHUNK_ROWS
 
-    def chunked(x):
-        return jnp.pad(x, ((0, chunks * size - W), *((0, 0),) * (x.ndim - 1))).reshape(chunks, size, *x.shape[1:])
-
-    def one(args):
+    def chunk(args):
         hidden_QD, rows = args
         logits_QV, pull = head(hidden_QD)
         norm_Q = log_normaliser(logits_QV, shard)
         logprob_Q = pick(logits_QV, rows.target_W, shard) - norm_Q
         loss_Q, coefficient_Q = token_loss(logprob_Q, rows)
-        V = logits_QV.shape[1]
-        token_V = shard.offset(V) + jnp.arange(V, dtype=jnp.int32)
-        is_target_QV = token_V[None] == rows.target_W[:, None]
+        is_target_QV = shard.tokens(logits_QV.shape[1])[None] == rows.target_W[:, None]
         residual_QV = jnp.exp(logits_QV - norm_Q[:, None]) - is_target_QV.astype(logits_QV.dtype)
         d_logits_QV = residual_QV * coefficient_Q[:, None]
         # a row without weight contributes exactly nothing, whatever its numbers are
@@ -90,6 +84,5 @@ def loss_and_gradient(
         d_hidden_QD = shard.sum(pull(jnp.where(learns_Q[:, None], d_logits_QV, 0)))
         return jnp.where(learns_Q, loss_Q, 0), logprob_Q, jnp.where(learns_Q[:, None], d_hidden_QD, 0)
 
-    out = lax.map(one, (chunked(hidden_WD), jax.tree.map(chunked, rows)))
-    loss_W, logprob_W, d_hidden_WD = (x.reshape(chunks * size, *x.shape[2:])[:W] for x in out)
+    loss_W, logprob_W, d_hidden_WD = map_rows(chunk, most, (hidden_WD, rows))
     return loss_W, logprob_W, d_hidden_WD.astype(hidden_WD.dtype)

@@ -30,6 +30,14 @@ class VocabShard:
     def offset(self, width: int) -> Int[Array, ""]:
         return lax.axis_index(self.axis) * width if self.size > 1 else jnp.int32(0)
 
+    def tokens(self, width: int) -> Int[Array, "V"]:
+        """The token ids of this shard's columns."""
+        return self.offset(width) + jnp.arange(width, dtype=jnp.int32)
+
+    def known(self, logits_RV: Float[Array, "R V"], vocab_size: int) -> Float[Array, "R V"]:
+        """The logits, those of the vocabulary's padding at -inf."""
+        return jnp.where((self.tokens(logits_RV.shape[1]) < vocab_size)[None], logits_RV, -jnp.inf)
+
     def sum(self, x: jax.Array) -> jax.Array:
         return lax.psum(x, self.axis) if self.size > 1 else x
 
