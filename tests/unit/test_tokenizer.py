@@ -136,7 +136,11 @@ def test_tokens_with_names_of_their_own_are_variables_of_the_template(write, tmp
     config |= {"extra_special_tokens": {"tool_token": "<|tool|>"}, "added_tokens_decoder": {}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     ours, theirs = load_tokenizer(directory), auto_tokenizer(directory)
-    assert ours.render_chat(CHAT) == theirs.apply_chat_template(CHAT, tokenize=False) == f"<|tool|>|{tiny_models.SPECIAL[0]}|"
+    assert (
+        ours.render_chat(CHAT)
+        == theirs.apply_chat_template(CHAT, tokenize=False)
+        == f"<|tool|>|{tiny_models.SPECIAL[0]}|"
+    )
     assert ours.encode("a<|tool|>") == theirs("a<|tool|>").input_ids
 
 
