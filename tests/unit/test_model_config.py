@@ -236,6 +236,13 @@ def test_a_missing_directory_or_file_is_refused(tmp_path):
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize("eos", ["x", [1, "x"], -1, True, {"a": 1}])
+def test_a_generation_config_without_token_ids_for_the_end_is_refused(tmp_path, eos):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ModelError, match="generation_config.json: eos_token_id"):
+        load_generation_config(tmp_path)
+
+
 def test_the_generation_config_is_optional(tmp_path):
     assert load_generation_config(tmp_path) == {}
     tiny_models.build_tokenizer(tmp_path)
