@@ -239,7 +239,7 @@ def test_a_missing_directory_or_file_is_refused(tmp_path):
 @pytest.mark.parametrize("eos", ["x", [1, "x"], -1, True, {"a": 1}])
 def test_a_generation_config_without_token_ids_for_the_end_is_refused(tmp_path, eos):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    with pytest.raises(ModelError, match="generation_config.json: eos_token_id"):
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id"):
         load_generation_config(tmp_path)
 
 
