@@ -39,6 +39,7 @@ ONE = SamplingParams(max_tokens=1, temperature=0.0)
         ([None], "must be a list of token ids"),
         ([1, "a"], "must be a list of token ids"),
         ([True], "must be a list of token ids"),
+        ([1, True], "must be a list of token ids"),
         (7, "must be a list of token ids"),
         (range(160), "exceeds the context length of 160 tokens"),
         (range(161), "exceeds the context length"),
