@@ -236,6 +236,22 @@ def test_a_missing_directory_or_file_is_refused(tmp_path):
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "rope", "length"),
+    [
+        ("llama", None, 512),
+        ("llama", {"rope_type": "linear", "factor": 2.5}, 1280),
+        ("qwen2", YARN | {"factor": 32.0}, 1024),
+        ("qwen2", YARN, 512),  # max_position_embeddings counts it already
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, 512),
+        ("llama", LLAMA3, 512),
+        ("gemma3", {"rope_type": "linear", "factor": 8.0}, 512),
+    ],
+)
+def test_a_stretched_rope_reaches_further(family, rope, length):
+    assert parse(family, rope_scaling=rope).max_length == length
+
+
 @pytest.mark.parametrize("eos", ["x", [1, "x"], -1, True, {"a": 1}])
 def test_a_generation_config_without_token_ids_for_the_end_is_refused(tmp_path, eos):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
