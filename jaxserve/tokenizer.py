@@ -1,7 +1,9 @@
 """Text to token ids and back.
 
-Ids equal those of transformers' AutoTokenizer. One thing is stricter: control tokens inside what a user wrote
-(``<|im_end|>`` in a message) are ordinary text, only the chat template itself can write a control token.
+Ids equal those of transformers' AutoTokenizer, wherever that takes tokenizer.json as it is: since version 5 its
+LlamaTokenizer brings a pre-tokenizer of its own, and reads spaces at a beginning otherwise than the file says. One
+thing is stricter: control tokens inside what a user wrote (``<|im_end|>`` in a message) are ordinary text, only the
+chat template itself can write a control token.
 """
 
 import os
