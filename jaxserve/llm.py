@@ -24,7 +24,7 @@ from jaxserve.engine.results import News
 from jaxserve.engine.sizes import core_config
 from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
 from jaxserve.live import LiveRequest
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.config import Fields, ModelConfig
 from jaxserve.models.loader import (
     check_tokenizer,
     dummy_params,
@@ -115,10 +115,11 @@ class Engine(TrainingEngine):
         return cls(model, params, mesh, config, tokenizer, generation_config, directory.resolve().name, weights)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
-        """What generation_config.json says, else config.json."""
-        eos = self.generation_config.get("eos_token_id", list(self.model.eos_token_ids))
-        ids = [eos] if isinstance(eos, int) else list(eos or ())
-        return tuple(i for i in ids if isinstance(i, int) and 0 <= i < self.model.vocab_size)
+        """What generation_config.json says, else config.json, else the tokenizer."""
+        ids = Fields(self.generation_config, "generation_config.json").ids("eos_token_id") or self.model.eos_token_ids
+        if not ids and self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
+            ids = (self.tokenizer.eos_token_id,)
+        return tuple(i for i in ids if i < self.model.vocab_size)
 
     def _warm_up(self) -> None:
         start = time.perf_counter()

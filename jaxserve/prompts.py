@@ -31,7 +31,7 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
         whole = np.asarray(ids)
     except (ValueError, OverflowError):
         whole = np.asarray(None)
-    if whole.ndim != 1 or (whole.size and whole.dtype.kind not in "iu"):
+    if whole.ndim != 1 or (whole.size and (whole.dtype.kind not in "iu" or bool in map(type, ids))):
         raise InvalidRequest(f"prompt is {str(ids)[:64]!r}; it must be a list of token ids", "prompt")
     if whole.size and not 0 <= whole.min() <= whole.max() < vocab_size:
         bad = whole[(whole < 0) | (whole >= vocab_size)][0]

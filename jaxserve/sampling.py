@@ -1,7 +1,7 @@
 """How a request wants its tokens drawn, checked once at the edge."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 from jaxserve.errors import InvalidRequest
@@ -56,12 +56,24 @@ class SamplingParams:
 
     def validate(self, vocab_size: int, max_choices: int = MAX_CHOICES, max_logprobs: int = MAX_LOGPROBS) -> None:
         """Raises InvalidRequest naming the field, its value and the limit."""
+        self._check_kinds()
         self._check_integers(max_choices, max_logprobs)
         self._check_floats()
         self._check_tokens(vocab_size)
         self._check_stops()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             _refuse("min_tokens", self.min_tokens, f"at most max_tokens {self.max_tokens}")
+
+    def _check_kinds(self) -> None:
+        for field in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            if not isinstance(getattr(self, field), bool):
+                _refuse(field, getattr(self, field), "true or false")
+        if not isinstance(self.logit_bias, Mapping | None):
+            _refuse("logit_bias", self.logit_bias, "a table of token ids and numbers")
+        for field, texts in (("stop", "a string or a list of strings"), ("stop_token_ids", "a list of token ids")):
+            value = getattr(self, field)
+            if not isinstance(value, Sequence | Set | None) or isinstance(value, bytes | bytearray):
+                _refuse(field, value, texts)
 
     def _check_integers(self, max_choices: int, max_logprobs: int) -> None:
         if self.max_tokens is not None:
@@ -115,7 +127,7 @@ def _integer(field: str, value: object, low: int, high: int, param: str | None =
 def _number(
     field: str, value: object, low: float, high: float, open_low: bool = False, param: str | None = None
 ) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        _refuse(field, value, "a finite number", param)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
+        _refuse(field, value, "a finite number", param)  # math.isfinite raises for a large integer
     elif not low <= value <= high or (open_low and value == low):
         _refuse(field, value, f"{'above' if open_low else 'at least'} {low} and at most {high}", param)

@@ -1,7 +1,9 @@
 """Text to token ids and back.
 
-Ids equal those of transformers' AutoTokenizer. One thing is stricter: control tokens inside what a user wrote
-(``<|im_end|>`` in a message) are ordinary text, only the chat template itself can write a control token.
+Ids equal those of transformers' AutoTokenizer, wherever that takes tokenizer.json as it is: since version 5 its
+LlamaTokenizer brings a pre-tokenizer of its own, and reads spaces at a beginning otherwise than the file says. One
+thing is stricter: control tokens inside what a user wrote (``<|im_end|>`` in a message) are ordinary text, only the
+chat template itself can write a control token.
 """
 
 import os
@@ -182,9 +184,14 @@ def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = Non
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ModelError(f"tokenizer.json: not a tokenizer: {_one_line(error)}") from None
-    named = _named_tokens(_optional_json(path / "special_tokens_map.json") | config)
     try:
+        if "added_tokens_decoder" not in config:  # then older files say the rest
+            config |= _optional_json(path / "special_tokens_map.json")
+            config |= {"added_tokens_decoder": _added_tokens(_optional_json(path / "added_tokens.json"), backend)}
+        named = _named_tokens(config)
         _complete(backend, config, named)
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"tokenizer_config.json: does not fit tokenizer.json: {_one_line(error)}") from None
     return Tokenizer(backend, named, _model_template(path, config) if chat_template is None else chat_template)
@@ -201,9 +208,9 @@ def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, s
         flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         token = AddedToken(token["content"], **flags)
         (backend.add_special_tokens if token.special else backend.add_tokens)([token])
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = _extra_tokens(config)
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
-    for content in [*named.values(), *map(_content, extra.values() if isinstance(extra, dict) else extra)]:
+    for content in [*named.values(), *map(_content, [] if isinstance(extra, dict) else extra)]:
         if content not in special:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
 
@@ -226,15 +233,18 @@ def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
 
 
 def _model_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the one in tokenizer_config.json (of several, the default)."""
+    """chat_template.jinja, or the one in tokenizer_config.json (of several, the default), or chat_template.json."""
     if (path / "chat_template.jinja").exists():
         return read_text(path / "chat_template.jinja")
-    template = config.get("chat_template")
+    where, template = "tokenizer_config.json", config.get("chat_template")
+    if template is None:  # a processor's, of models that read more than text
+        where, template = "chat_template.json", _optional_json(path / "chat_template.json").get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
     if template is not None and not isinstance(template, str):
-        raise ModelError("tokenizer_config.json: chat_template must be a string or a list of named templates")
+        raise ModelError(f"{where}: chat_template must be a string or a list of named templates")
     return template
 
 
@@ -251,7 +261,20 @@ def _content(token: Any) -> str:
 
 
 def _named_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _content(config[name]) for name in _NAMED_TOKENS if config.get(name) is not None}
+    """Those every tokenizer may have, and those that this one has names for."""
+    extra = _extra_tokens(config)
+    tokens = {name: config.get(name) for name in _NAMED_TOKENS} | (extra if isinstance(extra, dict) else {})
+    return {name: _content(token) for name, token in tokens.items() if token is not None}
+
+
+def _extra_tokens(config: Mapping[str, Any]) -> list[Any] | dict[str, Any]:
+    return config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+
+
+def _added_tokens(ids: Mapping[str, int], backend: Backend) -> dict[str, dict[str, Any]]:
+    """What added_tokens.json has beside tokenizer.json, as an ``added_tokens_decoder``."""
+    new = {content: id for content, id in ids.items() if backend.token_to_id(content) is None}
+    return {str(id): {"content": content, "normalized": True} for content, id in new.items()}
 
 
 def _one_line(error: BaseException) -> str:

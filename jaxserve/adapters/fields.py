@@ -12,7 +12,7 @@ from typing import Any
 from jaxserve.errors import AdapterError
 
 CONFIG_FILE = "adapter_config.json"
-MAX_RANK = 256
+MAX_RANK = 512
 MAX_ALPHA = 1e6
 MAX_NAMES = 4096  # entries of one list or pattern table
 

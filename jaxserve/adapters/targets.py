@@ -97,7 +97,7 @@ class Matcher:
                 raise config_error("layers_to_transform", layer, f"from 0 to {self.num_layers - 1}, the model's layers")
 
     def _layers_are_called(self, pattern: str | list[str] | None) -> bool:
-        patterns = [pattern] if isinstance(pattern, str) else pattern or []
+        patterns = [pattern] if pattern and isinstance(pattern, str) else pattern or []
         for each in patterns:
             if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", each):
                 raise config_error("layers_pattern", each, "a plain module name, such as 'layers'")

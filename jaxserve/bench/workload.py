@@ -60,8 +60,8 @@ def read_trace(path: str | Path, limit: int | None = None) -> list[Row]:
       ConfigError: bad rows, each by file, line and field.
     """
     try:
-        with open(path, newline="", encoding="utf-8") as file:
-            return _rows(str(path), csv.reader(file), limit)
+        with open(path, newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a byte order mark
+            return _rows(str(path), csv.reader(file, skipinitialspace=True), limit)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigError([f"{path}: {error}"]) from None
 

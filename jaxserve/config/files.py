@@ -90,6 +90,8 @@ def _read_yaml(path: Path, text: str) -> Entries:
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError([f"{path}{line}: {' '.join(str(problem).split())}"]) from None
+    except ConfigError:  # a ValueError as well
+        raise
     except (ValueError, OverflowError) as error:  # a date or a number outside Python's range
         raise ConfigError([f"{path}: {error}"]) from None
     if values is None:
@@ -101,10 +103,10 @@ def _read_yaml(path: Path, text: str) -> Entries:
 
 def _flat(values: dict) -> Iterator[tuple[tuple[str, ...], Any]]:
     for section, content in values.items():
-        if isinstance(content, dict):
+        if isinstance(content, dict) and content:
             yield from (((str(section), str(key)), value) for key, value in content.items())
-        elif content is not None:  # a section whose keys are all commented out
-            yield (str(section),), content
+        else:  # a section without keys, as when all are commented out, is still one that there must be
+            yield (str(section),), {} if content is None else content
 
 
 def _check_yaml_events(path: Path, text: str) -> None:

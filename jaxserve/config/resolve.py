@@ -85,7 +85,7 @@ def _nested(entries: Entries) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for path, entry in entries.items():
         if len(path) == 1:
-            nested[path[0]] = entry.value
+            nested[path[0]] = dict(entry.value) if isinstance(entry.value, dict) else entry.value
         elif isinstance(nested.setdefault(path[0], {}), dict):
             nested[path[0]][path[1]] = entry.value
     return nested

@@ -54,8 +54,20 @@ class BankWriter:
         if weights is None or magnitudes(weights):
             self._set_gains(bank, weights, pages, params)
 
+    def compile_scales(self, scales: Scales, bank: Bank, params: Any) -> None:
+        """Compiles what writes scales, for arrays of which the shapes are given."""
+        content = ScalesShape(self.shape).page(None)
+        write_scales.lower(scales, np.int32(0), content, self.shape.num_pages).compile()
+        gains = self._gains(None, [0])
+        set_gains.lower(scales, bank, params, *gains, mesh=self.mesh, shape=self.shape).compile()
+
     def _set_gains(self, bank: Bank, weights: AdapterWeights | None, pages: list[int], params: Any) -> None:
-        """Every member takes part, so that one program serves every DoRA adapter: factor 0 leaves a layer alone."""
+        gains = self._gains(weights, pages)
+        self.scales = set_gains(self.scales, bank, params, *gains, mesh=self.mesh, shape=self.shape)
+
+    def _gains(self, weights: AdapterWeights | None, pages: list[int]) -> tuple[Any, np.ndarray, Any]:
+        """Magnitudes, pages and factors. Every member takes part, so that one program serves every DoRA adapter: factor
+        0 leaves a layer alone."""
         dims, L = member_dims(self.config), self.config.num_layers
         values = {member: np.ones((L, dims[member][1]), np.float32) for member in SITE_OF}
         factors = {member: {MAGNITUDE: np.zeros(L, np.float32)} for member in SITE_OF}
@@ -69,9 +81,7 @@ class BankWriter:
         }
         padded = np.zeros(self.adapter_pages, np.int32)  # page 0 holds zeros
         padded[: len(pages)] = pages
-        self.scales = set_gains(
-            self.scales, bank, params, placed, padded, factors, mesh=self.mesh, shape=self.shape
-        )  # fmt: skip
+        return placed, padded, factors
 
     def warm_up(self, bank: Bank, params: Any) -> Bank:
         """Runs every program on page 0, which it leaves as it is."""

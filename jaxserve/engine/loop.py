@@ -17,14 +17,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.adapters.residency import Residency
-from jaxserve.adapters.scales import is_scaled
+from jaxserve.adapters.scales import ScalesShape, is_scaled
 from jaxserve.adapters.store import AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Key
 from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.batch import PROMPT_LOGPROBS
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.gradient import empty_train_state, sums_alone
+from jaxserve.engine.gradient import empty_scale_lanes, empty_train_state, sums_alone
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
 from jaxserve.engine.lane_sums import LaneSums
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
@@ -247,9 +247,9 @@ class EngineCore:
     def enable(self, *, scales: bool = False, dropout: bool = False) -> dict[str, float]:
         """Compiles the programs that know scales (of (IA)3 and DoRA adapters) or dropout, once either is asked for.
         Returns seconds by program."""
+        self._compile_ahead(scales, dropout)
         with self.lock, self.compiles.preparing():
-            had = self.programs.extras
-            extras = Extras(had.scales or scales, had.dropout or dropout)
+            had, extras = self.programs.extras, self._extras(scales, dropout)
             if self.writer is None or extras == had:
                 return {}
             if extras.scales and not had.scales:
@@ -259,6 +259,26 @@ class EngineCore:
                     self.trainer.sums.enable_scales()
             self.programs.extras = extras
             return self._try_all(self.programs.add_extended(self.planner.buckets))
+
+    def _extras(self, scales: bool, dropout: bool) -> Extras:
+        had = self.programs.extras
+        return Extras(had.scales or scales, had.dropout or dropout)
+
+    def _compile_ahead(self, scales: bool, dropout: bool) -> None:
+        """Compiles from shapes, on the caller's thread, what ``enable`` then finds compiled: the loop serves on."""
+        with self.lock:
+            extras = self._extras(scales, dropout)
+            if self.writer is None or extras == self.programs.extras or not self.compiles.ready:
+                return
+            programs, arrays = self.programs.knowing(extras), shapes_of(self._arrays())
+        with self.compiles.preparing():
+            if extras.scales and arrays.scales is None:
+                arrays = arrays._replace(scales=shapes_of(ScalesShape(self.writer.shape).empty(self.mesh)))
+                self.writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
+                if programs.train is not None and arrays.train is not None:
+                    lanes = empty_scale_lanes(programs.train, self.writer.shape, self.mesh)
+                    arrays = arrays._replace(train=replace(arrays.train, scale_lanes=shapes_of(lanes)))
+            programs.compile(programs.add_extended(self.planner.buckets), arrays)
 
     def _warm_up_writer(self) -> None:
         assert self.writer is not None

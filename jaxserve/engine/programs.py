@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from copy import copy
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -76,6 +77,13 @@ class Programs:
         self._score_spec = HeadSpec(model, mesh, config.max_logprobs)
         self._lowered: set[DrawKey | int] = set()  # draws, and rows of scores, that have been compiled
 
+    def knowing(self, extras: Extras) -> "Programs":
+        """Another set of the same programs, where the extended ones are to know ``extras``; this one stays as it is."""
+        other = copy(self)
+        other.extras, other._lowered = extras, set(self._lowered)
+        other.specs, other.layouts, other.draws = dict(self.specs), dict(self.layouts), dict(self.draws)
+        return other
+
     def add(self, buckets: Iterable[Bucket], extended: bool) -> list[ProgramKey]:
         """Declares programs; returns those that are new."""
         specs = {(bucket, extended): self._spec(bucket, extended) for bucket in buckets}
@@ -121,7 +129,8 @@ class Programs:
 
     def compile(self, keys: Iterable[ProgramKey], arrays: Arrays) -> dict[ProgramKey, float]:
         """Compiles programs side by side, each on a thread: the compiler keeps but one core busy. A call finds the
-        program that was compiled for its arguments. Returns seconds by program."""
+        program that was compiled for its arguments, of which ``arrays`` may be the shapes alone. Returns seconds by
+        program."""
 
         def compile_one(lowered: Any) -> float:
             start = self._clock()

@@ -25,6 +25,7 @@ PIECE_BYTES = 16 << 20
 SAMPLES, SAMPLE_BYTES = 64, 64  # of a tensor's bytes, for the fingerprint
 # transformers writes a language model's tensors under any of these; all mean "model."
 _LANGUAGE_PREFIXES = ("model.language_model.", "language_model.model.", "model.")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,14 @@ def canonical(name: str) -> str:
     return "model." + name
 
 
+def has_weights(model_dir: Path) -> bool:
+    """Whether there is a file of weights, or an index of several."""
+    return any((model_dir / name).exists() for name in _WEIGHTS)
+
+
 def _weight_files(model_dir: Path) -> list[str]:
     """The one file, or the shards that the index lists."""
-    single, index = "model.safetensors", "model.safetensors.index.json"
+    single, index = _WEIGHTS
     if (model_dir / single).exists():
         return [single]
     if not (model_dir / index).exists():

@@ -69,6 +69,12 @@ class RopeConfig:
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn: round the correction range outwards
 
+    def reach(self, max_position: int) -> int:
+        """Positions it was stretched for, of a model that was made for ``max_position``."""
+        if self.kind == "linear":
+            return int(self.factor * max_position)
+        return int(self.factor * self.original_max_position) if self.kind == "yarn" else max_position
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerConfig:
@@ -110,6 +116,15 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
     unembedded_tokens: tuple[str, ...] = ()  # tokens the tokenizer may know although they have no embedding row
+
+    @property
+    def max_length(self) -> int:
+        """Most positions that can be asked for: a stretched rope reaches further than max_position_embeddings, which
+        counts that already where it is Gemma 3's."""
+        made_for = self.max_position_embeddings
+        if self.model_type == "gemma3_text":
+            return made_for
+        return max(made_for, *(layer.rope.reach(made_for) for layer in self.layers))
 
     @classmethod
     def from_dict(cls, hf_config: Mapping[str, Any]) -> "ModelConfig":

@@ -17,12 +17,13 @@ from jax.typing import DTypeLike
 
 from jaxserve.errors import ModelError
 from jaxserve.files import directory, read_json
-from jaxserve.models.checkpoint import Checkpoint
-from jaxserve.models.config import ModelConfig
+from jaxserve.models.checkpoint import DTYPES, Checkpoint, has_weights
+from jaxserve.models.config import Fields, ModelConfig
 from jaxserve.models.params import ParamSpec, Part, param_specs
 from jaxserve.models.registry import FAMILIES
 from sharding import named_sharding
 
+SERVED_DTYPES = ("float32", "bfloat16", "float16")
 INIT_SCALE = 0.02  # standard deviation of dummy weights
 
 
@@ -36,16 +37,32 @@ def load_config(model_dir: str | os.PathLike) -> ModelConfig:
 
 
 def stored_dtype(model_dir: str | os.PathLike) -> str:
-    """The dtype config.json names; float32 where it names none that can be served."""
+    """The dtype config.json names, else that of the first weight; float32 where that is none that can be served."""
     hf = read_json(Path(model_dir) / "config.json")
-    named = hf.get("dtype") or hf.get("torch_dtype") or hf.get("text_config", {}).get("dtype")
-    return named if named in ("float32", "bfloat16", "float16") else "float32"
+    text = hf.get("text_config")
+    for config in (hf, text if isinstance(text, dict) else {}):
+        named = config.get("dtype") or config.get("torch_dtype")
+        if named is not None:
+            named = str(named).removeprefix("torch.")
+            return named if named in SERVED_DTYPES else "float32"
+    if not has_weights(directory(model_dir)):  # dummy weights need none
+        return "float32"
+    with Checkpoint(directory(model_dir)) as checkpoint:
+        stored = next((tensor.dtype for tensor in checkpoint.tensors.values()), "F32")
+    named = np.dtype(DTYPES.get(stored, np.float32)).name
+    return named if named in SERVED_DTYPES else "float32"
 
 
 def load_generation_config(model_dir: str | os.PathLike) -> dict[str, Any]:
-    """Reads generation_config.json; empty where there is none."""
+    """Reads generation_config.json; empty where there is none.
+
+    Raises:
+      ModelError: not JSON, or an eos_token_id that is neither a token id nor a list of them.
+    """
     path = directory(model_dir) / "generation_config.json"
-    return read_json(path) if path.exists() else {}
+    generation = read_json(path) if path.exists() else {}
+    Fields(generation, path.name).ids("eos_token_id")
+    return generation
 
 
 def check_tokenizer(config: ModelConfig, tokenizer: Any) -> None:

@@ -77,6 +77,12 @@ def _check_lengths(request: Request, config: SchedulerConfig) -> None:
             f"{config.max_model_len} tokens (max_model_len)",
             "prompt" if prompt_len >= config.max_model_len else "max_tokens",
         )
+    if prompt_len + request.params.min_tokens > config.max_model_len:
+        raise InvalidRequest(
+            f"min_tokens is {request.params.min_tokens}; with a prompt of {prompt_len} tokens it exceeds the context "
+            f"length of {config.max_model_len} tokens (max_model_len)",
+            "min_tokens",
+        )
     if prompt_len > config.max_chunk_rows and not config.enable_chunked_prefill:
         raise InvalidRequest(
             f"prompt has {prompt_len} tokens; without chunked prefill it must fit one step of "

@@ -145,7 +145,8 @@ def filter_mask(scaled_RV: Float[Array, "R V"], rows: SampleRows, shard: VocabSh
     mass_R = rows.top_p_R * shard.sum(row_sum(weight_RV))
     by_mass_RV = order_RV >= _threshold(order_RV, weight_RV, mass_R, shard)[:, None]
     kept_RV &= by_mass_RV | (rows.top_p_R >= 1)[:, None]
-    return kept_RV & (weight_RV >= rows.min_p_R[:, None])
+    # the likeliest stay whatever min_p is: where XLA fuses the division by the temperature, their weight is not quite 1
+    return kept_RV & ((weight_RV >= rows.min_p_R[:, None]) | (scaled_RV >= top_R[:, None]))
 
 
 def _ordered_bits(x_RV: Float[Array, "R V"]) -> UInt[Array, "R V"]:

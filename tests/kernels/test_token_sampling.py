@@ -29,6 +29,8 @@ CHI_SQUARE_15 = 44.3  # a chi-square variable of 15 degrees of freedom is above 
 run_filter = jax.jit(lambda logits, rows: filter_mask(logits, rows, WHOLE))
 run_sample = jax.jit(lambda logits, rows, random, filters: sample(logits, rows, random, filters, WHOLE))
 
+run_filtered = jax.jit(lambda logits, rows: sample(logits, rows, True, True, WHOLE))  # the whole draw in one fusion
+
 
 def draw(logits_RV, rows, filters=True):
     return np.asarray(run_sample(logits_RV, rows, True, filters))
@@ -54,6 +56,14 @@ def test_a_drawn_token_is_one_that_the_filters_keep(case):
         moved = dataclasses.replace(rows, position_R=rows.position_R + position)
         token_R = draw(logits_RV, moved, case.filters)
         assert kept_RV[np.arange(case.num_rows), token_R].all()
+
+
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 1.5])
+def test_the_strictest_min_p_draws_the_likeliest_at_any_temperature(temperature):
+    case = SamplingCase(name="min-p-1", num_rows=8, vocab_size=64, min_p=1.0, temperature=temperature)
+    for seed in range(4):
+        logits_RV, rows = case.make(seed)
+        np.testing.assert_array_equal(run_filtered(logits_RV, rows), np.asarray(logits_RV).argmax(axis=1))
 
 
 def test_rows_of_one_call_keep_their_own_parameters():

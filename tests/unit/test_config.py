@@ -200,7 +200,15 @@ def test_engine_config_holds_what_the_sections_say():
 def test_hostile_yaml_is_refused_in_one_line(tmp_path, text, complaint):
     (line,) = refusal(written(tmp_path, text))
     assert line.startswith("run.yaml")
+    assert line.count("run.yaml") == 1
     assert complaint in line
+
+
+@pytest.mark.parametrize("content", ["", " {}", " # max_num_seqs: 4"])
+def test_a_section_without_keys_is_still_one_that_there_must_be(tmp_path, content):
+    (line,) = refusal(written(tmp_path, f"model: {{seed: 3}}\nengin:{content}\n"))
+    assert line == "run.yaml:2: engin = {}: unknown key; did you mean engine?"
+    assert resolve(written(tmp_path, f"model: {{seed: 3}}\nengine:{content}\n"), {}).model.seed == 3
 
 
 def test_yaml_reads_numbers_by_the_rules_of_yaml_1_2(tmp_path):

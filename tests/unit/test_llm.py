@@ -1,6 +1,7 @@
 """The public engine on the host's side: what it refuses, counts and hands out."""
 
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ ONE = SamplingParams(max_tokens=1, temperature=0.0)
         ([None], "must be a list of token ids"),
         ([1, "a"], "must be a list of token ids"),
         ([True], "must be a list of token ids"),
+        ([1, True], "must be a list of token ids"),
         (7, "must be a list of token ids"),
         (range(160), "exceeds the context length of 160 tokens"),
         (range(161), "exceeds the context length"),
@@ -283,3 +285,24 @@ def test_a_missing_directory_and_too_many_devices_are_refused(tmp_path):
 def test_sizes_that_do_not_fit_the_model_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         serving.engine(serving.model_dir(), **options)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "tokenizer", "ends"),
+    [
+        ({"eos_token_id": [5, 6]}, (7,), 8, (5, 6)),
+        ({"eos_token_id": 0}, (7,), 8, (0,)),
+        ({"eos_token_id": None}, (7,), 8, (7,)),
+        ({}, (7, 9), 8, (7, 9)),
+        ({}, (), 8, (8,)),
+        ({}, (), None, ()),
+        ({"eos_token_id": [5, 300]}, (), 8, (5,)),
+    ],
+)
+def test_what_ends_a_text_is_said_by_the_first_file_that_says_it(generation, config, tokenizer, ends):
+    engine = SimpleNamespace(
+        generation_config=generation,
+        model=SimpleNamespace(eos_token_ids=config, vocab_size=300),
+        tokenizer=SimpleNamespace(eos_token_id=tokenizer),
+    )
+    assert jaxserve.Engine._eos_token_ids(engine) == ends

@@ -15,7 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 from jaxserve.errors import ModelError
 from jaxserve.models import loader
-from jaxserve.models.loader import check_tokenizer, dummy_params, load_config, load_params, weights_fingerprint
+from jaxserve.models.loader import (
+    check_tokenizer,
+    dummy_params,
+    load_config,
+    load_params,
+    stored_dtype,
+    weights_fingerprint,
+)
 from jaxserve.models.params import padded_vocab
 from jaxserve.tokenizer import load_tokenizer
 from sharding import make_mesh
@@ -102,6 +109,30 @@ def test_weights_of_any_float_dtype_are_cast_to_the_chosen_one(tmp_path, stored,
     assert theirs.dtype == stored
     assert {leaf.dtype.name for leaf in jax.tree.leaves(ours)} == {wanted}
     np.testing.assert_array_equal(np.asarray(ours["embed"][:300]), theirs.astype(wanted))
+
+
+@pytest.mark.parametrize(
+    ("named", "stored"),
+    [
+        ({"dtype": "float16"}, "float16"),
+        ({"torch_dtype": "torch.bfloat16"}, "bfloat16"),
+        ({"text_config": {"torch_dtype": "float16"}}, "float16"),
+        ({"dtype": "float64"}, "float32"),
+        ({"text_config": None}, "bfloat16"),
+    ],
+    ids=str,
+)
+def test_the_own_dtype_is_that_of_the_config_or_else_of_the_weights(tmp_path, named, stored):
+    tiny_models.build(tmp_path, tokenizer=False, dtype="bfloat16", num_shards=2)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(config | named))
+    assert stored_dtype(tmp_path) == stored
+
+
+def test_without_weights_and_a_named_dtype_it_is_float32(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert stored_dtype(tmp_path) == "float32"
 
 
 def test_a_tied_model_has_no_head_and_may_store_an_equal_one(tmp_path):

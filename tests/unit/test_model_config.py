@@ -236,6 +236,29 @@ def test_a_missing_directory_or_file_is_refused(tmp_path):
         load_config(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("family", "rope", "length"),
+    [
+        ("llama", None, 512),
+        ("llama", {"rope_type": "linear", "factor": 2.5}, 1280),
+        ("qwen2", YARN | {"factor": 32.0}, 1024),
+        ("qwen2", YARN, 512),  # max_position_embeddings counts it already
+        ("llama", {"rope_type": "dynamic", "factor": 2.0}, 512),
+        ("llama", LLAMA3, 512),
+        ("gemma3", {"rope_type": "linear", "factor": 8.0}, 512),
+    ],
+)
+def test_a_stretched_rope_reaches_further(family, rope, length):
+    assert parse(family, rope_scaling=rope).max_length == length
+
+
+@pytest.mark.parametrize("eos", ["x", [1, "x"], -1, True, {"a": 1}])
+def test_a_generation_config_without_token_ids_for_the_end_is_refused(tmp_path, eos):
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id"):
+        load_generation_config(tmp_path)
+
+
 def test_the_generation_config_is_optional(tmp_path):
     assert load_generation_config(tmp_path) == {}
     tiny_models.build_tokenizer(tmp_path)

@@ -32,6 +32,7 @@ from tiny_adapters import (
 from jaxserve.adapters import dora, ia3, lora
 from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.weights import MEMBERS, LoraPair
+from jaxserve.config.schema import LoraOptions
 from jaxserve.errors import AdapterError
 from jaxserve.models.config import member_dims
 
@@ -60,6 +61,7 @@ CASES = {
     "exclude regex": {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*\.0\..*k_proj"},
     "one layer": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 1},
     "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": "layers"},
+    "no layers pattern": {"target_modules": ["q_proj"], "layers_to_transform": [0], "layers_pattern": ""},
     "a full name passes the layer filter": {
         "target_modules": ["q_proj", "model.layers.0.mlp.up_proj"],
         "layers_to_transform": [1],
@@ -272,6 +274,13 @@ def test_mixed_dtypes_are_kept_exactly_as_float32(tmp_path):
     assert np.array_equal(weights.pairs[0, "q_proj"].b, tensors[B0].astype(np.float32))
 
 
+def test_the_largest_rank_that_an_engine_takes_can_be_read(tmp_path):
+    largest = next(part.le for part in LoraOptions.model_fields["max_lora_rank"].metadata if hasattr(part, "le"))
+    path = write_adapter(tmp_path / "wide", r=largest)
+    assert load_peft(path, TINY, max_rank=largest).rank == largest
+    assert refusal(write_adapter(tmp_path / "wider", r=largest + 1)).field == "r"
+
+
 def test_members_are_the_models_linear_layers():
     assert set(MEMBERS) == set(member_dims(TINY))
 
@@ -437,7 +446,7 @@ def test_only_the_two_files_are_ever_opened_among_many(tmp_path):
 
 BAD_VALUES: dict[str, list[Any]] = {
     "peft_type": ["LOHA", "lora", None, 3, ["LORA"], "ADALORA", "PREFIX_TUNING", ""],
-    "r": [0, -8, "8", 2**31, 257, 1.0, True, None, [], 10**300],
+    "r": [0, -8, "8", 2**31, 513, 1.0, True, None, [], 10**300],
     "lora_alpha": [0, "8", None, True, 1e30, -1000000000.0, [8]],
     "target_modules": [
         [],
@@ -463,7 +472,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "rank_pattern": [
         {"q_proj": 0},
         {"q_proj": "4"},
-        {"q_proj": 300},
+        {"q_proj": 513},
         ["q_proj"],
         {"(": 4},
         {"(?=q)q_proj": 4},

@@ -62,11 +62,20 @@ def rows(segments):
         (request(prompt=0), {}, "at least 1 token"),
         (request(prompt=60, max_tokens=5), {}, "context length of 64"),
         (request(prompt=64, max_tokens=None), {}, "context length of 64"),
+        (request(prompt=60, max_tokens=None, min_tokens=5), {}, "min_tokens is 5.* context length of 64"),
         (request(prompt=40, max_tokens=20), {"pages": 8}, "15 KV pages for 60 tokens; the pool has 8"),
         (request(n=5), {}, "n is 5; it must be at most max_num_seqs 4"),
         (request(prompt=17), {"enable_chunked_prefill": False}, "fit one step of 16"),
     ],
-    ids=["empty", "too long", "no room for one output", "too many pages", "too many choices", "longer than a step"],
+    ids=[
+        "empty",
+        "too long",
+        "no room for one output",
+        "no room for min_tokens",
+        "too many pages",
+        "too many choices",
+        "longer than a step",
+    ],
 )
 def test_a_request_that_never_fits_is_refused_with_the_limit_named(refused, config, words):
     fake = engine(**config)

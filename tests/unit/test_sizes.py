@@ -41,6 +41,21 @@ def num_pages(**options):
     return sized(**options).num_pages
 
 
+def test_a_length_beyond_the_rope_is_refused_and_one_within_is_taken():
+    yarn = tiny_models.config_dict("llama", rope_scaling=tiny_models.YARN | {"factor": 32.0})
+    device = SimpleNamespace(platform="cpu")
+    mesh = SimpleNamespace(size=1, devices=SimpleNamespace(flat=[device]))
+
+    def length(**options):
+        options = {"enable_lora": False, "num_kv_pages": 64} | options
+        return core_config(EngineConfig(**options), ModelConfig.from_dict(yarn), {}, mesh).max_model_len
+
+    assert length() == 512
+    assert length(max_model_len=1024) == 1024
+    with pytest.raises(ConfigError, match="max_position_embeddings 512, with its rope scaling 1024"):
+        length(max_model_len=1025)
+
+
 def test_pages_take_what_weights_and_a_step_leave():
     each = page_bytes(MODEL, 16, 1, "bfloat16")
     assert num_pages(enable_lora=False, block_size=16) == (ROOM - (1 << 20)) // each

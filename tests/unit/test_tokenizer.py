@@ -118,6 +118,46 @@ def test_a_jinja_file_or_a_named_default_or_an_argument_gives_the_chat_template(
     assert load_tokenizer(directory).chat_template == "J"
 
 
+@pytest.mark.parametrize("named", [[{"name": "default", "template": "D"}], {"default": "D", "tool_use": "T"}, "D"])
+def test_a_processors_file_gives_the_chat_template_where_the_tokenizer_has_none(write, tmp_path, named):
+    directory = write()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": named}))
+    assert load_tokenizer(directory).chat_template == "D"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "own"}))
+    assert load_tokenizer(directory).chat_template == "own"
+
+
+def test_tokens_with_names_of_their_own_are_variables_of_the_template(write, tmp_path):
+    directory = write("{{ tool_token }}|{{ bos_token }}|{{ missing_token }}")
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"extra_special_tokens": {"tool_token": "<|tool|>"}, "added_tokens_decoder": {}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(directory), auto_tokenizer(directory)
+    assert (
+        ours.render_chat(CHAT)
+        == theirs.apply_chat_template(CHAT, tokenize=False)
+        == f"<|tool|>|{tiny_models.SPECIAL[0]}|"
+    )
+    assert ours.encode("a<|tool|>") == theirs("a<|tool|>").input_ids
+
+
+def test_older_files_beside_a_tokenizer_json_add_their_tokens(write, tmp_path):
+    directory = write()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"additional_special_tokens": ["<|b|>"]}))
+    size = load_tokenizer(directory).vocab_size
+    tokens = {"<|a|>": size - 1, "<|im_end|>": tiny_models.IM_END}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(tokens))
+    ours, theirs = load_tokenizer(directory), auto_tokenizer(directory)
+    for text in ("x<|a|>y<|b|>z", "<|im_end|>"):
+        ids = ours.encode(text)
+        assert ids == theirs(text).input_ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.vocab_size == size + 1 == len(theirs)
+
+
 @pytest.mark.parametrize("token", tiny_models.SPECIAL)
 @pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
 def test_a_control_token_in_content_stays_text(write, token, role):

@@ -29,6 +29,12 @@ def test_a_trace_is_read_by_column_name(tmp_path):
     assert read_trace(path) == [Row(0.0, 5, 3, "a"), Row(1.5, 6, 4, "b")]
 
 
+def test_a_trace_may_come_from_a_spreadsheet_or_from_a_hand_that_puts_spaces(tmp_path):
+    text = "\ufeffarrival_s, prompt_tokens, output_tokens\r\n0.5, 7, 3\r\n\r\n1, 2, 4\r\n"
+    (tmp_path / "trace.csv").write_bytes(text.encode())
+    assert read_trace(tmp_path / "trace.csv") == [Row(0.5, 7, 3, ""), Row(1.0, 2, 4, "")]
+
+
 def test_only_the_first_rows_are_read(tmp_path):
     assert len(read_trace(trace(tmp_path, HEADER + "0,1,1\n1,1,1\nbroken\n"), limit=2)) == 2
 
