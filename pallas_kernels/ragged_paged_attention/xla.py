@@ -20,7 +20,7 @@ from pallas_kernels.numerics import row_sum, wide_dtype
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
-TILE_ROWS = 64  # rows of row blocks that share a loop on CPU, so that few rows wait for keys that only others see
+TILE_ROWS = 32  # rows of row blocks that share a loop on CPU: few wait for keys that only others see
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
@@ -34,32 +34,53 @@ def ragged_paged_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> tuple[Float[Array, "T H C"], Float[Array, "T H"]]:
-    settings = {"scale": scale, "softcap": softcap, "window": window}
+    attend = partial(_attend_blocks, k_PKGC=k_PKGC, v_PKGC=v_PKGC, scale=scale, softcap=softcap, window=window)
+
+    def all_at_once(q_NQHC, position_NQ, sequence_N):
+        pages_NM = layout.page_table_BM.at[sequence_N].get(mode="clip")
+        return attend(q_NQHC, position_NQ=position_NQ, pages_NM=pages_NM)
+
     parts = []
     for rows, block in ((slice(0, layout.chunk_rows), layout.row_block), (slice(layout.chunk_rows, None), 1)):
         q_NQHC = q_THC[rows].reshape(-1, block, *q_THC.shape[1:])
         if q_NQHC.shape[0]:
             position_NQ = layout.position_T[rows].reshape(-1, block)
-            pages_NM = layout.page_table_BM.at[layout.sequence_T[rows].reshape(-1, block)[:, 0]].get(mode="clip")
-            arrays = q_NQHC, k_PKGC, v_PKGC, position_NQ, pages_NM
-            attend = partial(_attend_blocks, **settings)
-            parts.append(lax.platform_dependent(*arrays, cpu=partial(_attend_tiles, attend), default=attend))
+            arrays = q_NQHC, position_NQ, layout.sequence_T[rows].reshape(-1, block)[:, 0]
+            tiles = all_at_once if block == 1 else partial(_tile_by_tile, all_at_once)
+            parts.append(lax.platform_dependent(*arrays, cpu=tiles, default=all_at_once))
     out_THC, lse_TH = (jnp.concatenate([p[i] for p in parts]) if len(parts) > 1 else parts[0][i] for i in (0, 1))
     return out_THC, lse_TH
 
 
-def _attend_tiles(attend, q_NQHC, k_PKGC, v_PKGC, position_NQ, pages_NM):
-    """A few blocks at a time: each tile's loop ends at its own last key."""
+def _tile_by_tile(attend, q_NQHC, position_NQ, sequence_N):
+    """A tile at a time, and in it a sequence at a time, as one block: its loop ends at the sequence's own last key, and
+    all its rows share the keys that are gathered."""
     tile = tile_blocks(*q_NQHC.shape[:2])
 
     def one(arrays):
-        q_nQHC, position_nQ, pages_nM = arrays
-        return attend(q_nQHC, k_PKGC, v_PKGC, position_nQ, pages_nM)
+        q_nQHC, position_nQ, sequence_n, run_n = arrays
+        n, Q, H, C = q_nQHC.shape
 
-    if tile == q_NQHC.shape[0]:
-        return one((q_NQHC, position_NQ, pages_NM))
-    parts = lax.map(one, tuple(x.reshape(-1, tile, *x.shape[1:]) for x in (q_NQHC, position_NQ, pages_NM)))
+        def one_run(index, found):
+            mine_n = run_n == index
+            mine_T = jnp.repeat(mine_n, Q)
+            position_T = jnp.where(mine_T, position_nQ.reshape(-1), -1)
+            sequence = lax.dynamic_slice_in_dim(sequence_n, jnp.argmax(mine_n), 1)
+            out_THC, lse_TH = attend(q_nQHC.reshape(1, n * Q, H, C), position_T[None], sequence)
+            return jnp.where(mine_T[:, None, None], out_THC, found[0]), jnp.where(mine_T[:, None], lse_TH, found[1])
+
+        nothing = jnp.zeros((n * Q, H, C), q_nQHC.dtype), jnp.zeros((n * Q, H), wide_dtype(q_nQHC.dtype))
+        return lax.fori_loop(0, run_n[-1] + 1, one_run, nothing)
+
+    tiles = tuple(x.reshape(-1, tile, *x.shape[1:]) for x in (q_NQHC, position_NQ, sequence_N))
+    parts = lax.map(one, (*tiles, runs(tiles[-1])))
     return tuple(x.reshape(-1, *x.shape[2:]) for x in parts)
+
+
+def runs(sequence_Nn: Int[Array, "N n"]) -> Int[Array, "N n"]:
+    """Numbers the runs of blocks of one sequence in each tile, from 0."""
+    changes = (sequence_Nn[:, 1:] != sequence_Nn[:, :-1]).astype(jnp.int32)
+    return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
 def tile_blocks(num_blocks: int, block_rows: int) -> int:
@@ -70,11 +91,11 @@ def tile_blocks(num_blocks: int, block_rows: int) -> int:
 
 def _attend_blocks(
     q_NQHC: Float[Array, "N Q H C"],
+    *,
     k_PKGC: Float[Array, "P K G C"],
     v_PKGC: Float[Array, "P K G C"],
     position_NQ: Int[Array, "N Q"],
     pages_NM: Int[Array, "N M"],
-    *,
     scale: float,
     softcap: float | None,
     window: int | None,

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.numerics import row_sum
 from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
-from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages, tile_blocks
+from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages, runs, tile_blocks
 
 
 def ragged_paged_attention_backward(
@@ -58,16 +58,16 @@ def ragged_paged_attention_backward(
     settings = {"scale": scale, "softcap": softcap, "windowed": window is not None}
     arrays = _Blocks(q_NKRC, d_out_NKRC, lse_NKR, delta_NKR, position_NR, low_NR, pages_NM, acc_NM)
     d_q_NKRC, accumulators = lax.platform_dependent(
-        arrays, k_PKGC, v_PKGC, accumulators,
+        arrays, sequence_N, k_PKGC, v_PKGC, accumulators,
         cpu=partial(_tile_by_tile, tile=tile_blocks(N, Q), span=span, **settings),
-        default=partial(_all_blocks, span=span, **settings),
+        default=lambda arrays, _, *rest: _all_blocks(arrays, *rest, span=span, **settings),
     )  # fmt: skip
     d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
     return d_q_WHC.astype(q_WHC.dtype), accumulators
 
 
 class _Blocks(NamedTuple):
-    """What is known of each block."""
+    """What is known of each block; each may be several parts of as many rows, whose sums of dK and dV stay apart."""
 
     q_NKRC: jax.Array
     d_out_NKRC: jax.Array
@@ -78,24 +78,55 @@ class _Blocks(NamedTuple):
     pages_NM: jax.Array
     acc_NM: jax.Array
 
+    def together(self, mine_N: jax.Array) -> "_Blocks":
+        """These blocks, all of one sequence, as one; the other ones are padding in it, with zeros: theirs may not be
+        finite."""
+        first = jnp.argmax(mine_N)
+
+        def rows(x_NKRX: jax.Array) -> jax.Array:
+            mine = jnp.where(mine_N.reshape(-1, *(1,) * (x_NKRX.ndim - 1)), x_NKRX, 0)
+            return jnp.moveaxis(mine, 0, 1).reshape(1, x_NKRX.shape[1], -1, *x_NKRX.shape[3:])
+
+        return _Blocks(
+            *map(rows, (self.q_NKRC, self.d_out_NKRC, self.lse_NKR, self.delta_NKR)),
+            position_NR=jnp.where(mine_N[:, None], self.position_NR, -1).reshape(1, -1),
+            low_NR=self.low_NR.reshape(1, -1),
+            pages_NM=lax.dynamic_slice_in_dim(self.pages_NM, first, 1),
+            acc_NM=lax.dynamic_slice_in_dim(self.acc_NM, first, 1),
+        )
+
 
 def _tile_by_tile(
-    arrays: _Blocks, k_PKGC, v_PKGC, accumulators: Accumulators, *, tile: int, **settings: Any
+    arrays: _Blocks, sequence_N, k_PKGC, v_PKGC, accumulators: Accumulators, *, tile: int, **settings: Any
 ) -> tuple[jax.Array, Accumulators]:
-    """A few blocks at a time: each tile's loop ends at its own last key."""
+    """A tile at a time, and in it a sequence at a time, as one block; as the forward does. Each block's part of
+    dK and dV is added for itself, in the blocks' order: no bit depends on which blocks share a tile."""
     tiles = jax.tree.map(lambda x: x.reshape(-1, tile, *x.shape[1:]), arrays)
 
     def one(accumulators, arrays):
-        d_q_nKRC, accumulators = _all_blocks(arrays, k_PKGC, v_PKGC, accumulators, **settings)
+        blocks, run_n = arrays
+        n, K, R, C = blocks.q_NKRC.shape
+
+        def one_run(index, carry):
+            d_q_nKRC, accumulators = carry
+            mine_n = run_n == index
+            found, accumulators = _all_blocks(
+                blocks.together(mine_n), k_PKGC, v_PKGC, accumulators, parts=n, **settings
+            )
+            found_nKRC = jnp.moveaxis(found.reshape(K, n, R, C), 1, 0)
+            return jnp.where(mine_n[:, None, None, None], found_nKRC, d_q_nKRC), accumulators
+
+        start = jnp.zeros(blocks.q_NKRC.shape, accumulators[0].dtype), accumulators
+        d_q_nKRC, accumulators = lax.fori_loop(0, run_n[-1] + 1, one_run, start)
         return accumulators, d_q_nKRC
 
-    accumulators, d_q = lax.scan(one, accumulators, tiles)
+    accumulators, d_q = lax.scan(one, accumulators, (tiles, runs(sequence_N.reshape(-1, tile))))
     return d_q.reshape(-1, *d_q.shape[2:]), accumulators
 
 
 def _all_blocks(
     arrays: _Blocks, k_PKGC, v_PKGC, accumulators: Accumulators,
-    *, span: int, scale: float, softcap: float | None, windowed: bool,
+    *, parts: int = 1, span: int, scale: float, softcap: float | None, windowed: bool,
 ) -> tuple[jax.Array, Accumulators]:  # fmt: skip
     q_NKRC, d_out_NKRC, lse_NKR, delta_NKR, position_NR, low_NR, pages_NM, acc_NM = arrays
     wide, per_span = accumulators[0].dtype, span // k_PKGC.shape[2]
@@ -116,9 +147,9 @@ def _all_blocks(
             d_score_NKRS = d_score_NKRS * (1 - (capped_NKRS / softcap) ** 2)
         d_score_NKRS = (d_score_NKRS * scale).astype(q_NKRC.dtype)
         d_q_NKRC = d_q_NKRC + _dot(d_score_NKRS, k_NKSC, 3, 2, wide)
-        d_k_NKSC = _dot(d_score_NKRS, q_NKRC, 2, 2, wide)
-        d_v_NKSC = _dot(weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC, 2, 2, wide)
-        return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKSC)
+        d_k_NKBSC = _dot_parts(d_score_NKRS, q_NKRC, parts, wide)
+        d_v_NKBSC = _dot_parts(weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC, parts, wide)
+        return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKBSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKBSC)
 
     spans = jnp.max(position_NR) // span + 1
     first = jnp.min(jnp.where(position_NR >= 0, low_NR, jnp.iinfo(jnp.int32).max)) // span if windowed else 0
@@ -131,13 +162,28 @@ def _padded(table_NM: Int[Array, "N M"], multiple: int, value: int) -> Int[Array
     return jnp.pad(table_NM, ((0, 0), (0, -table_NM.shape[1] % multiple)), constant_values=value)
 
 
-def _scatter(pool_AKGC: jax.Array, ids_NJ: Int[Array, "N J"], new_NKSC: jax.Array) -> jax.Array:
-    """Adds each block's span to its pages; blocks of one sequence meet in the same pages, in block order."""
-    N, K, S, C = new_NKSC.shape
+def _scatter(pool_AKGC: jax.Array, ids_NJ: Int[Array, "N J"], new_NKBSC: jax.Array) -> jax.Array:
+    """Adds each block's span to its pages; blocks of one sequence, and the parts of a block, meet in the same pages,
+    in their order."""
+    N, K, parts, S, C = new_NKBSC.shape
     J = ids_NJ.shape[1]
-    new_NJKGC = new_NKSC.reshape(N, K, J, S // J, C).transpose(0, 2, 1, 3, 4)
-    return pool_AKGC.at[ids_NJ].add(new_NJKGC, mode="drop")
+    new_BNJKGC = new_NKBSC.reshape(N, K, parts, J, S // J, C).transpose(2, 0, 3, 1, 4, 5)
+    if N > 1:
+        assert parts == 1, f"{N} blocks of {parts} parts: the order of their sums is not told"
+        return pool_AKGC.at[ids_NJ].add(new_BNJKGC[0], mode="drop")
+    pages_JKGC = pool_AKGC.at[ids_NJ[0]].get(mode="fill", fill_value=0)
+    for part in range(parts):
+        pages_JKGC += new_BNJKGC[part, 0]
+    return pool_AKGC.at[ids_NJ[0]].set(pages_JKGC, mode="drop")
+
+
+def _dot_parts(x_NKRS: jax.Array, y_NKRC: jax.Array, parts: int, wide: jnp.dtype) -> Float[Array, "N K B S C"]:
+    """Products over the rows of each part."""
+    x_NKBRS, y_NKBRC = (x.reshape(*x.shape[:2], parts, -1, x.shape[3]) for x in (x_NKRS, y_NKRC))
+    return _dot(x_NKBRS, y_NKBRC, 3, 3, wide)
 
 
 def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int, wide: jnp.dtype) -> jax.Array:
-    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), ((0, 1), (0, 1))), preferred_element_type=wide)
+    """A product over one of the last two axes; those before are the same in both."""
+    batch = tuple(range(x.ndim - 2))
+    return lax.dot_general(x, y, (((x_axis,), (y_axis,)), (batch, batch)), preferred_element_type=wide)
