@@ -210,7 +210,7 @@ def mix_of(plan: Any) -> Mix:
     """What a StepPlan's rows are for."""
     grads, forwards = plan.finetune or ((), ())
     return Mix(
-        decode=len(plan.decodes),
+        decode=len(plan.decoding),
         prefill=sum([chunk.length for chunk in plan.chunks]),
         forward=sum([window.length for window in forwards]),
         backward=sum([window.length for window in grads]),

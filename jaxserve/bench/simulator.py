@@ -119,11 +119,10 @@ class RooflineDevice:
             blocks.append(_Padding(idle_block))
         if idle_grad > 0:
             trained.append(_Padding(idle_grad))
-        requests = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)} - {None}
+        requests = {seq.request.adapter for seq in (*[chunk.seq for chunk in plan.chunks], *plan.decoding)} - {None}
         lanes = {window.seq.lane.index for window in (*grads, *forwards)}
-        decodes = [segment.start for segment in plan.decodes]
         return roofline.StepLoad(
-            decodes=decodes + [0] * (bucket.decode_rows - len(decodes)),
+            decodes=[*plan.positions, *[0] * (bucket.decode_rows - len(plan.positions))],
             chunks=blocks,
             grads=trained,
             stashed_rows=sum(window.length for window in forwards if window.seq.stash_blocks),
@@ -331,7 +330,7 @@ class Simulator:
         if planned is not None:
             start = max(self.now, self._free_at)
             self._free_at = start + self.device.seconds(planned)
-            tokens = self.model.run(planned.plan) if self.model else [0] * len(planned.plan.samples)
+            tokens = self.model.run(planned.plan) if self.model else [0] * planned.plan.num_samples
             self._flying.append(_Flying(planned, tokens, self.now, start, self._free_at))
             if self.training is not None:
                 self.training.after_dispatch()

@@ -6,7 +6,6 @@ simulator's are both built around it.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -26,7 +25,7 @@ NUM_KEPT = 4096  # choices of buckets that are remembered
 STEP_ROWS = 128  # a step takes about as long as so many rows more: weights are read, kernels started
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
-NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
+NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), chunk_rows=0)
 
 
 class Finetuning(Protocol):
@@ -175,7 +174,7 @@ class Planner:
 
     def _alone(self, plan: StepPlan) -> Planned:
         """A step of requests."""
-        bucket = self._fit(plan.chunk_rows, len(plan.decodes))
+        bucket = self._fit(plan.chunk_rows, len(plan.decoding))
         load = request_load(plan, bucket, self.needs_extras is not None and self.needs_extras(plan))
         return Planned(plan, load, self.times.predict(load))
 
@@ -187,8 +186,7 @@ class Planner:
             return self.budget.arrival_limit
         if self.scheduler.backlog and self.budget.has_promises:
             return 0.0  # prompts are waiting: the sooner this step is over, the better
-        decoding = [segment.seq for segment in alone.plan.decodes]
-        slack = self.budget.slack(decoding, start, alone.seconds, planned=1)
+        slack = self.budget.slack(alone.plan.decoding, start, alone.seconds, planned=1)
         return min(slack, self.budget.arrival_limit) / (1 + self.times.uncertainty)
 
     def _with_windows(self, queue: FinetuneQueue, alone: Planned | None, allowed: float) -> Planned | None:
@@ -251,7 +249,7 @@ class Planner:
         rows = base.plan.chunk_rows
         buckets = [
             bucket
-            for bucket in self._holding(rows, len(base.plan.decodes))
+            for bucket in self._holding(rows, len(base.plan.decoding))
             if bucket.grad_rows or (bucket.chunk_rows != rows and (bucket.finetunes or not dropout))
         ]
         found = []
@@ -281,13 +279,13 @@ class Planner:
         if best is None:
             return None
         windows, load, seconds = best
-        return Planned(replace(base.plan, finetune=windows), load, seconds)
+        return Planned(base.plan.beside(windows), load, seconds)
 
     def _load_with(self, base: Planned, windows: FinetunePlan, bucket: Bucket) -> StepLoad:
         """What the step holds with windows beside what is in it."""
         extended = base.load.extended
         if not extended and self.needs_extras is not None:
-            extended = self.needs_extras(replace(NOTHING, finetune=windows))
+            extended = self.needs_extras(NOTHING.beside(windows))
         return with_windows(base.load, windows, bucket, extended)
 
     def _tight(self, plan: StepPlan, windows: FinetunePlan, bucket: Bucket) -> Bucket:
@@ -296,7 +294,7 @@ class Planner:
         chunk_rows = plan.chunk_rows + total_rows(windows.forwards, self.row_block)
         if bucket.grad_rows and not bucket.stashed:
             grad_rows = max(grad_rows, 1)  # only these programs know dropout
-        return self._fit(chunk_rows, len(plan.decodes), grad_rows)
+        return self._fit(chunk_rows, len(plan.decoding), grad_rows)
 
 
 def _promise(candidate: tuple[float, float, Bucket]) -> float:
@@ -318,9 +316,8 @@ def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     """What a step of requests holds, as the model of step times sees it."""
     block_pairs = block_span = 0
-    keys = [start + 1 for _, start, _ in plan.decodes]
-    decode_keys, decode_span = sum(keys), max(keys, default=0)
-    adapter_rows = sum([seq.request.adapter is not None for seq, _, _ in plan.decodes])
+    decode_keys, decode_span = sum(plan.positions) + len(plan.positions), max(plan.positions, default=-1) + 1
+    adapter_rows = sum([seq.request.adapter is not None for seq in plan.decoding])
     for seq, start, length in plan.chunks:
         block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)

@@ -54,7 +54,7 @@ class LatencyBudget:
             tpot = seq.request.objective.tpot * (1 - MARGIN)
             if tpot == NEVER:
                 continue
-            known = seq.num_outputs + seq.num_pending - planned
+            known = seq.num_drawn - seq.prompt_len - planned
             first = seq.first_token_at if seq.first_token_at is not None else start
             slack = first + known * tpot - start
             if slack < tpot:

@@ -14,8 +14,7 @@ def request(outputs, first, tpot=0.05, left=100, prefilling=False, pending=0):
     return SimpleNamespace(
         prefilling=prefilling,
         request=SimpleNamespace(objective=Objective(tpot=tpot), arrival=0.0),
-        num_outputs=outputs,
-        num_pending=pending,
+        num_drawn=10 + outputs + pending,
         first_token_at=first,
         max_total=10 + outputs + left,
         prompt_len=10,
