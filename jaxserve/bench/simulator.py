@@ -96,9 +96,10 @@ class RooflineDevice:
         self.model, self.device, self.efficiency = model, device, efficiency
         self.rank, self.targets, self.host_seconds = rank, targets, host_seconds
         self._steps = roofline.Steps(model, tensor_parallel=tensor_parallel, remat=remat)
+        self._clock = roofline.StepClock(self._steps, device, efficiency)
 
     def seconds(self, planned: Planned) -> float:
-        return self.alone(self.parts(planned))
+        return self._clock.seconds(self.load(planned)) + self.host_seconds
 
     def alone(self, parts: Iterable[roofline.Work]) -> float:
         """Seconds of a step of these parts that has the device to itself."""

@@ -88,6 +88,7 @@ class StepTimes:
         self._theta[0] = 1.0
         prior = np.diag(np.array([0.1, 0.1, *[SPREAD] * len(self._units)]) ** 2)
         self._covariance, self._forgotten = prior, FORGETTING * prior
+        self._x, self._through, self._outer = np.empty(len(prior)), np.empty(len(prior)), np.empty_like(prior)
         self._set_weights()
 
     def calibrate(self, bucket: Bucket, extended: bool, seconds: float) -> None:
@@ -158,14 +159,15 @@ class StepTimes:
         """One step of recursive least squares (a Kalman filter whose state stands still), on relative errors."""
         scale = self._typical / seconds
         more = [amount / unit * scale for amount, unit in zip(load.weighed(), self._units, strict=True)]
-        x = np.array([base / seconds, base / seconds if load.bucket.grad_rows else 0.0, *more])
-        through = self._covariance @ x
+        x, through, outer, covariance = self._x, self._through, self._outer, self._covariance
+        x[:] = base / seconds, base / seconds if load.bucket.grad_rows else 0.0, *more
+        np.matmul(covariance, x, out=through)
         gain = through / (x @ through + NOISE**2)
-        self._theta = self._theta + gain * (1 - linear / seconds)
-        covariance = self._covariance - gain[:, None] * through
+        self._theta += gain * (1 - linear / seconds)
+        np.multiply(gain[:, None], through, out=outer)
+        covariance -= outer
         covariance *= 1 - FORGETTING
         covariance += self._forgotten
-        self._covariance = covariance
         self._set_weights()
 
     def _set_weights(self) -> None:
