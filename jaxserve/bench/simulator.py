@@ -274,7 +274,9 @@ class Simulator:
             self.planner.times.calibrate(bucket, False, self._calibrated(nothing))
         self.now = self._free_at = self._last_done = 0.0
         self._flying: deque[_Flying] = deque()
-        self._records: dict[Choice, RequestRecord] = {}
+        self._records: dict[Choice, RequestRecord] = {}  # of the living
+        self._decoding: tuple[Choice, ...] = ()  # in the step that was read last
+        self._decoding_times: list[list[float]] = []
         self.run = Simulated()
 
     def _calibrated(self, nothing: Planned) -> float:
@@ -296,6 +298,8 @@ class Simulator:
                     break
                 self.now = max(self.now, coming[0].arrival_s)
             self.look(self)
+        for seq, record in self._records.items():
+            record.token_ids = seq.output_ids
         self.run.duration = self.now
         self.run.preemptions = self.scheduler.counts().preemptions
         return self.run
@@ -357,13 +361,22 @@ class Simulator:
             tokens=done.tokens, finite=[True] * len(done.tokens), chunk_finite=[True] * len(plan.chunks)
         )
         now = self.now
-        for seq, token, finish_reason, _ in self.scheduler.commit(plan, result, now):
+        apart, outcomes = self.scheduler.read(plan, result, now)
+        for times in self._times_of(plan.decoding, apart):
+            times.append(now)
+        for seq, token, finish_reason, _ in outcomes:
             assert token is not None, "every number is finite"
-            record = self._records[seq]
-            record.token_times.append(now)
-            record.token_ids.append(token)
+            self._records[seq].token_times.append(now)
             if finish_reason is not None:
-                del self._records[seq]
+                self._records.pop(seq).token_ids = seq.output_ids
+
+    def _times_of(self, decoding: tuple[Choice, ...], apart: set[int]) -> list[list[float]]:
+        """The token times of these sequences, but for those of some rows."""
+        if apart:
+            return [self._records[seq].token_times for row, seq in enumerate(decoding) if row not in apart]
+        if decoding is not self._decoding:
+            self._decoding, self._decoding_times = decoding, [self._records[seq].token_times for seq in decoding]
+        return self._decoding_times
 
 
 def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: object) -> Job:

@@ -104,3 +104,10 @@ class Outcome(NamedTuple):
     token: int | None
     finish_reason: str | None
     sample: int | None
+
+
+class Read(NamedTuple):
+    """What came of a step. The sequences of decode rows that are not ``apart`` have one more token and go on."""
+
+    apart: set[int]  # decode rows whose sequence has ended with this step's token, or was over before
+    outcomes: list[Outcome]  # of all but the rows that go on

@@ -14,7 +14,7 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.kvcache.prefix import PrefixChain, PrefixKey
 from jaxserve.scheduler.limits import SchedulerConfig, check_request, max_total
-from jaxserve.scheduler.plan import Outcome, Sample, Segment, StepPlan, StepResult
+from jaxserve.scheduler.plan import Outcome, Read, Sample, Segment, StepPlan, StepResult
 from jaxserve.scheduler.policy import POLICIES, PROMPT_TOKEN, Policy
 from jaxserve.scheduler.request import Request, Sequence, State
 
@@ -193,25 +193,36 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[Outcome]:
         """Takes in the results, read at ``now``, of the oldest plan that has none yet; sequences that are over are
-        passed by."""
+        passed by. Returns what became of each sample, in order, after chunks that failed as such."""
+        read = self.read(plan, result, now)
+        rows = enumerate(zip(plan.decoding, result.tokens, strict=False))
+        outcomes = [Outcome(seq, token, None, row) for row, (seq, token) in rows if row not in read.apart]
+        return sorted([*read.outcomes, *outcomes], key=_sample) if read.outcomes else outcomes
+
+    def read(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> Read:
+        """The same, without an object for each decode row whose sequence goes on."""
         assert plan.index == self._num_committed, f"step {plan.index} is committed, {self._num_committed} is due"
         assert len(result.tokens) == len(result.finite) == plan.num_samples, f"{plan.num_samples} samples"
         assert len(result.chunk_finite) in (0, len(plan.chunks)), f"{len(plan.chunks)} chunks"
         self._num_committed += 1
-        outcomes = self._commit_chunks(plan, result)
-        outcomes += self._commit_decodes(plan, result)
-        for i, (seq, row, _) in enumerate(plan.chunk_samples, len(plan.decoding)):
-            if seq.state is State.FINISHED:
-                continue
-            if not result.finite[i] or (result.chunk_finite and not result.chunk_finite[row]):
-                outcomes.append(self._fail(seq, i))
-                continue
-            self._verify(seq, plan.chunks[row].end)
-            if seq.first_token_at is None:
-                seq.first_token_at = now
-            outcomes.append(self._accept(seq, result.tokens[i], i))
+        outcomes, apart = self._commit_chunks(plan, result), set()
+        all_finite = all(result.finite)
+        for row, (seq, token) in enumerate(zip(plan.decoding, result.tokens, strict=False)):
+            known = seq.tokens
+            if all_finite and len(known) < seq.quiet_until and token not in seq.stop_ids:
+                known.append(token)
+            else:
+                outcome = self._commit_row(seq, row, plan.positions[row] + 1, token, result.finite[row], now)
+                if outcome is None or outcome.finish_reason is not None:
+                    apart.add(row)
+                    outcomes += [] if outcome is None else [outcome]
+        for i, (seq, chunk, _) in enumerate(plan.chunk_samples, len(plan.decoding)):
+            finite = result.finite[i] and (not result.chunk_finite or result.chunk_finite[chunk])
+            outcome = self._commit_row(seq, i, plan.chunks[chunk].end, result.tokens[i], finite, now)
+            outcomes += [] if outcome is None else [outcome]
+        self.policy.charge_outputs(seq for row, seq in enumerate(plan.decoding) if row not in apart)
         self.policy.charge_outputs(outcome.seq for outcome in outcomes if outcome.token is not None)
-        return outcomes
+        return Read(apart, outcomes)
 
     def check(self) -> None:
         """Raises unless every page, slot and place in the queue is where it should be; for tests and debugging."""
@@ -422,23 +433,18 @@ class Scheduler:
                 outcomes += [self._fail(member, None) for member in seq.group]
         return outcomes
 
-    def _commit_decodes(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
-        outcomes: list[Outcome] = []
-        for i, (seq, position, token, finite) in enumerate(
-            zip(plan.decoding, plan.positions, result.tokens, result.finite, strict=False)
-        ):
-            known = seq.tokens
-            if finite and len(known) < seq.quiet_until and token not in seq.stop_ids:
-                known.append(token)
-                outcomes.append(Outcome(seq, token, None, i))
-            elif seq.state is State.FINISHED:
-                continue
-            elif finite:
-                self._verify(seq, position + 1)
-                outcomes.append(self._accept(seq, token, i))
-            else:
-                outcomes.append(self._fail(seq, i))
-        return outcomes
+    def _commit_row(
+        self, seq: Sequence, sample: int, end: int, token: int, finite: bool, now: float
+    ) -> Outcome | None:
+        """Takes in a token drawn behind the row before ``end``; None: the sequence was over before."""
+        if seq.state is State.FINISHED:
+            return None
+        if not finite:
+            return self._fail(seq, sample)
+        self._verify(seq, end)
+        if seq.first_token_at is None:
+            seq.first_token_at = now
+        return self._accept(seq, token, sample)
 
     def _verify(self, seq: Sequence, end: int) -> None:
         """Notes that keys and values up to ``end`` are finite, and indexes the pages that this fills."""
@@ -528,3 +534,7 @@ class Scheduler:
 
 def _rank(seq: Sequence) -> tuple:
     return seq.rank
+
+
+def _sample(outcome: Outcome) -> int:
+    return -1 if outcome.sample is None else outcome.sample
