@@ -9,6 +9,7 @@ it, so that a page or an adapter that is not a request's own shows in its tokens
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -114,24 +115,29 @@ class RooflineDevice:
         grads, forwards = plan.finetune or FinetunePlan()
         blocks = [roofline.Segment(length, start) for _, start, length in (*plan.chunks, *forwards)]
         trained = [roofline.Segment(length, start) for _, start, length in grads]
-        idle_block = bucket.chunk_rows - sum(segment.rows for segment in blocks)
-        idle_grad = bucket.grad_rows - sum(segment.rows for segment in trained)
+        idle_block = bucket.chunk_rows - sum([segment.rows for segment in blocks])
+        idle_grad = bucket.grad_rows - sum([segment.rows for segment in trained])
         if idle_block > 0:
             blocks.append(_Padding(idle_block))
         if idle_grad > 0:
             trained.append(_Padding(idle_grad))
-        requests = {seq.request.adapter for seq in (*[chunk.seq for chunk in plan.chunks], *plan.decoding)} - {None}
+        requests = _adapters(plan.decoding).union([chunk.seq.request.adapter for chunk in plan.chunks]) - {None}
         lanes = {window.seq.lane.index for window in (*grads, *forwards)}
         return roofline.StepLoad(
             decodes=[*plan.positions, *[0] * (bucket.decode_rows - len(plan.positions))],
             chunks=blocks,
             grads=trained,
-            stashed_rows=sum(window.length for window in forwards if window.seq.stash_blocks),
+            stashed_rows=sum([window.length for window in forwards if window.seq.stash_blocks]),
             adapters=[self.rank] * (len(requests) + len(lanes)),
             adapter_rows=planned.load.adapter_rows,
             grad_rank=self.rank,
             targets=self.targets,
         )
+
+
+@lru_cache(maxsize=1)  # most steps have the same decode rows as the one before
+def _adapters(decoding: tuple[Choice, ...]) -> frozenset[object]:
+    return frozenset([seq.request.adapter for seq in decoding])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,12 @@ class Bucket:
     grad_rows: int = 0
     stashed: bool = False  # gradient rows have been forward in an earlier step: what it left is in the stash
 
+    def __post_init__(self):
+        object.__setattr__(self, "_hash", hash((self.chunk_rows, self.decode_rows, self.grad_rows, self.stashed)))
+
+    def __hash__(self) -> int:  # buckets are looked up many times in a step
+        return self._hash  # pyright: ignore[reportAttributeAccessIssue]
+
     def __str__(self) -> str:
         return f"step {self.grad_rows}+{self.chunk_rows}+{self.decode_rows}"
 

@@ -17,7 +17,7 @@ from jaxserve.finetune.queue import FinetuneQueue
 from jaxserve.finetune.windows import FinetunePlan, WindowRows, total_rows
 from jaxserve.scheduler.plan import NO_REQUESTS, StepPlan
 from jaxserve.scheduler.policy import FORWARD_TOKEN, GRADIENT_TOKEN
-from jaxserve.scheduler.request import NEVER
+from jaxserve.scheduler.request import NEVER, Sequence
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.slo import LatencyBudget
 
@@ -317,12 +317,17 @@ def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     """What a step of requests holds, as the model of step times sees it."""
     block_pairs = block_span = 0
     decode_keys, decode_span = sum(plan.positions) + len(plan.positions), max(plan.positions, default=-1) + 1
-    adapter_rows = sum([seq.request.adapter is not None for seq in plan.decoding])
+    adapter_rows = _num_with_adapter(plan.decoding)
     for seq, start, length in plan.chunks:
         block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)
         adapter_rows += length if seq.request.adapter is not None else 0
     return StepLoad(bucket, extended, decode_keys, decode_span, block_pairs, block_span, adapter_rows=adapter_rows)
+
+
+@lru_cache(maxsize=1)  # most steps have the same decode rows as the one before
+def _num_with_adapter(decoding: tuple[Sequence, ...]) -> int:
+    return sum([seq.request.adapter is not None for seq in decoding])
 
 
 def with_windows(load: StepLoad, windows: FinetunePlan, bucket: Bucket, extended: bool) -> StepLoad:

@@ -101,7 +101,7 @@ class StepTimes:
         base = self.base.get((load.bucket, load.extended))
         if base is None:
             return float("inf")
-        return self.pace * self._linear(load, base)
+        return self.pace * self._in_bucket(load.bucket, base, self._slopes(load))
 
     def predict_each(self, load: StepLoad, buckets: Iterable[Bucket]) -> list[float]:
         """The same of the load in each of these buckets, with the plain program."""
@@ -111,24 +111,22 @@ class StepTimes:
             found.append(float("inf") if base is None else self.pace * self._in_bucket(bucket, base, slopes))
         return found
 
-    def _linear(self, load: StepLoad, base: float) -> float:
-        return self._in_bucket(load.bucket, base, self._slopes(load))
-
     def _slopes(self, load: StepLoad) -> tuple[float, float, float, float]:
         """Seconds that the load adds for every decode row, block row and gradient row of its bucket, and in any."""
-        decode, block, grad, keys, pairs, grad_pairs, adapter_rows, grad_rows = self._weights
+        _, _, decode_keys, decode_span, block_pairs, block_span, grad_pairs, grad_span, adapter_rows, grad_rows = load
+        decode, block, grad, keys, pairs, more_pairs, with_adapter, trained = self._weights
         typical = self._typical
         anywhere = (
-            load.decode_keys * keys
-            + load.block_pairs * pairs
-            + load.grad_pairs * grad_pairs
-            + load.adapter_rows * adapter_rows
-            + load.grad_rows * grad_rows
+            decode_keys * keys
+            + block_pairs * pairs
+            + grad_pairs * more_pairs
+            + adapter_rows * with_adapter
+            + grad_rows * trained
         )
         return (
-            load.decode_span * decode * typical,
-            load.block_span * block * typical,
-            load.grad_span * grad * typical,
+            decode_span * decode * typical,
+            block_span * block * typical,
+            grad_span * grad * typical,
             anywhere * typical,
         )
 
@@ -141,17 +139,18 @@ class StepTimes:
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learns from a step that was measured."""
-        base = self.base.get((load.bucket, load.extended))
+        key = load.bucket, load.extended
+        base = self.base.get(key)
         if base is None:
             self.calibrate(load.bucket, load.extended, seconds)
             return
-        linear = self._linear(load, base)
+        linear = self._in_bucket(load.bucket, base, self._slopes(load))
         error = self.pace * linear / seconds - 1
         self.errors.append(error)
         self.uncertainty += PACE_SHARE / 2 * (min(abs(error), 1.0) - self.uncertainty)
         seconds = min(max(seconds, linear * self.pace / OUTLIER), linear * self.pace * OUTLIER)
         self._learn(load, base, linear, seconds / self.pace)
-        self.base[load.bucket, load.extended] = base * (1 + BASE_SHARE * (seconds / (self.pace * linear) - 1))
+        self.base[key] = base * (1 + BASE_SHARE * (seconds / (self.pace * linear) - 1))
         low, high = PACE_LIMITS
         self.pace = min(max(self.pace + PACE_SHARE * (seconds / linear - self.pace), low), high)
 

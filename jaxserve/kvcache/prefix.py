@@ -6,6 +6,7 @@ Shapes: G tokens per page.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 
 
@@ -26,7 +27,7 @@ class PrefixKey:
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full page: its tokens (int32) after everything that ``parent`` stands for."""
-    return _digest(parent, struct.pack(f"<{len(tokens)}i", *tokens))
+    return _digest(parent, _packing(len(tokens)).pack(*tokens))
 
 
 class PrefixChain:
@@ -82,9 +83,17 @@ class PrefixIndex:
             del self._page_of[digest]
 
 
+_LENGTH = struct.Struct("<Q")
+
+
+@lru_cache
+def _packing(num_tokens: int) -> struct.Struct:
+    return struct.Struct(f"<{num_tokens}i")
+
+
 def _digest(*parts: bytes) -> bytes:
     """Length-prefixed, so that no two different lists of parts are ever hashed as the same bytes."""
-    return sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
+    return sha256(b"".join([piece for part in parts for piece in (_LENGTH.pack(len(part)), part)])).digest()
 
 
 def _utf8(text: str) -> bytes:

@@ -35,7 +35,7 @@ class Sample(NamedTuple):
 NO_REQUESTS = -1
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class StepPlan:
     """Valid until the scheduler is called again: pages and slots are read from the sequences, so pack it at once.
 
@@ -88,8 +88,7 @@ class StepPlan:
         )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StepResult:
+class StepResult(NamedTuple):
     """What commit() needs from a step; the engine keeps logprobs and the like under the same sample indices."""
 
     tokens: Values[int]  # one per sample
