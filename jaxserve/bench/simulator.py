@@ -226,7 +226,7 @@ class VirtualTraining:
             job.batch = None
             self.steps_done[job.adapter] = self.steps_done.get(job.adapter, 0) + 1
             for seq in batch.sequences:
-                self.queue.owner.pop(id(seq), None)
+                self.queue.owner.pop(seq, None)
 
 
 class _Resident:

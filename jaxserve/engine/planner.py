@@ -77,7 +77,8 @@ class Planner:
         self.buckets = buckets
         known = {bucket: bucket for bucket in buckets}  # the very objects: looking one up compares nothing
         self._fit = lru_cache(NUM_KEPT)(lambda *rows: known[buckets.fit(*rows)])
-        self._holding = lru_cache(NUM_KEPT)(lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)])
+        self._holding = lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)]
+        self._spare = lru_cache(NUM_KEPT)(self._with_room)
         self.times.resize(buckets, self.max_keys)
         self.gradient_token = GRADIENT_TOKEN - FORWARD_TOKEN if buckets.stashed else GRADIENT_TOKEN
         self.row_block = self.scheduler.config.row_block
@@ -143,8 +144,9 @@ class Planner:
         decoding = [seq for seq in scheduler.running if seq.num_computed >= seq.prefill_end]
         if not decoding:
             return None
-        keys = [seq.num_computed + 1 for seq in decoding]
-        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=sum(keys), decode_span=max(keys))
+        positions = [seq.num_computed for seq in decoding]
+        keys, span = sum(positions) + len(positions), max(positions) + 1
+        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=keys, decode_span=span)
         shortest = self.times.predict(alone)
         allowed = self.budget.slack(decoding, start, shortest) / (1 + self.times.uncertainty)
         rows, seconds = self._longest_chunk(alone, allowed)
@@ -155,11 +157,11 @@ class Planner:
     def _longest_chunk(self, alone: StepLoad, allowed: float) -> tuple[int, float]:
         """Rows and seconds of the largest chunk that a step of so long has room for; of the smallest, if of none."""
         done = max([seq.num_computed for seq in self.scheduler.running if seq.prefilling], default=0)
-        best = None
+        best, keys, span = None, alone.decode_keys, alone.decode_span
         for rows in self.buckets.chunk_rows:
             bucket = self._fit(rows, alone.bucket.decode_rows)
-            load = alone._replace(bucket=bucket, block_span=done + rows, block_pairs=(done + rows // 2) * rows)
-            seconds = self.times.predict(load)
+            pairs = (done + rows // 2) * rows
+            seconds = self.times.predict(StepLoad(bucket, False, keys, span, pairs, done + rows))
             if best is None or seconds <= allowed:
                 best = rows, seconds
             if seconds > allowed:
@@ -217,7 +219,7 @@ class Planner:
     def _charge(self, queue: FinetuneQueue, windows: FinetunePlan) -> None:
         for kind, cost in ((windows.grads, self.gradient_token), (windows.forwards, FORWARD_TOKEN)):
             for window in kind:
-                job, _ = queue.owner[id(window.seq)]
+                job, _ = queue.owner[window.seq]
                 self.scheduler.policy.charge(job.tenant, cost * window.length)
 
     def _best(self, queue: FinetuneQueue, base: Planned, allowed: float) -> Planned | None:
@@ -246,13 +248,8 @@ class Planner:
         """(worth at most, seconds at least, bucket) of every bucket with room to spare for windows and,
         judging by its requests alone, short enough; the most promising first."""
         backward, forward, dropout = queue.left()
-        rows = base.plan.chunk_rows
-        buckets = [
-            bucket
-            for bucket in self._holding(rows, len(base.plan.decoding))
-            if bucket.grad_rows or (bucket.chunk_rows != rows and (bucket.finetunes or not dropout))
-        ]
-        found = []
+        rows, found = base.plan.chunk_rows, []
+        buckets = self._spare(rows, len(base.plan.decoding), dropout)
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
                 work = self.gradient_token * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
@@ -260,6 +257,14 @@ class Planner:
                 )
                 found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
         return sorted(found, key=_promise, reverse=True)
+
+    def _with_room(self, chunk_rows: int, decode_rows: int, dropout: bool) -> list[Bucket]:
+        """Buckets that hold these rows of requests and have room for windows, of sequences with dropout if so."""
+        return [
+            bucket
+            for bucket in self._holding(chunk_rows, decode_rows)
+            if bucket.grad_rows or (bucket.chunk_rows != chunk_rows and (bucket.finetunes or not dropout))
+        ]
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
         best, most = None, 0.0

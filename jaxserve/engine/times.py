@@ -105,10 +105,10 @@ class StepTimes:
 
     def predict_each(self, load: StepLoad, buckets: Iterable[Bucket]) -> list[float]:
         """The same of the load in each of these buckets, with the plain program."""
-        slopes, found = self._slopes(load), []
+        slopes, bases, pace, found = self._slopes(load), self.base, self.pace, []
         for bucket in buckets:
-            base = self.base.get((bucket, False))
-            found.append(float("inf") if base is None else self.pace * self._in_bucket(bucket, base, slopes))
+            base = bases.get((bucket, False))
+            found.append(float("inf") if base is None else pace * self._in_bucket(bucket, base, slopes))
         return found
 
     def _slopes(self, load: StepLoad) -> tuple[float, float, float, float]:
@@ -160,10 +160,10 @@ class StepTimes:
         more = [amount / unit * scale for amount, unit in zip(load.weighed(), self._units, strict=True)]
         x, through, outer, covariance = self._x, self._through, self._outer, self._covariance
         x[:] = base / seconds, base / seconds if load.bucket.grad_rows else 0.0, *more
-        np.matmul(covariance, x, out=through)
-        gain = through / (x @ through + NOISE**2)
+        covariance.dot(x, through)
+        gain = through / (x.dot(through) + NOISE**2)
         self._theta += gain * (1 - linear / seconds)
-        np.multiply(gain[:, None], through, out=outer)
+        gain[:, None].dot(through[None], outer)
         covariance -= outer
         covariance *= 1 - FORGETTING
         covariance += self._forgotten

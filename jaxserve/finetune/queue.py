@@ -48,7 +48,7 @@ class FinetuneQueue:
         self.stashed = stash_blocks > 0
         self.running: list[Running] = []
         self.active: list[TrainSequence] = []
-        self.owner: dict[int, tuple[Job, Batch]] = {}  # by id of an active sequence
+        self.owner: dict[TrainSequence, tuple[Job, Batch]] = {}  # of the active sequences
         self.num_finished = 0  # sequences that were planned to their end
 
     @property
@@ -61,11 +61,12 @@ class FinetuneQueue:
         trained with dropout."""
         backward = forward = 0
         dropout = False
+        block = self.row_block
         for seq in self.active:
             if not seq.forward_only:
-                backward += rounded(min(seq.remaining, seq.window), self.row_block)
-            if not seq.backward_begun:
-                forward += rounded(seq.num_rows - seq.forwarded, self.row_block)
+                backward += rounded(min(seq.remaining, seq.window), block)
+            if not seq.backward_begun and seq.forwarded < seq.num_rows:
+                forward += rounded(seq.num_rows - seq.forwarded, block)
             if seq.dropout:
                 dropout = True
         return backward, forward, dropout
@@ -82,12 +83,10 @@ class FinetuneQueue:
         """
         if self.stashed:
             all_forward = self._forward(chunk_rows, usual, set(), plain)
-            ends = {
-                id(window.seq): window.end for window in all_forward
-            }  # a step's backward follows all of its forward
+            ends = {window.seq: window.end for window in all_forward}  # a step's backward follows all of its forward
 
             def of_forwarded(seq: TrainSequence, room: int) -> WindowRows | None:
-                return seq.backward_window(room) if ends.get(id(seq), seq.forwarded) == seq.num_rows else None
+                return seq.backward_window(room) if ends.get(seq, seq.forwarded) == seq.num_rows else None
 
             return FinetunePlan(self._backward(grad_rows, of_forwarded), all_forward)
         ahead: list[WindowRows] = []  # what must go forward beside a backward that begins
@@ -105,17 +104,17 @@ class FinetuneQueue:
             return window
 
         grads = self._backward(grad_rows, with_rows_ahead)
-        taken = {id(window.seq) for window in grads}
+        taken = {window.seq for window in grads}
         left = chunk_rows - total_rows(ahead, self.row_block)
         return FinetunePlan(grads, (*ahead, *self._forward(left, usual, taken, plain)))
 
-    def _forward(self, chunk_rows: int, usual: int, taken: set[int], plain: bool) -> tuple[WindowRows, ...]:
-        """Windows of phase F; ``taken``: by id, sequences that are in the step already."""
+    def _forward(self, chunk_rows: int, usual: int, taken: set[TrainSequence], plain: bool) -> tuple[WindowRows, ...]:
+        """Windows of phase F; ``taken``: sequences that are in the step already."""
         forwards = []
         for seq in self.active:
             if chunk_rows < self.row_block:
                 break
-            if seq.backward_begun or id(seq) in taken or (plain and seq.dropout):
+            if seq.backward_begun or seq in taken or (plain and seq.dropout):
                 continue
             window = seq.forward_window(chunk_rows, usual)
             if window is not None:
@@ -173,7 +172,7 @@ class FinetuneQueue:
         batch.waiting.pop(0)
         batch.sequences.append(seq)
         self.active.append(seq)
-        self.owner[id(seq)] = (job, batch)
+        self.owner[seq] = (job, batch)
         return True
 
     def _sequence(self, example: Example, batch: Batch, running: Running, reserve: int) -> TrainSequence | None:
@@ -216,7 +215,7 @@ class FinetuneQueue:
         for seq in [seq for seq in self.active if seq.done]:
             self._free(seq)
             self.num_finished += 1
-        for seq in self.active:
+        for seq in [seq for seq in self.active if seq.backward_begun]:
             needed = self.pool.pages_for(seq.remaining)
             if needed < len(seq.pages):
                 self.pool.free(seq.pages[needed:])
@@ -238,7 +237,7 @@ class FinetuneQueue:
 
     def drop(self, job: Job) -> None:
         """Forgets a job's sequences, wherever they are; its accumulators are set back to zero."""
-        for seq in [seq for seq in self.active if self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in self.active if self.owner[seq][0] is job]:
             self._clear(seq.acc_pages)
             self._free(seq)
         self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
@@ -263,12 +262,12 @@ class FinetuneQueue:
         """Takes back what the job has begun, but for sequences whose backward has; nothing new begins."""
         for running in self.running:
             running.held |= running.job is job
-        for seq in [seq for seq in reversed(self.active) if not seq.backward_begun and self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in reversed(self.active) if not seq.backward_begun and self.owner[seq][0] is job]:
             self._take_back(seq)
 
     def take_back_all(self, job: Job) -> None:
         """Takes back everything, after the device has lost it."""
-        for seq in [seq for seq in self.active if self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in self.active if self.owner[seq][0] is job]:
             self._free(seq)
         self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
 
@@ -279,10 +278,10 @@ class FinetuneQueue:
 
     def is_idle(self, job: Job) -> bool:
         """No sequence of the job is under way."""
-        return not any(self.owner[id(seq)][0] is job for seq in self.active)
+        return not any(self.owner[seq][0] is job for seq in self.active)
 
     def _take_back(self, seq: TrainSequence) -> None:
-        _, batch = self.owner.pop(id(seq))
+        _, batch = self.owner.pop(seq)
         batch.sequences.remove(seq)
         batch.waiting.insert(0, next(e for e in batch.examples if e.token_ids is seq.token_ids))
         self._free(seq)
