@@ -9,7 +9,7 @@ kernel for another number of rows, and with it other last bits.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 MIN_ROWS = 8
 
@@ -97,7 +97,7 @@ class Buckets:
         return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else (), stashed and grads > 0)
 
     def _bucket(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
-        return Bucket(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
+        return _one(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
 
     @property
     def beside_chunks(self) -> tuple[int, ...]:
@@ -143,6 +143,9 @@ class Buckets:
         if chunk_rows == 0:
             return self._bucket(0, _least(self.decode_rows, decode_rows))
         return self._bucket(_least(self.chunk_rows, chunk_rows), _least(self.beside_chunks, decode_rows))
+
+
+_one = lru_cache(maxsize=None)(Bucket)  # equal buckets are the same object: looking one up compares nothing
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int:

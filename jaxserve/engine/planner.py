@@ -75,9 +75,7 @@ class Planner:
 
     def set_buckets(self, buckets: Buckets) -> None:
         self.buckets = buckets
-        known = {bucket: bucket for bucket in buckets}  # the very objects: looking one up compares nothing
-        self._fit = lru_cache(NUM_KEPT)(lambda *rows: known[buckets.fit(*rows)])
-        self._holding = lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)]
+        self._fit = lru_cache(NUM_KEPT)(buckets.fit)
         self._spare = lru_cache(NUM_KEPT)(self._with_room)
         self.times.resize(buckets, self.max_keys)
         self.gradient_token = GRADIENT_TOKEN - FORWARD_TOKEN if buckets.stashed else GRADIENT_TOKEN
@@ -262,7 +260,7 @@ class Planner:
         """Buckets that hold these rows of requests and have room for windows, of sequences with dropout if so."""
         return [
             bucket
-            for bucket in self._holding(chunk_rows, decode_rows)
+            for bucket in self.buckets.holding(chunk_rows, decode_rows)
             if bucket.grad_rows or (bucket.chunk_rows != chunk_rows and (bucket.finetunes or not dropout))
         ]
 
@@ -297,8 +295,8 @@ class Planner:
         """The smallest bucket for these windows."""
         grad_rows = total_rows(windows.grads, self.row_block)
         chunk_rows = plan.chunk_rows + total_rows(windows.forwards, self.row_block)
-        if bucket.grad_rows and not bucket.stashed:
-            grad_rows = max(grad_rows, 1)  # only these programs know dropout
+        if not grad_rows and bucket.grad_rows and not bucket.stashed:
+            grad_rows = 1  # only these programs know dropout
         return self._fit(chunk_rows, len(plan.decoding), grad_rows)
 
 
@@ -307,7 +305,7 @@ def _promise(candidate: tuple[float, float, Bucket]) -> float:
 
 
 def _length(windows: Iterable[WindowRows]) -> int:
-    return sum([window.length for window in windows])
+    return sum([length for _, _, length in windows])
 
 
 def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float:

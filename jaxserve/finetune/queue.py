@@ -88,24 +88,25 @@ class FinetuneQueue:
             def of_forwarded(seq: TrainSequence, room: int) -> WindowRows | None:
                 return seq.backward_window(room) if ends.get(seq, seq.forwarded) == seq.num_rows else None
 
-            return FinetunePlan(self._backward(grad_rows, of_forwarded), all_forward)
+            return FinetunePlan(self._backward(grad_rows, of_forwarded) if grad_rows else (), all_forward)
         ahead: list[WindowRows] = []  # what must go forward beside a backward that begins
+        left = chunk_rows
 
         def with_rows_ahead(seq: TrainSequence, room: int) -> WindowRows | None:
+            nonlocal left
             window = seq.backward_window(room)
             if window is None or seq.backward_begun:
                 return window
-            rest = WindowRows(seq, seq.forwarded, window.start - seq.forwarded)
-            left = chunk_rows - total_rows(ahead, self.row_block)
-            if not _is_worth_it(window, usual) or rounded(rest.length, self.row_block) > left:
+            length = window.start - seq.forwarded
+            if not _is_worth_it(window, usual) or rounded(length, self.row_block) > left:
                 return None
-            if rest.length > 0:
-                ahead.append(rest)
+            if length > 0:
+                ahead.append(WindowRows(seq, seq.forwarded, length))
+                left -= rounded(length, self.row_block)
             return window
 
-        grads = self._backward(grad_rows, with_rows_ahead)
+        grads = self._backward(grad_rows, with_rows_ahead) if grad_rows else ()
         taken = {window.seq for window in grads}
-        left = chunk_rows - total_rows(ahead, self.row_block)
         return FinetunePlan(grads, (*ahead, *self._forward(left, usual, taken, plain)))
 
     def _forward(self, chunk_rows: int, usual: int, taken: set[TrainSequence], plain: bool) -> tuple[WindowRows, ...]:
@@ -224,8 +225,8 @@ class FinetuneQueue:
             blocks = -(-seq.remaining // self.row_block)
             self._stash.extend(seq.stash_blocks[blocks:])
             del seq.stash_blocks[blocks:]
-        complete = [(r.job, r.job.batch) for r in self.running if r.job.batch is not None and r.job.batch.planned]
-        return [(job, batch) for job, batch in complete if batch is not None]
+        batches = [(running.job, running.job.batch) for running in self.running]
+        return [(job, batch) for job, batch in batches if batch is not None and batch.planned]
 
     def _free(self, seq: TrainSequence) -> None:
         self.active.remove(seq)

@@ -116,18 +116,19 @@ class TrainSequence:
     def backward_window(self, room: int) -> WindowRows | None:
         """The next window of phase B that ``room`` rows allow. Its earlier rows must have been forward by then, with a
         stash its own as well."""
-        if self.forward_only or self.done or room <= 0:
+        remaining = self.remaining
+        if self.forward_only or not remaining or room <= 0:
             return None
         block = self.row_block if self.stash_blocks else 1
         window = rounded(self.window, block)
-        start = max(self.remaining - min(room, window), 0)
+        start = max(remaining - min(room, window), 0)
         if self.fixed:
-            boundary = (self.remaining - 1) // window * window
+            boundary = (remaining - 1) // window * window
             if boundary < start:
                 return None
             start = boundary
         start = rounded(start, block)
-        return WindowRows(self, start, self.remaining - start) if start < self.remaining else None
+        return WindowRows(self, start, remaining - start) if start < remaining else None
 
     def forward_window(self, room: int, last: int) -> WindowRows | None:
         """The next window of phase F, or None where nothing is left for it.

@@ -65,11 +65,13 @@ class PagePool:
 
     def free(self, pages: Sequence[int]) -> None:
         """One holder fewer of each page, last page first: the end of a prefix is evicted before its beginning."""
+        counts = self._refcount
         for page in reversed(pages):
-            if self._refcount[page] == 0:
+            held = counts[page]
+            if held == 0:
                 raise EngineError(f"page {page} is freed twice")
-            self._refcount[page] -= 1
-            if self._refcount[page] == 0:
+            counts[page] = held - 1
+            if held == 1:
                 self._retire(page)
 
     def longest_prefix(self, chain: PrefixChain, tokens: Sequence[int]) -> list[int]:

@@ -39,10 +39,11 @@ class PrefixChain:
 
     def digest(self, place: int, tokens: Sequence[int]) -> bytes:
         """Digest of the sequence's page number ``place``; ``tokens`` must reach its end."""
-        known = self._digests
-        for start in range((len(known) - 1) * self.page_size, (place + 1) * self.page_size, self.page_size):
-            assert start + self.page_size <= len(tokens), f"page {place} is not full of known tokens"
-            known.append(page_digest(known[-1], tokens[start : start + self.page_size]))
+        known, size = self._digests, self.page_size
+        if place + 1 >= len(known):
+            assert (place + 1) * size <= len(tokens), f"page {place} is not full of known tokens"
+            for start in range((len(known) - 1) * size, (place + 1) * size, size):
+                known.append(page_digest(known[-1], tokens[start : start + size]))
         return known[place + 1]
 
     def copy(self) -> "PrefixChain":
