@@ -211,7 +211,7 @@ def mix_of(plan: Any) -> Mix:
     grads, forwards = plan.finetune or ((), ())
     return Mix(
         decode=len(plan.decoding),
-        prefill=sum([chunk.length for chunk in plan.chunks]),
-        forward=sum([window.length for window in forwards]),
-        backward=sum([window.length for window in grads]),
+        prefill=sum([length for _, _, length in plan.chunks]),
+        forward=sum([length for _, _, length in forwards]),
+        backward=sum([length for _, _, length in grads]),
     )

@@ -27,7 +27,8 @@ class PrefixKey:
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full page: its tokens (int32) after everything that ``parent`` stands for."""
-    return _digest(parent, _packing(len(tokens)).pack(*tokens))
+    content = _packing(len(tokens)).pack(*tokens)
+    return sha256(_length(parent) + parent + _length(content) + content).digest()
 
 
 class PrefixChain:
@@ -84,7 +85,8 @@ class PrefixIndex:
             del self._page_of[digest]
 
 
-_LENGTH = struct.Struct("<Q")
+def _length(part: bytes) -> bytes:
+    return len(part).to_bytes(8, "little")
 
 
 @lru_cache
@@ -94,7 +96,7 @@ def _packing(num_tokens: int) -> struct.Struct:
 
 def _digest(*parts: bytes) -> bytes:
     """Length-prefixed, so that no two different lists of parts are ever hashed as the same bytes."""
-    return sha256(b"".join([piece for part in parts for piece in (_LENGTH.pack(len(part)), part)])).digest()
+    return sha256(b"".join(_length(part) + part for part in parts)).digest()
 
 
 def _utf8(text: str) -> bytes:

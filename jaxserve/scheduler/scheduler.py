@@ -144,8 +144,8 @@ class Scheduler:
 
     @property
     def has_prompts(self) -> bool:
-        """Somebody has prompt rows left to compute."""
-        return bool(self.waiting) or self._num_prefilling > 0
+        """Somebody has prompt rows left to compute, and a slot or the prospect of one in the next step."""
+        return self._num_prefilling > 0 or (bool(self.waiting) and bool(self._free_slots))
 
     def has_work(self) -> bool:
         """True while a request is alive or a plan is not committed."""
