@@ -107,11 +107,11 @@ class StepLoad:
 
     @property
     def chunk_rows(self) -> int:
-        return sum(segment.rows for segment in self.chunks)
+        return sum([rows for rows, _ in self.chunks])
 
     @property
     def grad_rows(self) -> int:
-        return sum(segment.rows for segment in self.grads)
+        return sum([rows for rows, _ in self.grads])
 
     @property
     def num_drawn(self) -> int:
@@ -128,6 +128,10 @@ class Work(NamedTuple):
     kernels: float = 0.0
     collectives: float = 0.0
     kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
+
+    @property
+    def is_nothing(self) -> bool:
+        return not (self.flops or self.bytes or self.link_bytes)
 
     def times(self, times: float) -> "Work":
         """So many of it."""
@@ -250,7 +254,7 @@ class Steps:
     def __init__(self, model: ModelConfig, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str | None = "full"):
         self.model, self.shards, self.itemsize, self.remat = model, tensor_parallel, itemsize, remat
         self._stash_bytes = stash_bytes(model, itemsize, tensor_parallel)
-        self._windows = Counter(layer.window for layer in model.layers)
+        self._windows = tuple(Counter(layer.window for layer in model.layers).items())  # (window, layers that have it)
         self._of_rows = lru_cache(NUM_KEPT)(self.of_rows)
         self._adapters = lru_cache(NUM_KEPT)(self.adapters)
 
@@ -275,7 +279,7 @@ class Steps:
             parts.append(self._stash("stash written", load.stashed_rows))
         if load.grads:
             parts += self.attention_backward(load)
-        return [part for part in parts if part.flops or part.bytes or part.link_bytes]
+        return [part for part in parts if not part.is_nothing]
 
     def of_rows(
         self, rows: int, drawn: int, grad_rows: int, grad_rank: int, targets: tuple[str, ...]
@@ -285,7 +289,7 @@ class Steps:
         parts.append(self.all_reduces("all-reduce", rows))
         if grad_rows:
             parts += self.backward(grad_rows, grad_rank, targets)
-        return tuple(part for part in parts if part.flops or part.bytes or part.link_bytes)
+        return tuple(part for part in parts if not part.is_nothing)
 
     def linears(self, name: str, rows: int, bytes_out: int | None = None) -> list[Work]:
         """The products of all layers: one part for each kind of matrix, since each is bound by what it is bound by."""
@@ -316,12 +320,14 @@ class Steps:
     def _attention_of(
         self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind: str = "attention"
     ) -> Work:
-        keys = self._over_layers(lambda window: sum([segment.keys(window) for segment in segments]))
-        reads = self._over_layers(lambda window: sum([segment.keys_read(window) for segment in segments]))
-        return self._attention(name, flops, sum([segment.rows for segment in segments]), keys, reads, kernels, kind)
+        keys = reads = 0
+        for window, layers in self._windows:
+            keys += layers * sum([segment.keys(window) for segment in segments])
+            reads += layers * sum([segment.keys_read(window) for segment in segments])
+        return self._attention(name, flops, sum([rows for rows, _ in segments]), keys, reads, kernels, kind)
 
     def _over_layers(self, of_window: Callable[[int | None], int]) -> int:
-        return sum([layers * of_window(window) for window, layers in self._windows.items()])
+        return sum([layers * of_window(window) for window, layers in self._windows])
 
     def _attention(
         self, name: str, flops: int, rows: int, keys: int, reads: int, kernels: int, kind: str = "attention"

@@ -97,7 +97,7 @@ class RooflineDevice:
         host_seconds: float = 0.0,
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
-        self.rank, self.targets, self.host_seconds = rank, targets, host_seconds
+        self.rank, self.targets, self.host_seconds = rank, tuple(targets), host_seconds
         self._steps = roofline.Steps(model, tensor_parallel=tensor_parallel, remat=remat)
         self._clock = roofline.StepClock(self._steps, device, efficiency)
 
@@ -117,20 +117,20 @@ class RooflineDevice:
         grads, forwards = plan.finetune or FinetunePlan()
         blocks = [roofline.Segment(length, start) for _, start, length in (*plan.chunks, *forwards)]
         trained = [roofline.Segment(length, start) for _, start, length in grads]
-        idle_block = bucket.chunk_rows - sum([segment.rows for segment in blocks])
-        idle_grad = bucket.grad_rows - sum([segment.rows for segment in trained])
+        idle_block = bucket.chunk_rows - sum([rows for rows, _ in blocks])
+        idle_grad = bucket.grad_rows - sum([rows for rows, _ in trained])
         if idle_block > 0:
             blocks.append(_Padding(idle_block))
         if idle_grad > 0:
             trained.append(_Padding(idle_grad))
         requests = _adapters(plan.decoding).union([chunk.seq.request.adapter for chunk in plan.chunks]) - {None}
-        lanes = {window.seq.lane.index for window in (*grads, *forwards)}
+        lanes = {seq.lane.index for seq, _, _ in (*grads, *forwards)}
         return roofline.StepLoad(
             decodes=[*plan.positions, *[0] * (bucket.decode_rows - len(plan.positions))],
             chunks=blocks,
             grads=trained,
-            stashed_rows=sum([window.length for window in forwards if window.seq.stash_blocks]),
-            adapters=[self.rank] * (len(requests) + len(lanes)),
+            stashed_rows=sum([length for seq, _, length in forwards if seq.stash_blocks]),
+            adapters=(self.rank,) * (len(requests) + len(lanes)),
             adapter_rows=planned.load.adapter_rows,
             grad_rank=self.rank,
             targets=self.targets,

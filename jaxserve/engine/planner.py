@@ -265,14 +265,17 @@ class Planner:
         ]
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
-        best, most = None, 0.0
+        best, most, can_forward = None, 0.0, True
         for promise, _, bucket in candidates:
             if promise <= most:
                 break
+            if not (bucket.grad_rows or can_forward):
+                continue
             room = bucket.chunk_rows - base.plan.chunk_rows
             windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.finetunes)
             work = self.gradient_token * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
-            if not work:
+            if not work:  # whether there is anything to forward does not depend on the room
+                can_forward &= bucket.grad_rows > 0
                 continue
             load = self._load_with(base, windows, self._tight(base.plan, windows, bucket))
             seconds = self.times.predict(load)
