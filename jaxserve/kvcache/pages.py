@@ -55,6 +55,10 @@ class PagePool:
             return None
         return [self._take() for _ in range(n)]
 
+    def alloc_one(self) -> int | None:
+        """The same for one page."""
+        return self._take() if self._free or self._cached else None
+
     def share(self, page: int) -> None:
         """One more holder of a used or cached page."""
         if self._refcount[page] == 0:

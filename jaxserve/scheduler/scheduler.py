@@ -211,15 +211,23 @@ class Scheduler:
             known = seq.tokens
             if all_finite and len(known) < seq.quiet_until and token not in seq.stop_ids:
                 known.append(token)
+            elif seq.state is State.FINISHED:
+                apart.add(row)
             else:
-                outcome = self._commit_row(seq, row, plan.positions[row] + 1, token, result.finite[row], now)
-                if outcome is None or outcome.finish_reason is not None:
+                reason = self._commit_row(seq, plan.positions[row] + 1, token, result.finite[row])
+                if reason is not None:
                     apart.add(row)
-                    outcomes += [] if outcome is None else [outcome]
+                    outcomes.append(Outcome(seq, token if reason != "error" else None, reason, row))
         for i, (seq, chunk, _) in enumerate(plan.chunk_samples, len(plan.decoding)):
-            finite = result.finite[i] and (not result.chunk_finite or result.chunk_finite[chunk])
-            outcome = self._commit_row(seq, i, plan.chunks[chunk].end, result.tokens[i], finite, now)
-            outcomes += [] if outcome is None else [outcome]
+            if seq.state is State.FINISHED:
+                continue
+            token, finite = result.tokens[i], result.finite[i]
+            if result.chunk_finite:
+                finite = finite and result.chunk_finite[chunk]
+            reason = self._commit_row(seq, plan.chunks[chunk].end, token, finite)
+            if finite and seq.first_token_at is None:
+                seq.first_token_at = now
+            outcomes.append(Outcome(seq, token if finite else None, reason, i))
         self.policy.charge_outputs(seq for row, seq in enumerate(plan.decoding) if row not in apart)
         self.policy.charge_outputs(outcome.seq for outcome in outcomes if outcome.token is not None)
         return Read(apart, outcomes)
@@ -260,16 +268,17 @@ class Scheduler:
 
     def _may_decode(self, draft: _Draft, seq: Sequence) -> bool:
         """Whether a sequence at its ``decode_end`` has a row in this step, with a page for it."""
-        if seq.prefilling:
+        position, page_size = seq.num_computed, self.pool.page_size
+        if position < seq.prefill_end:
             draft.prefilling.append(seq)
             return False
         if seq.num_drawn >= seq.max_total:
             return False
-        writable = seq.num_computed < len(seq.pages) * self.pool.page_size and not seq.copy_on_write
+        writable = position < len(seq.pages) * page_size and not seq.copy_on_write
         if not writable and not self._make_writable(draft, seq):
             return False
         # The last token is drawn from the row before it, and has no row itself.
-        seq.decode_end = min(len(seq.pages) * self.pool.page_size, seq.max_total - 1)
+        seq.decode_end = min(len(seq.pages) * page_size, seq.max_total - 1)
         return True
 
     def _make_writable(self, draft: _Draft, seq: Sequence) -> bool:
@@ -280,7 +289,7 @@ class Scheduler:
                 self.pool.forget(seq.pages[-1])
                 seq.copy_on_write = False
                 return True
-            fresh = self.pool.alloc(1)
+            fresh = self.pool.alloc_one()
             if fresh is not None:
                 break
             if self.reclaim():
@@ -292,10 +301,10 @@ class Scheduler:
             # By now the leader may have written its own outputs behind the prompt. They do no harm: this sequence
             # writes each of those positions itself before it first reads it.
             shared = seq.pages.pop()
-            draft.page_copies.append((shared, fresh[0]))
+            draft.page_copies.append((shared, fresh))
             self.pool.free([shared])
             seq.copy_on_write = False
-        seq.pages.append(fresh[0])
+        seq.pages.append(fresh)
         return True
 
     def _preempt(self, seq: Sequence) -> Sequence:
@@ -430,21 +439,18 @@ class Scheduler:
             if finite:
                 self._verify(seq, plan.chunks[i].end)
             elif seq.state is not State.FINISHED:
-                outcomes += [self._fail(member, None) for member in seq.group]
+                for member in seq.group:
+                    self._fail(member)
+                    outcomes.append(Outcome(member, None, "error", None))
         return outcomes
 
-    def _commit_row(
-        self, seq: Sequence, sample: int, end: int, token: int, finite: bool, now: float
-    ) -> Outcome | None:
-        """Takes in a token drawn behind the row before ``end``; None: the sequence was over before."""
-        if seq.state is State.FINISHED:
-            return None
+    def _commit_row(self, seq: Sequence, end: int, token: int, finite: bool) -> str | None:
+        """Takes in a token drawn behind the row before ``end``. Returns why that was the last one, if it was."""
         if not finite:
-            return self._fail(seq, sample)
+            self._fail(seq)
+            return "error"
         self._verify(seq, end)
-        if seq.first_token_at is None:
-            seq.first_token_at = now
-        return self._accept(seq, token, sample)
+        return self._accept(seq, token)
 
     def _verify(self, seq: Sequence, end: int) -> None:
         """Notes that keys and values up to ``end`` are finite, and indexes the pages that this fills."""
@@ -458,7 +464,7 @@ class Scheduler:
         seq.num_verified = end
         seq.quiet_until = min((end // page_size + 1) * page_size, seq.max_total - 1)
 
-    def _accept(self, seq: Sequence, token: int, sample: int) -> Outcome:
+    def _accept(self, seq: Sequence, token: int) -> str | None:
         seq.tokens.append(token)
         reason = None
         # The device masks the stop ids while fewer than min_tokens outputs came before.
@@ -468,14 +474,13 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._finish_all([seq], reason)
-        return Outcome(seq, token, reason, sample)
+        return reason
 
-    def _fail(self, seq: Sequence, sample: int | None) -> Outcome:
+    def _fail(self, seq: Sequence) -> None:
         """Ends a choice whose numbers are not finite; nothing it has computed may be found by others."""
         for digest in seq.indexed:
             self.pool.forget_digest(digest)
         self._finish_all([seq], "error")
-        return Outcome(seq, None, "error", sample)
 
     # the ends of a sequence's life
 

@@ -48,9 +48,11 @@ class LatencyBudget:
         least = NEVER
         if not self.has_tpot:
             return least
-        share = 1 - MARGIN
+        objective, tpot = None, NEVER
         for seq in decoding:
-            tpot = seq.request.objective.tpot * share
+            if seq.request.objective is not objective:
+                objective = seq.request.objective
+                tpot = objective.tpot * (1 - MARGIN)
             if tpot == NEVER:
                 continue
             known, first = seq.num_drawn - seq.prompt_len - planned, seq.first_token_at
