@@ -1,4 +1,4 @@
-"""Runs of simulated replicas in several processes at once. Each is the same as alone, and they are handed over in order.
+"""Runs of simulated replicas in several processes at once: each is the same as alone, and they come in order.
 
 A process imports JAX, with its threads, on the way to the job machinery, so the others are spawned, never forked.
 """
@@ -105,7 +105,8 @@ def work_of(runs: Iterable[Ran], processes: int, seconds: float) -> str:
     """
     runs = list(runs)
     steps, used = sum(len(ran.steps) for ran in runs), sum(ran.cpu_seconds for ran in runs)
+    pace = steps / used if used else 0.0
     return (
         f"simulated: {len(runs)} runs, {steps} steps, {used:.1f} s of processor time in {processes} process(es), "
-        f"{steps / used if used else 0:.0f} steps per second of it; {seconds:.1f} s in all, {steps / seconds:.0f} steps/s"
+        f"{pace:.0f} steps per second of it; {seconds:.1f} s in all, {steps / seconds:.0f} steps/s"
     )

@@ -298,7 +298,9 @@ class Steps:
         parts = []
         for site, (inputs, outs) in self._local_dims().items():
             moved = (inputs * outs + rows * inputs) * self.itemsize + rows * outs * (bytes_out or self.itemsize)
-            parts.append(Work(f"{name} {site}", 2 * rows * inputs * outs, moved, kernels=1).times(self.model.num_layers))
+            parts.append(
+                Work(f"{name} {site}", 2 * rows * inputs * outs, moved, kernels=1).times(self.model.num_layers)
+            )
         return parts
 
     def _local_dims(self) -> dict[str, tuple[int, int]]:

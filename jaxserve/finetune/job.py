@@ -128,7 +128,7 @@ class Batch:
     @property
     def planned(self) -> bool:
         """Every window of every example is in a step."""
-        return not self.waiting and all([seq.done for seq in self.sequences])
+        return not self.waiting and all(seq.done for seq in self.sequences)
 
     @property
     def read(self) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
-from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded, total_rows
+from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded
 from jaxserve.kvcache.pages import PagePool
 
 
