@@ -27,8 +27,7 @@ class PrefixKey:
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full page: its tokens (int32) after everything that ``parent`` stands for."""
-    content = _packing(len(tokens)).pack(*tokens)
-    return sha256(_length(parent) + parent + _length(content) + content).digest()
+    return sha256(_page(len(parent), len(tokens)).pack(len(parent), parent, 4 * len(tokens), *tokens)).digest()
 
 
 class PrefixChain:
@@ -85,18 +84,15 @@ class PrefixIndex:
             del self._page_of[digest]
 
 
-def _length(part: bytes) -> bytes:
-    return len(part).to_bytes(8, "little")
-
-
 @lru_cache
-def _packing(num_tokens: int) -> struct.Struct:
-    return struct.Struct(f"<{num_tokens}i")
+def _page(parent_bytes: int, num_tokens: int) -> struct.Struct:
+    """What ``_digest`` joins of a parent and a page's tokens, in one call."""
+    return struct.Struct(f"<Q{parent_bytes}sQ{num_tokens}i")
 
 
 def _digest(*parts: bytes) -> bytes:
     """Length-prefixed, so that no two different lists of parts are ever hashed as the same bytes."""
-    return sha256(b"".join(_length(part) + part for part in parts)).digest()
+    return sha256(b"".join(len(part).to_bytes(8, "little") + part for part in parts)).digest()
 
 
 def _utf8(text: str) -> bytes:

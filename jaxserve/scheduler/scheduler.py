@@ -48,9 +48,7 @@ class _Draft:
     chunks: list[Segment] = field(default_factory=list)
     decoding: list[Sequence] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
-    prefilling: list[Sequence] = field(
-        default_factory=list
-    )  # running sequences with prompt rows left, before this step
+    prefilling: list[Sequence] = field(default_factory=list)  # running, with prompt rows left before this step
     samples: list[Sample] = field(default_factory=list)  # behind chunks
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
