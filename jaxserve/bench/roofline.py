@@ -462,8 +462,8 @@ class StepClock:
     """Seconds of many steps of one model on one device."""
 
     def __init__(self, steps: Steps, device: Device, efficiency: Efficiency = FLOOR):
-        self._steps, self._pace = steps, Pace(device, efficiency)
-        self._of_rows = lru_cache(NUM_KEPT)(lambda *sizes: self._pace.seconds(steps.of_rows(*sizes)))
+        self._steps, self._pace = steps, (pace := Pace(device, efficiency))
+        self._of_rows = lru_cache(NUM_KEPT)(lambda *sizes: pace.seconds(steps.of_rows(*sizes)))
 
     def seconds(self, load: StepLoad) -> float:
         """The same as ``seconds`` of the parts: these are added up in the same order."""

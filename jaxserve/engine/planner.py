@@ -6,7 +6,7 @@ simulator's are both built around it.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -76,7 +76,7 @@ class Planner:
     def set_buckets(self, buckets: Buckets) -> None:
         self.buckets = buckets
         self._fit = lru_cache(NUM_KEPT)(buckets.fit)
-        self._spare = lru_cache(NUM_KEPT)(self._with_room)
+        self._with_room = lru_cache(NUM_KEPT)(partial(_with_room, buckets))
         self.times.resize(buckets, self.max_keys)
         self.gradient_token = GRADIENT_TOKEN - FORWARD_TOKEN if buckets.stashed else GRADIENT_TOKEN
         self.row_block = self.scheduler.config.row_block
@@ -247,7 +247,7 @@ class Planner:
         judging by its requests alone, short enough; the most promising first."""
         backward, forward, dropout = queue.left()
         rows, found = base.plan.chunk_rows, []
-        buckets = self._spare(rows, len(base.plan.decoding), dropout)
+        buckets = self._with_room(rows, len(base.plan.decoding), dropout)
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
                 work = self.gradient_token * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
@@ -255,14 +255,6 @@ class Planner:
                 )
                 found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
         return sorted(found, key=_promise, reverse=True)
-
-    def _with_room(self, chunk_rows: int, decode_rows: int, dropout: bool) -> list[Bucket]:
-        """Buckets that hold these rows of requests and have room for windows, of sequences with dropout if so."""
-        return [
-            bucket
-            for bucket in self.buckets.holding(chunk_rows, decode_rows)
-            if bucket.grad_rows or (bucket.chunk_rows != chunk_rows and (bucket.finetunes or not dropout))
-        ]
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
         best, most, can_forward = None, 0.0, True
@@ -301,6 +293,15 @@ class Planner:
         if not grad_rows and bucket.grad_rows and not bucket.stashed:
             grad_rows = 1  # only these programs know dropout
         return self._fit(chunk_rows, len(plan.decoding), grad_rows)
+
+
+def _with_room(buckets: Buckets, chunk_rows: int, decode_rows: int, dropout: bool) -> list[Bucket]:
+    """Those that hold these rows of requests and have room for windows, of sequences with dropout if so."""
+    return [
+        bucket
+        for bucket in buckets.holding(chunk_rows, decode_rows)
+        if bucket.grad_rows or (bucket.chunk_rows != chunk_rows and (bucket.finetunes or not dropout))
+    ]
 
 
 def _promise(candidate: tuple[float, float, Bucket]) -> float:
