@@ -250,9 +250,9 @@ class Planner:
         buckets = self._with_room(rows, len(base.plan.decoding), dropout)
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
-                work = self.gradient_token * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
-                    bucket.chunk_rows - rows, forward
-                )
+                grad_rows, room = bucket.grad_rows, bucket.chunk_rows - rows
+                work = self.gradient_token * (grad_rows if grad_rows < backward else backward)
+                work += FORWARD_TOKEN * (room if room < forward else forward)
                 found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
         return sorted(found, key=_promise, reverse=True)
 
@@ -342,13 +342,15 @@ def with_windows(load: StepLoad, windows: FinetunePlan, bucket: Bucket, extended
     block_pairs, block_span, grad_pairs, grad_span, grad_rows, rows = load.block_pairs, load.block_span, 0, 0, 0, 0
     for _, start, length in windows.grads:
         grad_pairs += _pairs(start, length)
-        grad_span = max(grad_span, start + length)
+        if start + length > grad_span:
+            grad_span = start + length
         grad_rows += length
     if not bucket.stashed:  # they run forward as well
         block_pairs, block_span, rows = block_pairs + grad_pairs, max(block_span, grad_span), grad_rows
     for _, start, length in windows.forwards:
         block_pairs += _pairs(start, length)
-        block_span = max(block_span, start + length)
+        if start + length > block_span:
+            block_span = start + length
         rows += length
     return StepLoad(
         bucket,

@@ -115,7 +115,7 @@ class FinetuneQueue:
         for seq in self.active:
             if chunk_rows < self.row_block:
                 break
-            if seq.backward_begun or seq in taken or (plain and seq.dropout):
+            if seq in taken or (plain and seq.dropout):
                 continue
             window = seq.forward_window(chunk_rows, usual)
             if window is not None:
