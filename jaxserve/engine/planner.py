@@ -265,6 +265,8 @@ class Planner:
                 continue
             room = bucket.chunk_rows - base.plan.chunk_rows
             windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.finetunes)
+            if best is not None and windows.grads and windows == best[0]:  # the same step again
+                continue
             work = self.gradient_token * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
             if not work:  # whether there is anything to forward does not depend on the room
                 can_forward &= bucket.grad_rows > 0
