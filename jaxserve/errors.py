@@ -51,6 +51,9 @@ class ConfigError(JaxServeError, ValueError):
         super().__init__("\n".join(errors))
         self.errors = list(errors)
 
+    def __reduce__(self):  # of another process, it says the same
+        return type(self), (self.errors,)
+
 
 class EngineError(JaxServeError, RuntimeError):
     """The engine cannot go on with what it was asked."""

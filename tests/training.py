@@ -139,9 +139,7 @@ class Trainer:
 
     def run(self, grads=(), forwards=(), plan: StepPlan | None = None):
         """One step with these windows."""
-        plan = StepPlan(
-            index=self.steps, chunks=(), decodes=(), samples=(), chunk_rows=0, finetune=FinetunePlan(grads, forwards)
-        )
+        plan = StepPlan(index=self.steps, chunks=(), chunk_rows=0, finetune=FinetunePlan(grads, forwards))
         packed = self.packer.pack(plan, self.bucket, True)
         scales = self.writer.scales
         self.state, output = step(self.params, self.state, packed.ints, packed.floats, scales, spec=self.spec)

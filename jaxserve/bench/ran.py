@@ -66,7 +66,7 @@ class Ran:
     preemptions: int = 0  # of requests
     evictions: int = 0  # of finetune sequences, whose pages requests needed
     duration: float = 0.0  # of a measured run, with what was left to do after ``seconds``
-    cpu_seconds: float = 0.0  # of the process over ``duration``
+    cpu_seconds: float = 0.0  # of the process over ``duration``; of a simulation, what it took itself
     losses: dict[str, list[float]] = field(default_factory=dict)  # of optimizer steps, by adapter
 
     @property

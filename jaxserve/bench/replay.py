@@ -210,8 +210,8 @@ def mix_of(plan: Any) -> Mix:
     """What a StepPlan's rows are for."""
     grads, forwards = plan.finetune or ((), ())
     return Mix(
-        decode=len(plan.decodes),
-        prefill=sum([chunk.length for chunk in plan.chunks]),
-        forward=sum([window.length for window in forwards]),
-        backward=sum([window.length for window in grads]),
+        decode=len(plan.decoding),
+        prefill=sum([length for _, _, length in plan.chunks]),
+        forward=sum([length for _, _, length in forwards]),
+        backward=sum([length for _, _, length in grads]),
     )

@@ -12,7 +12,7 @@ Letters: D hidden, F ffn, V vocab, H query heads, K kv heads, C head dim, L laye
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -91,7 +91,7 @@ class Segment(NamedTuple):
         return seen if window is None else min(seen, window + self.rows - 1)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class StepLoad:
     """What one step holds."""
 
@@ -107,19 +107,18 @@ class StepLoad:
 
     @property
     def chunk_rows(self) -> int:
-        return sum(segment.rows for segment in self.chunks)
+        return sum([rows for rows, _ in self.chunks])
 
     @property
     def grad_rows(self) -> int:
-        return sum(segment.rows for segment in self.grads)
+        return sum([rows for rows, _ in self.grads])
 
     @property
     def num_drawn(self) -> int:
         return len(self.decodes) if self.drawn is None else self.drawn
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """One part of a step on one device."""
 
     name: str
@@ -130,7 +129,12 @@ class Work:
     collectives: float = 0.0
     kind: str = "matmul"  # the field of Efficiency that its FLOPs reach
 
-    def __mul__(self, times: float) -> "Work":
+    @property
+    def is_nothing(self) -> bool:
+        return not (self.flops or self.bytes or self.link_bytes)
+
+    def times(self, times: float) -> "Work":
+        """So many of it."""
         return Work(
             self.name,
             self.flops * times,
@@ -147,19 +151,29 @@ class Work:
 
 def seconds(work: Iterable[Work], device: Device, efficiency: Efficiency = FLOOR) -> float:
     """The parts one after another."""
-    flops = {
-        "matmul": device.flops * efficiency.matmul,
-        "attention": device.flops * efficiency.attention,
-        "attention_backward": device.flops * efficiency.attention_backward,
-    }
-    bandwidth, link = device.bandwidth * efficiency.bandwidth, device.link * efficiency.link
-    launch, collective = efficiency.launch, efficiency.collective
-    total = 0.0
-    for part in work:
-        arithmetic, memory = part.flops / flops[part.kind], part.bytes / bandwidth
-        starts = part.kernels * launch + part.collectives * collective
-        total += (arithmetic if arithmetic > memory else memory) + part.link_bytes / link + starts
-    return total
+    return Pace(device, efficiency).seconds(work)
+
+
+class Pace:
+    """How fast a device does what."""
+
+    def __init__(self, device: Device, efficiency: Efficiency = FLOOR):
+        self._flops = {
+            "matmul": device.flops * efficiency.matmul,
+            "attention": device.flops * efficiency.attention,
+            "attention_backward": device.flops * efficiency.attention_backward,
+        }
+        self._bandwidth, self._link = device.bandwidth * efficiency.bandwidth, device.link * efficiency.link
+        self._launch, self._collective = efficiency.launch, efficiency.collective
+
+    def seconds(self, work: Iterable[Work], before: float = 0.0) -> float:
+        """The parts one after another, and after so many seconds."""
+        total = before
+        for _, flops, moved, link_bytes, kernels, collectives, kind in work:
+            arithmetic, memory = flops / self._flops[kind], moved / self._bandwidth
+            starts = kernels * self._launch + collectives * self._collective
+            total += (arithmetic if arithmetic > memory else memory) + link_bytes / self._link + starts
+        return total
 
 
 # sizes of a model
@@ -240,33 +254,42 @@ class Steps:
     def __init__(self, model: ModelConfig, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str | None = "full"):
         self.model, self.shards, self.itemsize, self.remat = model, tensor_parallel, itemsize, remat
         self._stash_bytes = stash_bytes(model, itemsize, tensor_parallel)
-        self._windows = Counter(layer.window for layer in model.layers)
+        self._windows = tuple(Counter(layer.window for layer in model.layers).items())  # (window, layers that have it)
         self._of_rows = lru_cache(NUM_KEPT)(self.of_rows)
         self._adapters = lru_cache(NUM_KEPT)(self.adapters)
 
     def work(self, load: StepLoad) -> tuple[Work, ...]:
         """Every part of one step on one device."""
-        grad_rows, targets = load.grad_rows, tuple(load.targets)
-        rows = len(load.decodes) + load.chunk_rows + (0 if self.remat is None else grad_rows)
-        parts = [*self._of_rows(rows, load.num_drawn, grad_rows, load.grad_rank, targets), *self.attention(load)]
+        return (*self._of_rows(*self.sizes(load)), *self.of_contexts(load))
+
+    def sizes(self, load: StepLoad) -> "Sizes":
+        grad_rows = load.grad_rows
+        return Sizes(self._forward_rows(load), load.num_drawn, grad_rows, load.grad_rank, tuple(load.targets))
+
+    def _forward_rows(self, load: StepLoad) -> int:
+        return len(load.decodes) + load.chunk_rows + (0 if self.remat is None else load.grad_rows)
+
+    def of_contexts(self, load: StepLoad) -> list[Work]:
+        """The parts that depend on contexts and requests."""
+        parts = self.attention(load)
         if load.adapters:
-            adapter_rows = rows if load.adapter_rows is None else load.adapter_rows
-            parts.append(self._adapters(adapter_rows, tuple(load.adapters), targets))
+            adapter_rows = self._forward_rows(load) if load.adapter_rows is None else load.adapter_rows
+            parts.append(self._adapters(adapter_rows, tuple(load.adapters), tuple(load.targets)))
         if load.stashed_rows:
             parts.append(self._stash("stash written", load.stashed_rows))
-        if grad_rows:
+        if load.grads:
             parts += self.attention_backward(load)
-        return tuple(part for part in parts if part.flops or part.bytes or part.link_bytes)
+        return [part for part in parts if not part.is_nothing]
 
     def of_rows(
         self, rows: int, drawn: int, grad_rows: int, grad_rank: int, targets: tuple[str, ...]
     ) -> tuple[Work, ...]:
-        """The parts that know nothing of contexts and requests."""
+        """The parts that know nothing of contexts and requests, by ``Sizes``."""
         parts = [*self.linears("linear", rows), self.between(rows), *self.head(rows, drawn)]
         parts.append(self.all_reduces("all-reduce", rows))
         if grad_rows:
             parts += self.backward(grad_rows, grad_rank, targets)
-        return tuple(parts)
+        return tuple(part for part in parts if not part.is_nothing)
 
     def linears(self, name: str, rows: int, bytes_out: int | None = None) -> list[Work]:
         """The products of all layers: one part for each kind of matrix, since each is bound by what it is bound by."""
@@ -275,7 +298,9 @@ class Steps:
         parts = []
         for site, (inputs, outs) in self._local_dims().items():
             moved = (inputs * outs + rows * inputs) * self.itemsize + rows * outs * (bytes_out or self.itemsize)
-            parts.append(Work(f"{name} {site}", 2 * rows * inputs * outs, moved, kernels=1) * self.model.num_layers)
+            parts.append(
+                Work(f"{name} {site}", 2 * rows * inputs * outs, moved, kernels=1).times(self.model.num_layers)
+            )
         return parts
 
     def _local_dims(self) -> dict[str, tuple[int, int]]:
@@ -297,12 +322,14 @@ class Steps:
     def _attention_of(
         self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind: str = "attention"
     ) -> Work:
-        keys = self._over_layers(lambda window: sum([segment.keys(window) for segment in segments]))
-        reads = self._over_layers(lambda window: sum([segment.keys_read(window) for segment in segments]))
-        return self._attention(name, flops, sum([segment.rows for segment in segments]), keys, reads, kernels, kind)
+        keys = reads = 0
+        for window, layers in self._windows:
+            keys += layers * sum([segment.keys(window) for segment in segments])
+            reads += layers * sum([segment.keys_read(window) for segment in segments])
+        return self._attention(name, flops, sum([rows for rows, _ in segments]), keys, reads, kernels, kind)
 
     def _over_layers(self, of_window: Callable[[int | None], int]) -> int:
-        return sum([layers * of_window(window) for window, layers in self._windows.items()])
+        return sum([layers * of_window(window) for window, layers in self._windows])
 
     def _attention(
         self, name: str, flops: int, rows: int, keys: int, reads: int, kernels: int, kind: str = "attention"
@@ -332,7 +359,7 @@ class Steps:
         m = self.model
         heads = m.num_heads // self.shards + 2 * self._kv_heads
         elements = 9 * m.hidden_size + 2 * heads * m.head_dim + 3 * m.intermediate_size // self.shards
-        return Work("between products", bytes=rows * elements * self.itemsize, kernels=7) * (m.num_layers * passes)
+        return Work("between products", bytes=rows * elements * self.itemsize, kernels=7).times(m.num_layers * passes)
 
     def head(self, rows: int, R: int) -> list[Work]:
         m = self.model
@@ -352,7 +379,7 @@ class Steps:
         for members, inputs, outs in sites:
             flops += 2 * rows * mean_rank * (members * inputs + outs)
             moved += sum(_padded(rank) * (members * inputs + outs) for rank in ranks) + rows * (inputs + 2 * outs)
-        return Work("adapters", flops, moved * self.itemsize, kernels=2 * len(sites)) * self.model.num_layers
+        return Work("adapters", flops, moved * self.itemsize, kernels=2 * len(sites)).times(self.model.num_layers)
 
     def _adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int, int]]:
         """(members with an adapter, in, out of those members together) of each site that has one, on one device."""
@@ -369,7 +396,7 @@ class Steps:
         """The residual stream summed over the devices: a ring moves 2 (n - 1) / n of it over each link."""
         moved = 2 * (self.shards - 1) / self.shards * rows * self.model.hidden_size * self.itemsize
         layers = self.model.num_layers if self.shards > 1 else 0
-        return Work(name, link_bytes=moved, collectives=1) * (per_layer * layers)
+        return Work(name, link_bytes=moved, collectives=1).times(per_layer * layers)
 
     # gradient rows
 
@@ -399,7 +426,7 @@ class Steps:
             "attention backward", load.grads, 10, kernels=3, kind="attention_backward"
         )  # five products
         sums = 4 * sum([segment.keys_read(None) for segment in load.grads]) * self._kv_heads * m.head_dim * WIDE
-        return [*parts, replace(attention, bytes=attention.bytes + sums * m.num_layers)]
+        return [*parts, attention._replace(bytes=attention.bytes + sums * m.num_layers)]
 
     def _loss(self, W: int) -> list[Work]:
         """The head's two products, logits and dx, a chunk of rows at a time."""
@@ -418,7 +445,29 @@ class Steps:
             size = rank * (members * inputs + outs)
             flops += (3 + again) * 2 * W * size
             moved += W * (4 * inputs + 3 * outs) * self.itemsize + size * (2 * self.itemsize + 2 * WIDE)
-        return Work("adapters backward", flops, moved, kernels=5 * len(sites)) * self.model.num_layers
+        return Work("adapters backward", flops, moved, kernels=5 * len(sites)).times(self.model.num_layers)
+
+
+class Sizes(NamedTuple):
+    """What the parts of a step that know nothing of contexts depend on."""
+
+    rows: int  # that run forward
+    drawn: int
+    grad_rows: int
+    grad_rank: int
+    targets: tuple[str, ...]
+
+
+class StepClock:
+    """Seconds of many steps of one model on one device."""
+
+    def __init__(self, steps: Steps, device: Device, efficiency: Efficiency = FLOOR):
+        self._steps, self._pace = steps, (pace := Pace(device, efficiency))
+        self._of_rows = lru_cache(NUM_KEPT)(lambda *sizes: pace.seconds(steps.of_rows(*sizes)))
+
+    def seconds(self, load: StepLoad) -> float:
+        """The same as ``seconds`` of the parts: these are added up in the same order."""
+        return self._pace.seconds(self._steps.of_contexts(load), self._of_rows(*self._steps.sizes(load)))
 
 
 def _keys_of_decodes(contexts: Sequence[int], window: int | None) -> int:

@@ -6,9 +6,12 @@ Adapters are always resident. What is simulated is who computes what, and when; 
 it, so that a page or an adapter that is not a request's own shows in its tokens.
 """
 
+import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -94,11 +97,12 @@ class RooflineDevice:
         host_seconds: float = 0.0,
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
-        self.rank, self.targets, self.host_seconds = rank, targets, host_seconds
+        self.rank, self.targets, self.host_seconds = rank, tuple(targets), host_seconds
         self._steps = roofline.Steps(model, tensor_parallel=tensor_parallel, remat=remat)
+        self._clock = roofline.StepClock(self._steps, device, efficiency)
 
     def seconds(self, planned: Planned) -> float:
-        return self.alone(self.parts(planned))
+        return self._clock.seconds(self.load(planned)) + self.host_seconds
 
     def alone(self, parts: Iterable[roofline.Work]) -> float:
         """Seconds of a step of these parts that has the device to itself."""
@@ -113,25 +117,29 @@ class RooflineDevice:
         grads, forwards = plan.finetune or FinetunePlan()
         blocks = [roofline.Segment(length, start) for _, start, length in (*plan.chunks, *forwards)]
         trained = [roofline.Segment(length, start) for _, start, length in grads]
-        idle_block = bucket.chunk_rows - sum(segment.rows for segment in blocks)
-        idle_grad = bucket.grad_rows - sum(segment.rows for segment in trained)
+        idle_block = bucket.chunk_rows - sum([rows for rows, _ in blocks])
+        idle_grad = bucket.grad_rows - sum([rows for rows, _ in trained])
         if idle_block > 0:
             blocks.append(_Padding(idle_block))
         if idle_grad > 0:
             trained.append(_Padding(idle_grad))
-        requests = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)} - {None}
-        lanes = {window.seq.lane.index for window in (*grads, *forwards)}
-        decodes = [segment.start for segment in plan.decodes]
+        requests = _adapters(plan.decoding).union([chunk.seq.request.adapter for chunk in plan.chunks]) - {None}
+        lanes = {seq.lane.index for seq, _, _ in (*grads, *forwards)}
         return roofline.StepLoad(
-            decodes=decodes + [0] * (bucket.decode_rows - len(decodes)),
+            decodes=[*plan.positions, *[0] * (bucket.decode_rows - len(plan.positions))],
             chunks=blocks,
             grads=trained,
-            stashed_rows=sum(window.length for window in forwards if window.seq.stash_blocks),
-            adapters=[self.rank] * (len(requests) + len(lanes)),
+            stashed_rows=sum([length for seq, _, length in forwards if seq.stash_blocks]),
+            adapters=(self.rank,) * (len(requests) + len(lanes)),
             adapter_rows=planned.load.adapter_rows,
             grad_rank=self.rank,
             targets=self.targets,
         )
+
+
+@lru_cache(maxsize=1)  # most steps have the same decode rows as the one before
+def _adapters(decoding: tuple[Choice, ...]) -> frozenset[object]:
+    return frozenset([seq.request.adapter for seq in decoding])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +228,7 @@ class VirtualTraining:
             job.batch = None
             self.steps_done[job.adapter] = self.steps_done.get(job.adapter, 0) + 1
             for seq in batch.sequences:
-                self.queue.owner.pop(id(seq), None)
+                self.queue.owner.pop(seq, None)
 
 
 class _Resident:
@@ -274,7 +282,9 @@ class Simulator:
             self.planner.times.calibrate(bucket, False, self._calibrated(nothing))
         self.now = self._free_at = self._last_done = 0.0
         self._flying: deque[_Flying] = deque()
-        self._records: dict[Choice, RequestRecord] = {}
+        self._records: dict[Choice, RequestRecord] = {}  # of the living
+        self._decoding: tuple[Choice, ...] = ()  # in the step that was read last
+        self._decoding_times: list[list[float]] = []
         self.run = Simulated()
 
     def _calibrated(self, nothing: Planned) -> float:
@@ -284,7 +294,10 @@ class Simulator:
 
     def __call__(self, requests: Sequence[BenchRequest], until: float | None = None) -> Simulated:
         """Serves requests to their end, or until a time."""
-        coming = deque(sorted(requests, key=lambda request: request.arrival_s))
+        with _uncollected():
+            return self._serve(deque(sorted(requests, key=lambda request: request.arrival_s)), until)
+
+    def _serve(self, coming: deque[BenchRequest], until: float | None) -> Simulated:
         end = float("inf") if until is None else until
         while self.now < end:
             while coming and coming[0].arrival_s <= self.now:
@@ -296,6 +309,8 @@ class Simulator:
                     break
                 self.now = max(self.now, coming[0].arrival_s)
             self.look(self)
+        for seq, record in self._records.items():
+            record.token_ids = seq.output_ids
         self.run.duration = self.now
         self.run.preemptions = self.scheduler.counts().preemptions
         return self.run
@@ -331,7 +346,7 @@ class Simulator:
         if planned is not None:
             start = max(self.now, self._free_at)
             self._free_at = start + self.device.seconds(planned)
-            tokens = self.model.run(planned.plan) if self.model else [0] * len(planned.plan.samples)
+            tokens = self.model.run(planned.plan) if self.model else [0] * planned.plan.num_samples
             self._flying.append(_Flying(planned, tokens, self.now, start, self._free_at))
             if self.training is not None:
                 self.training.after_dispatch()
@@ -357,13 +372,35 @@ class Simulator:
             tokens=done.tokens, finite=[True] * len(done.tokens), chunk_finite=[True] * len(plan.chunks)
         )
         now = self.now
-        for seq, token, finish_reason, _ in self.scheduler.commit(plan, result, now):
+        apart, outcomes = self.scheduler.read(plan, result, now)
+        for times in self._times_of(plan.decoding, apart):
+            times.append(now)
+        for seq, token, finish_reason, _ in outcomes:
             assert token is not None, "every number is finite"
-            record = self._records[seq]
-            record.token_times.append(now)
-            record.token_ids.append(token)
+            self._records[seq].token_times.append(now)
             if finish_reason is not None:
-                del self._records[seq]
+                self._records.pop(seq).token_ids = seq.output_ids
+
+    def _times_of(self, decoding: tuple[Choice, ...], apart: set[int]) -> list[list[float]]:
+        """The token times of these sequences, but for those of some rows."""
+        if apart:
+            return [self._records[seq].token_times for row, seq in enumerate(decoding) if row not in apart]
+        if decoding is not self._decoding:
+            self._decoding, self._decoding_times = decoding, [self._records[seq].token_times for seq in decoding]
+        return self._decoding_times
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """A run keeps what it makes, and leaves nothing behind that reference counts do not find: looking for cycles in it
+    again and again takes a tenth of its time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: object) -> Job:

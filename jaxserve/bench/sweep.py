@@ -4,12 +4,13 @@ On the engine here, or with ``--simulate`` on a named device by the virtual cloc
 """
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxserve.assets import locate
 from jaxserve.bench.arrivals import bursts_of, rows_at
+from jaxserve.bench.parallel import Pool, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
@@ -18,8 +19,6 @@ from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import ConfigError
-from jaxserve.models.loader import load_config
-from jaxserve.tokenizer import load_tokenizer
 
 SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
 
@@ -27,10 +26,14 @@ SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
 def main(config: Config) -> int:
     """Runs the sweep that ``config`` describes, prints it and writes it down."""
     check(config)
-    backend = make_backend(config)
+    backend, start = make_backend(config), time.perf_counter()
     print("\n".join(preface(config, backend)))
-    runs, goals = Runs(backend), goals_of(config)
-    found = [cell for cell, _ in told(runs, config, goals)]
+    goals = goals_of(config)
+    with Pool(config.sweep.processes) as pool:
+        runs = Runs(pool.backend(backend, cells_of(config)) if isinstance(backend, Virtual) else backend)
+        found = [cell for cell, _ in told(runs, config, goals)]
+    if isinstance(backend, Virtual):
+        print(work_of(runs, pool.processes, time.perf_counter() - start))
     result = {
         **circumstances_of(config),
         "simulated": None if config.sweep.simulate == "none" else config.sweep.simulate,
@@ -72,11 +75,8 @@ def goals_of(config: Config) -> dict[str, float]:
 
 
 def make_backend(config: Config) -> Backend:
-    assert config.model.path is not None, "check() was not called"
     if config.sweep.simulate != "none":
-        path = Path(locate(config.model.path))
-        tokenizer = None if config.coserve.prompts is None else load_tokenizer(path)
-        return Virtual(config=config, model=load_config(path), tokenizer=tokenizer)
+        return Virtual.of(config)
     from jaxserve.bench.live import Live
 
     return Live(config)
@@ -101,12 +101,16 @@ def told(runs: Runs, config: Config, goals: Mapping[str, float]) -> Iterator[tup
     print(HEADER, flush=True)
     if ALONE in sweep.policies:
         alone = runs.cell(ALONE, sweep.rates[0]).finetune_rate
-    for rate in sweep.rates:
-        for policy in sweep.policies:
-            cell = runs.cell(policy, rate)
-            found = numbers(cell, goals, alone)
-            print(line(found), flush=True)
-            yield found, cell
+    for policy, rate in cells_of(config):
+        cell = runs.cell(policy, rate)
+        found = numbers(cell, goals, alone)
+        print(line(found), flush=True)
+        yield found, cell
+
+
+def cells_of(config: Config) -> list[tuple[str, float]]:
+    """(policy, rate) of every cell, in the order of the table."""
+    return [(policy, rate) for rate in config.sweep.rates for policy in config.sweep.policies]
 
 
 # text

@@ -7,28 +7,33 @@ Each process has its own copy of the weights.
 """
 
 import math
+import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 
 import numpy as np
 
+from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import NOT_OVER, Asked, Ran, StepRow, Watch, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
-from jaxserve.bench.workload import BenchRequest
+from jaxserve.bench.workload import BenchRequest, Row
 from jaxserve.config import Config
 from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens, window_remat
 from jaxserve.engine.planner import Planned
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.loader import load_config
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import Tokenizer, load_tokenizer
 
 DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
 RESERVE_BYTES = 2 << 30  # of each device: runtime, buffers of steps without gradient rows
@@ -204,6 +209,14 @@ class Virtual:
     model: ModelConfig
     tokenizer: Tokenizer | None = None  # for real prompts
 
+    @classmethod
+    def of(cls, config: Config) -> "Virtual":
+        """Of the model that the configuration names."""
+        assert config.model.path is not None, "no model"
+        path = Path(locate(config.model.path))
+        tokenizer = None if config.coserve.prompts is None else load_tokenizer(path)
+        return cls(config=config, model=load_config(path), tokenizer=tokenizer)
+
     @property
     def device(self) -> roofline.Device:
         return roofline.DEVICES[self.config.sweep.simulate]
@@ -266,48 +279,66 @@ class Virtual:
     # a Backend
 
     def run(self, sharing: str, rate: float) -> Ran:
-        name = run_name(sharing, rate)
-        settings = settings_of(self.config, self.model, self.device, sharing)
-        device = self.make_device(settings)
-        return self._replicas(name, rate, lambda requests, replica: self._replica(settings, device, requests, replica))
+        return self._all(sharing, rate)[0]
 
     def spatial(self, rate: float) -> tuple[Ran, Ran]:
+        serving, training = self._all("spatial", rate)
+        return serving, training
+
+    def _all(self, kind: str, rate: float) -> tuple[Ran, ...]:
+        replicas = range(self.config.sweep.replicas)
+        return self.joined(kind, rate, [self.replica(kind, rate, replica) for replica in replicas])
+
+    def joined(self, kind: str, rate: float, replicas: Sequence[tuple[Ran, ...]]) -> tuple[Ran, ...]:
+        """What ``run`` (one) and ``spatial`` (two) return, of what each replica did."""
+        names = [run_name(kind, rate)]
+        if kind == "spatial":
+            names = [f"spatial requests at {rate:g}", f"spatial finetuning at {rate:g}"]
+        runs = zip(names, zip(*replicas, strict=True), strict=True)
+        return tuple(_joined(name, self.config.sweep.seconds, parts) for name, parts in runs)
+
+    def replica(self, kind: str, rate: float, number: int) -> tuple[Ran, ...]:
+        """One replica's part in ``run`` of a way to share, or in ``spatial``. It does not depend on the others."""
+        requests = self._requests(rate, number)
+        if kind == "spatial":
+            return self._spatial(requests, number)
+        settings = settings_of(self.config, self.model, self.device, kind)
+        return (self._replica(settings, self.make_device(settings), requests, number),)
+
+    def _spatial(self, requests: Sequence[BenchRequest], number: int) -> tuple[Ran, Ran]:
         plain = settings_of(self.config, self.model, self.device, "inference-only", copies=2)
-        device = self.make_device(plain)
-        tuning = replace(plain, sharing="finetune-only")
-        probe = _Measured(device)
-        self._replica(tuning, probe, [], 0)
-        trained: list[Ran] = []
+        device, tuning = self.make_device(plain), replace(plain, sharing="finetune-only")
+        asking = _Measured(device, self._bandwidth_of_finetuning, is_shared=True)
+        served = self._replica(plain, asking, requests, number)
+        rest = BesideRequests(device, [(step.at, step.end) for step in served.steps], asking.bandwidth)
+        return served, self._replica(tuning, rest, [], number)
 
-        def both(requests: Sequence[BenchRequest], replica: int) -> Ran:
-            asking = _Measured(device, probe.bandwidth, is_shared=True)
-            served = self._replica(plain, asking, requests, replica)
-            rest = BesideRequests(device, [(step.at, step.end) for step in served.steps], asking.bandwidth)
-            trained.append(self._replica(tuning, rest, [], replica))
-            return served
+    @cached_property
+    def _bandwidth_of_finetuning(self) -> float:
+        """The share of it that finetuning asks for when it is alone."""
+        plain = settings_of(self.config, self.model, self.device, "finetune-only", copies=2)
+        probe = _Measured(self.make_device(plain))
+        self._replica(plain, probe, [], 0)
+        return probe.bandwidth
 
-        served = self._replicas(f"spatial requests at {rate:g}", rate, both)
-        return served, _joined(f"spatial finetuning at {rate:g}", self.config.sweep.seconds, trained)
+    @cached_property
+    def _rows(self) -> Callable[[float], list[Row]]:
+        """Of all replicas together, at so many requests per second."""
+        return lru_cache(lambda rate: rows_at(self.config, rate, self.config.sweep.seconds)[0] if rate else [])
 
-    def _replicas(self, name: str, rate: float, run) -> Ran:
-        return _joined(name, self.config.sweep.seconds, [run(r, i) for i, r in enumerate(self._requests(rate))])
-
-    def _requests(self, rate: float) -> Iterator[tuple[BenchRequest, ...]]:
-        """Of each replica in turn."""
+    def _requests(self, rate: float, replica: int) -> tuple[BenchRequest, ...]:
         config, replicas = self.config, self.config.sweep.replicas
-        rows = rows_at(config, rate * replicas, config.sweep.seconds)[0] if rate else []
-        for replica in range(replicas):
-            load = make_load(
-                config,
-                rows[replica::replicas],
-                "",
-                config.coserve.answer_with,
-                vocab_size=self.model.vocab_size,
-                max_model_len=min(config.model.max_model_len or MAX_LENGTH, self.model.max_position_embeddings),
-                tokenizer=self.tokenizer,
-                seed=config.bench.seed + replica,
-            )
-            yield load.requests
+        load = make_load(
+            config,
+            self._rows(rate * replicas)[replica::replicas],
+            "",
+            config.coserve.answer_with,
+            vocab_size=self.model.vocab_size,
+            max_model_len=min(config.model.max_model_len or MAX_LENGTH, self.model.max_position_embeddings),
+            tokenizer=self.tokenizer,
+            seed=config.bench.seed + replica,
+        )
+        return load.requests
 
     def _replica(self, settings: Settings, device: Device, requests: Sequence[BenchRequest], replica: int) -> Ran:
         jobs = [] if settings.sharing == "inference-only" else self.jobs()
@@ -318,7 +349,7 @@ def simulated(
     name: str, simulator: Simulator, requests: Sequence[BenchRequest], seconds: float, replica: int = 0
 ) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
-    coming = sorted(requests, key=lambda request: request.arrival_s)
+    coming, cpu = sorted(requests, key=lambda request: request.arrival_s), time.process_time()
     with Watch(simulator, replica)() as watch:
         run = simulator(coming, seconds)
         while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
@@ -344,6 +375,7 @@ def simulated(
         steps=watch.steps,
         preemptions=run.preemptions,
         evictions=watch.evictions,
+        cpu_seconds=time.process_time() - cpu,
     )
 
 
@@ -357,4 +389,5 @@ def _joined(name: str, seconds: float, replicas: Sequence[Ran]) -> Ran:
         steps=steps,
         preemptions=sum(ran.preemptions for ran in replicas),
         evictions=sum(ran.evictions for ran in replicas),
+        cpu_seconds=sum(ran.cpu_seconds for ran in replicas),
     )

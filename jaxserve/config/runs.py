@@ -194,6 +194,8 @@ class SweepSection(Section):
     """Length of a run: requests come, and finetune tokens count, for so long."""
     replicas: Annotated[int, Field(ge=1, le=64)] = 1
     """Simulated replicas; requests go to them in turn."""
+    processes: PositiveInt | None = None
+    """Processes that simulate side by side; by default one for each processor."""
     simulate: Literal["none", "a100-80gb", "h100", "h200"] = "none"
     """Runs on a virtual clock with this device's roofline; none measures the engine here."""
     matmul_efficiency: Annotated[float, Field(gt=0, le=1)] | None = None

@@ -9,7 +9,7 @@ kernel for another number of rows, and with it other last bits.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 MIN_ROWS = 8
 
@@ -22,6 +22,12 @@ class Bucket:
     decode_rows: int
     grad_rows: int = 0
     stashed: bool = False  # gradient rows have been forward in an earlier step: what it left is in the stash
+
+    def __post_init__(self):
+        object.__setattr__(self, "_hash", hash((self.chunk_rows, self.decode_rows, self.grad_rows, self.stashed)))
+
+    def __hash__(self) -> int:  # buckets are looked up many times in a step
+        return self._hash  # pyright: ignore[reportAttributeAccessIssue]
 
     def __str__(self) -> str:
         return f"step {self.grad_rows}+{self.chunk_rows}+{self.decode_rows}"
@@ -91,7 +97,7 @@ class Buckets:
         return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else (), stashed and grads > 0)
 
     def _bucket(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
-        return Bucket(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
+        return _one(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
 
     @property
     def beside_chunks(self) -> tuple[int, ...]:
@@ -137,6 +143,9 @@ class Buckets:
         if chunk_rows == 0:
             return self._bucket(0, _least(self.decode_rows, decode_rows))
         return self._bucket(_least(self.chunk_rows, chunk_rows), _least(self.beside_chunks, decode_rows))
+
+
+_one = lru_cache(maxsize=None)(Bucket)  # equal buckets are the same object: looking one up compares nothing
 
 
 def _least(sizes: Sequence[int], wanted: int) -> int:

@@ -6,8 +6,7 @@ simulator's are both built around it.
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 from typing import NamedTuple, Protocol
 
@@ -18,7 +17,7 @@ from jaxserve.finetune.queue import FinetuneQueue
 from jaxserve.finetune.windows import FinetunePlan, WindowRows, total_rows
 from jaxserve.scheduler.plan import NO_REQUESTS, StepPlan
 from jaxserve.scheduler.policy import FORWARD_TOKEN, GRADIENT_TOKEN
-from jaxserve.scheduler.request import NEVER
+from jaxserve.scheduler.request import NEVER, Sequence
 from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.slo import LatencyBudget
 
@@ -26,7 +25,7 @@ NUM_KEPT = 4096  # choices of buckets that are remembered
 STEP_ROWS = 128  # a step takes about as long as so many rows more: weights are read, kernels started
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
-NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), decodes=(), samples=(), chunk_rows=0)
+NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), chunk_rows=0)
 
 
 class Finetuning(Protocol):
@@ -76,9 +75,8 @@ class Planner:
 
     def set_buckets(self, buckets: Buckets) -> None:
         self.buckets = buckets
-        known = {bucket: bucket for bucket in buckets}  # the very objects: looking one up compares nothing
-        self._fit = lru_cache(NUM_KEPT)(lambda *rows: known[buckets.fit(*rows)])
-        self._holding = lru_cache(NUM_KEPT)(lambda *rows: [known[bucket] for bucket in buckets.holding(*rows)])
+        self._fit = lru_cache(NUM_KEPT)(buckets.fit)
+        self._with_room = lru_cache(NUM_KEPT)(partial(_with_room, buckets))
         self.times.resize(buckets, self.max_keys)
         self.gradient_token = GRADIENT_TOKEN - FORWARD_TOKEN if buckets.stashed else GRADIENT_TOKEN
         self.row_block = self.scheduler.config.row_block
@@ -144,8 +142,9 @@ class Planner:
         decoding = [seq for seq in scheduler.running if seq.num_computed >= seq.prefill_end]
         if not decoding:
             return None
-        keys = [seq.num_computed + 1 for seq in decoding]
-        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=sum(keys), decode_span=max(keys))
+        positions = [seq.num_computed for seq in decoding]
+        keys, span = sum(positions) + len(positions), max(positions) + 1
+        alone = StepLoad(self._fit(0, len(decoding)), decode_keys=keys, decode_span=span)
         shortest = self.times.predict(alone)
         allowed = self.budget.slack(decoding, start, shortest) / (1 + self.times.uncertainty)
         rows, seconds = self._longest_chunk(alone, allowed)
@@ -156,11 +155,11 @@ class Planner:
     def _longest_chunk(self, alone: StepLoad, allowed: float) -> tuple[int, float]:
         """Rows and seconds of the largest chunk that a step of so long has room for; of the smallest, if of none."""
         done = max([seq.num_computed for seq in self.scheduler.running if seq.prefilling], default=0)
-        best = None
+        best, keys, span = None, alone.decode_keys, alone.decode_span
         for rows in self.buckets.chunk_rows:
             bucket = self._fit(rows, alone.bucket.decode_rows)
-            load = alone._replace(bucket=bucket, block_span=done + rows, block_pairs=(done + rows // 2) * rows)
-            seconds = self.times.predict(load)
+            pairs = (done + rows // 2) * rows
+            seconds = self.times.predict(StepLoad(bucket, False, keys, span, pairs, done + rows))
             if best is None or seconds <= allowed:
                 best = rows, seconds
             if seconds > allowed:
@@ -175,7 +174,7 @@ class Planner:
 
     def _alone(self, plan: StepPlan) -> Planned:
         """A step of requests."""
-        bucket = self._fit(plan.chunk_rows, len(plan.decodes))
+        bucket = self._fit(plan.chunk_rows, len(plan.decoding))
         load = request_load(plan, bucket, self.needs_extras is not None and self.needs_extras(plan))
         return Planned(plan, load, self.times.predict(load))
 
@@ -187,8 +186,7 @@ class Planner:
             return self.budget.arrival_limit
         if self.scheduler.backlog and self.budget.has_promises:
             return 0.0  # prompts are waiting: the sooner this step is over, the better
-        decoding = [segment.seq for segment in alone.plan.decodes]
-        slack = self.budget.slack(decoding, start, alone.seconds, planned=1)
+        slack = self.budget.slack(alone.plan.decoding, start, alone.seconds, planned=1)
         return min(slack, self.budget.arrival_limit) / (1 + self.times.uncertainty)
 
     def _with_windows(self, queue: FinetuneQueue, alone: Planned | None, allowed: float) -> Planned | None:
@@ -219,7 +217,7 @@ class Planner:
     def _charge(self, queue: FinetuneQueue, windows: FinetunePlan) -> None:
         for kind, cost in ((windows.grads, self.gradient_token), (windows.forwards, FORWARD_TOKEN)):
             for window in kind:
-                job, _ = queue.owner[id(window.seq)]
+                job, _ = queue.owner[window.seq]
                 self.scheduler.policy.charge(job.tenant, cost * window.length)
 
     def _best(self, queue: FinetuneQueue, base: Planned, allowed: float) -> Planned | None:
@@ -248,30 +246,30 @@ class Planner:
         """(worth at most, seconds at least, bucket) of every bucket with room to spare for windows and,
         judging by its requests alone, short enough; the most promising first."""
         backward, forward, dropout = queue.left()
-        rows = base.plan.chunk_rows
-        buckets = [
-            bucket
-            for bucket in self._holding(rows, len(base.plan.decodes))
-            if bucket.grad_rows or (bucket.chunk_rows != rows and (bucket.finetunes or not dropout))
-        ]
-        found = []
+        rows, found = base.plan.chunk_rows, []
+        buckets = self._with_room(rows, len(base.plan.decoding), dropout)
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
-                work = self.gradient_token * min(bucket.grad_rows, backward) + FORWARD_TOKEN * min(
-                    bucket.chunk_rows - rows, forward
-                )
+                grad_rows, room = bucket.grad_rows, bucket.chunk_rows - rows
+                work = self.gradient_token * (grad_rows if grad_rows < backward else backward)
+                work += FORWARD_TOKEN * (room if room < forward else forward)
                 found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
         return sorted(found, key=_promise, reverse=True)
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
-        best, most = None, 0.0
+        best, most, can_forward = None, 0.0, True
         for promise, _, bucket in candidates:
             if promise <= most:
                 break
+            if not (bucket.grad_rows or can_forward):
+                continue
             room = bucket.chunk_rows - base.plan.chunk_rows
             windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.finetunes)
+            if best is not None and windows.grads and windows == best[0]:  # the same step again
+                continue
             work = self.gradient_token * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
-            if not work:
+            if not work:  # whether there is anything to forward does not depend on the room
+                can_forward &= bucket.grad_rows > 0
                 continue
             load = self._load_with(base, windows, self._tight(base.plan, windows, bucket))
             seconds = self.times.predict(load)
@@ -281,22 +279,31 @@ class Planner:
         if best is None:
             return None
         windows, load, seconds = best
-        return Planned(replace(base.plan, finetune=windows), load, seconds)
+        return Planned(base.plan.beside(windows), load, seconds)
 
     def _load_with(self, base: Planned, windows: FinetunePlan, bucket: Bucket) -> StepLoad:
         """What the step holds with windows beside what is in it."""
         extended = base.load.extended
         if not extended and self.needs_extras is not None:
-            extended = self.needs_extras(replace(NOTHING, finetune=windows))
+            extended = self.needs_extras(NOTHING.beside(windows))
         return with_windows(base.load, windows, bucket, extended)
 
     def _tight(self, plan: StepPlan, windows: FinetunePlan, bucket: Bucket) -> Bucket:
         """The smallest bucket for these windows."""
         grad_rows = total_rows(windows.grads, self.row_block)
         chunk_rows = plan.chunk_rows + total_rows(windows.forwards, self.row_block)
-        if bucket.grad_rows and not bucket.stashed:
-            grad_rows = max(grad_rows, 1)  # only these programs know dropout
-        return self._fit(chunk_rows, len(plan.decodes), grad_rows)
+        if not grad_rows and bucket.grad_rows and not bucket.stashed:
+            grad_rows = 1  # only these programs know dropout
+        return self._fit(chunk_rows, len(plan.decoding), grad_rows)
+
+
+def _with_room(buckets: Buckets, chunk_rows: int, decode_rows: int, dropout: bool) -> list[Bucket]:
+    """Those that hold these rows of requests and have room for windows, of sequences with dropout if so."""
+    return [
+        bucket
+        for bucket in buckets.holding(chunk_rows, decode_rows)
+        if bucket.grad_rows or (bucket.chunk_rows != chunk_rows and (bucket.finetunes or not dropout))
+    ]
 
 
 def _promise(candidate: tuple[float, float, Bucket]) -> float:
@@ -304,7 +311,7 @@ def _promise(candidate: tuple[float, float, Bucket]) -> float:
 
 
 def _length(windows: Iterable[WindowRows]) -> int:
-    return sum([window.length for window in windows])
+    return sum([length for _, _, length in windows])
 
 
 def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float:
@@ -318,9 +325,8 @@ def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     """What a step of requests holds, as the model of step times sees it."""
     block_pairs = block_span = 0
-    keys = [start + 1 for _, start, _ in plan.decodes]
-    decode_keys, decode_span = sum(keys), max(keys, default=0)
-    adapter_rows = sum([seq.request.adapter is not None for seq, _, _ in plan.decodes])
+    decode_keys, decode_span = sum(plan.positions) + len(plan.positions), max(plan.positions, default=-1) + 1
+    adapter_rows = _num_with_adapter(plan.decoding)
     for seq, start, length in plan.chunks:
         block_pairs += _pairs(start, length)
         block_span = max(block_span, start + length)
@@ -328,18 +334,25 @@ def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:
     return StepLoad(bucket, extended, decode_keys, decode_span, block_pairs, block_span, adapter_rows=adapter_rows)
 
 
+@lru_cache(maxsize=1)  # most steps have the same decode rows as the one before
+def _num_with_adapter(decoding: tuple[Sequence, ...]) -> int:
+    return sum([seq.request.adapter is not None for seq in decoding])
+
+
 def with_windows(load: StepLoad, windows: FinetunePlan, bucket: Bucket, extended: bool) -> StepLoad:
     """The same with finetune windows, in another bucket."""
     block_pairs, block_span, grad_pairs, grad_span, grad_rows, rows = load.block_pairs, load.block_span, 0, 0, 0, 0
     for _, start, length in windows.grads:
         grad_pairs += _pairs(start, length)
-        grad_span = max(grad_span, start + length)
+        if start + length > grad_span:
+            grad_span = start + length
         grad_rows += length
     if not bucket.stashed:  # they run forward as well
         block_pairs, block_span, rows = block_pairs + grad_pairs, max(block_span, grad_span), grad_rows
     for _, start, length in windows.forwards:
         block_pairs += _pairs(start, length)
-        block_span = max(block_span, start + length)
+        if start + length > block_span:
+            block_span = start + length
         rows += length
     return StepLoad(
         bucket,

@@ -88,6 +88,7 @@ class StepTimes:
         self._theta[0] = 1.0
         prior = np.diag(np.array([0.1, 0.1, *[SPREAD] * len(self._units)]) ** 2)
         self._covariance, self._forgotten = prior, FORGETTING * prior
+        self._x, self._through, self._outer = np.empty(len(prior)), np.empty(len(prior)), np.empty_like(prior)
         self._set_weights()
 
     def calibrate(self, bucket: Bucket, extended: bool, seconds: float) -> None:
@@ -100,34 +101,32 @@ class StepTimes:
         base = self.base.get((load.bucket, load.extended))
         if base is None:
             return float("inf")
-        return self.pace * self._linear(load, base)
+        return self.pace * self._in_bucket(load.bucket, base, self._slopes(load))
 
     def predict_each(self, load: StepLoad, buckets: Iterable[Bucket]) -> list[float]:
         """The same of the load in each of these buckets, with the plain program."""
-        slopes, found = self._slopes(load), []
+        slopes, bases, pace, found = self._slopes(load), self.base, self.pace, []
         for bucket in buckets:
-            base = self.base.get((bucket, False))
-            found.append(float("inf") if base is None else self.pace * self._in_bucket(bucket, base, slopes))
+            base = bases.get((bucket, False))
+            found.append(float("inf") if base is None else pace * self._in_bucket(bucket, base, slopes))
         return found
-
-    def _linear(self, load: StepLoad, base: float) -> float:
-        return self._in_bucket(load.bucket, base, self._slopes(load))
 
     def _slopes(self, load: StepLoad) -> tuple[float, float, float, float]:
         """Seconds that the load adds for every decode row, block row and gradient row of its bucket, and in any."""
-        decode, block, grad, keys, pairs, grad_pairs, adapter_rows, grad_rows = self._weights
+        _, _, decode_keys, decode_span, block_pairs, block_span, grad_pairs, grad_span, adapter_rows, grad_rows = load
+        decode, block, grad, keys, pairs, more_pairs, with_adapter, trained = self._weights
         typical = self._typical
         anywhere = (
-            load.decode_keys * keys
-            + load.block_pairs * pairs
-            + load.grad_pairs * grad_pairs
-            + load.adapter_rows * adapter_rows
-            + load.grad_rows * grad_rows
+            decode_keys * keys
+            + block_pairs * pairs
+            + grad_pairs * more_pairs
+            + adapter_rows * with_adapter
+            + grad_rows * trained
         )
         return (
-            load.decode_span * decode * typical,
-            load.block_span * block * typical,
-            load.grad_span * grad * typical,
+            decode_span * decode * typical,
+            block_span * block * typical,
+            grad_span * grad * typical,
             anywhere * typical,
         )
 
@@ -140,17 +139,18 @@ class StepTimes:
 
     def observe(self, load: StepLoad, seconds: float) -> None:
         """Learns from a step that was measured."""
-        base = self.base.get((load.bucket, load.extended))
+        key = load.bucket, load.extended
+        base = self.base.get(key)
         if base is None:
             self.calibrate(load.bucket, load.extended, seconds)
             return
-        linear = self._linear(load, base)
+        linear = self._in_bucket(load.bucket, base, self._slopes(load))
         error = self.pace * linear / seconds - 1
         self.errors.append(error)
         self.uncertainty += PACE_SHARE / 2 * (min(abs(error), 1.0) - self.uncertainty)
         seconds = min(max(seconds, linear * self.pace / OUTLIER), linear * self.pace * OUTLIER)
         self._learn(load, base, linear, seconds / self.pace)
-        self.base[load.bucket, load.extended] = base * (1 + BASE_SHARE * (seconds / (self.pace * linear) - 1))
+        self.base[key] = base * (1 + BASE_SHARE * (seconds / (self.pace * linear) - 1))
         low, high = PACE_LIMITS
         self.pace = min(max(self.pace + PACE_SHARE * (seconds / linear - self.pace), low), high)
 
@@ -158,14 +158,15 @@ class StepTimes:
         """One step of recursive least squares (a Kalman filter whose state stands still), on relative errors."""
         scale = self._typical / seconds
         more = [amount / unit * scale for amount, unit in zip(load.weighed(), self._units, strict=True)]
-        x = np.array([base / seconds, base / seconds if load.bucket.grad_rows else 0.0, *more])
-        through = self._covariance @ x
-        gain = through / (x @ through + NOISE**2)
-        self._theta = self._theta + gain * (1 - linear / seconds)
-        covariance = self._covariance - gain[:, None] * through
+        x, through, outer, covariance = self._x, self._through, self._outer, self._covariance
+        x[:] = base / seconds, base / seconds if load.bucket.grad_rows else 0.0, *more
+        covariance.dot(x, through)
+        gain = through / (x.dot(through) + NOISE**2)
+        self._theta += gain * (1 - linear / seconds)
+        gain[:, None].dot(through[None], outer)
+        covariance -= outer
         covariance *= 1 - FORGETTING
         covariance += self._forgotten
-        self._covariance = covariance
         self._set_weights()
 
     def _set_weights(self) -> None:

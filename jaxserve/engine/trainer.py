@@ -272,8 +272,8 @@ class Trainer:
           finite_slots: of the finetune slots; chunk_rows: rows of the requests' chunks, before the forward windows.
         """
         for seq, finite in read_losses(plan, output, finite_slots, chunk_rows, self.queue.row_block):
-            if id(seq) in self.queue.owner:
-                _, batch = self.queue.owner[id(seq)]
+            if seq in self.queue.owner:
+                _, batch = self.queue.owner[seq]
                 seq.num_read += 1
                 batch.finite &= finite
         self.failures, self.held = 0, False
@@ -284,7 +284,7 @@ class Trainer:
     def _update_done(self, training: Training, update: Update) -> None:
         job, batch = training.job, update.batch
         for seq in batch.sequences:
-            self.queue.owner.pop(id(seq), None)
+            self.queue.owner.pop(seq, None)
         if isinstance(job, Session):
             job.read(batch)
             return
@@ -355,7 +355,7 @@ class Trainer:
         Args:
           plan: the windows of the step that failed.
         """
-        blamed = [] if plan is None else [self.queue.owner.get(id(w.seq)) for w in (*plan.grads, *plan.forwards)]
+        blamed = [] if plan is None else [self.queue.owner.get(w.seq) for w in (*plan.grads, *plan.forwards)]
         self.held = True
         self.sums.reset()
         for training in self.trainings.values():

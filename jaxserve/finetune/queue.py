@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Batch, Job
-from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded, total_rows
+from jaxserve.finetune.windows import FinetunePlan, Lane, TrainSequence, WindowRows, example_key, rounded
 from jaxserve.kvcache.pages import PagePool
 
 
@@ -48,7 +48,7 @@ class FinetuneQueue:
         self.stashed = stash_blocks > 0
         self.running: list[Running] = []
         self.active: list[TrainSequence] = []
-        self.owner: dict[int, tuple[Job, Batch]] = {}  # by id of an active sequence
+        self.owner: dict[TrainSequence, tuple[Job, Batch]] = {}  # of the active sequences
         self.num_finished = 0  # sequences that were planned to their end
 
     @property
@@ -61,11 +61,12 @@ class FinetuneQueue:
         trained with dropout."""
         backward = forward = 0
         dropout = False
+        block = self.row_block
         for seq in self.active:
             if not seq.forward_only:
-                backward += rounded(min(seq.remaining, seq.window), self.row_block)
-            if not seq.backward_begun:
-                forward += rounded(seq.num_rows - seq.forwarded, self.row_block)
+                backward += rounded(min(seq.remaining, seq.window), block)
+            if not seq.backward_begun and seq.forwarded < seq.num_rows:
+                forward += rounded(seq.num_rows - seq.forwarded, block)
             if seq.dropout:
                 dropout = True
         return backward, forward, dropout
@@ -82,40 +83,39 @@ class FinetuneQueue:
         """
         if self.stashed:
             all_forward = self._forward(chunk_rows, usual, set(), plain)
-            ends = {
-                id(window.seq): window.end for window in all_forward
-            }  # a step's backward follows all of its forward
+            ends = {window.seq: window.end for window in all_forward}  # a step's backward follows all of its forward
 
             def of_forwarded(seq: TrainSequence, room: int) -> WindowRows | None:
-                return seq.backward_window(room) if ends.get(id(seq), seq.forwarded) == seq.num_rows else None
+                return seq.backward_window(room) if ends.get(seq, seq.forwarded) == seq.num_rows else None
 
-            return FinetunePlan(self._backward(grad_rows, of_forwarded), all_forward)
+            return FinetunePlan(self._backward(grad_rows, of_forwarded) if grad_rows else (), all_forward)
         ahead: list[WindowRows] = []  # what must go forward beside a backward that begins
+        left = chunk_rows
 
         def with_rows_ahead(seq: TrainSequence, room: int) -> WindowRows | None:
+            nonlocal left
             window = seq.backward_window(room)
             if window is None or seq.backward_begun:
                 return window
-            rest = WindowRows(seq, seq.forwarded, window.start - seq.forwarded)
-            left = chunk_rows - total_rows(ahead, self.row_block)
-            if not _is_worth_it(window, usual) or rounded(rest.length, self.row_block) > left:
+            length = window.start - seq.forwarded
+            if not _is_worth_it(window, usual) or rounded(length, self.row_block) > left:
                 return None
-            if rest.length > 0:
-                ahead.append(rest)
+            if length > 0:
+                ahead.append(WindowRows(seq, seq.forwarded, length))
+                left -= rounded(length, self.row_block)
             return window
 
-        grads = self._backward(grad_rows, with_rows_ahead)
-        taken = {id(window.seq) for window in grads}
-        left = chunk_rows - total_rows(ahead, self.row_block)
+        grads = self._backward(grad_rows, with_rows_ahead) if grad_rows else ()
+        taken = {window.seq for window in grads}
         return FinetunePlan(grads, (*ahead, *self._forward(left, usual, taken, plain)))
 
-    def _forward(self, chunk_rows: int, usual: int, taken: set[int], plain: bool) -> tuple[WindowRows, ...]:
-        """Windows of phase F; ``taken``: by id, sequences that are in the step already."""
+    def _forward(self, chunk_rows: int, usual: int, taken: set[TrainSequence], plain: bool) -> tuple[WindowRows, ...]:
+        """Windows of phase F; ``taken``: sequences that are in the step already."""
         forwards = []
         for seq in self.active:
             if chunk_rows < self.row_block:
                 break
-            if seq.backward_begun or id(seq) in taken or (plain and seq.dropout):
+            if seq in taken or (plain and seq.dropout):
                 continue
             window = seq.forward_window(chunk_rows, usual)
             if window is not None:
@@ -173,7 +173,7 @@ class FinetuneQueue:
         batch.waiting.pop(0)
         batch.sequences.append(seq)
         self.active.append(seq)
-        self.owner[id(seq)] = (job, batch)
+        self.owner[seq] = (job, batch)
         return True
 
     def _sequence(self, example: Example, batch: Batch, running: Running, reserve: int) -> TrainSequence | None:
@@ -216,7 +216,7 @@ class FinetuneQueue:
         for seq in [seq for seq in self.active if seq.done]:
             self._free(seq)
             self.num_finished += 1
-        for seq in self.active:
+        for seq in [seq for seq in self.active if seq.backward_begun]:
             needed = self.pool.pages_for(seq.remaining)
             if needed < len(seq.pages):
                 self.pool.free(seq.pages[needed:])
@@ -225,8 +225,8 @@ class FinetuneQueue:
             blocks = -(-seq.remaining // self.row_block)
             self._stash.extend(seq.stash_blocks[blocks:])
             del seq.stash_blocks[blocks:]
-        complete = [(r.job, r.job.batch) for r in self.running if r.job.batch is not None and r.job.batch.planned]
-        return [(job, batch) for job, batch in complete if batch is not None]
+        batches = [(running.job, running.job.batch) for running in self.running]
+        return [(job, batch) for job, batch in batches if batch is not None and batch.planned]
 
     def _free(self, seq: TrainSequence) -> None:
         self.active.remove(seq)
@@ -238,7 +238,7 @@ class FinetuneQueue:
 
     def drop(self, job: Job) -> None:
         """Forgets a job's sequences, wherever they are; its accumulators are set back to zero."""
-        for seq in [seq for seq in self.active if self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in self.active if self.owner[seq][0] is job]:
             self._clear(seq.acc_pages)
             self._free(seq)
         self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
@@ -263,12 +263,12 @@ class FinetuneQueue:
         """Takes back what the job has begun, but for sequences whose backward has; nothing new begins."""
         for running in self.running:
             running.held |= running.job is job
-        for seq in [seq for seq in reversed(self.active) if not seq.backward_begun and self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in reversed(self.active) if not seq.backward_begun and self.owner[seq][0] is job]:
             self._take_back(seq)
 
     def take_back_all(self, job: Job) -> None:
         """Takes back everything, after the device has lost it."""
-        for seq in [seq for seq in self.active if self.owner[id(seq)][0] is job]:
+        for seq in [seq for seq in self.active if self.owner[seq][0] is job]:
             self._free(seq)
         self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
 
@@ -279,10 +279,10 @@ class FinetuneQueue:
 
     def is_idle(self, job: Job) -> bool:
         """No sequence of the job is under way."""
-        return not any(self.owner[id(seq)][0] is job for seq in self.active)
+        return not any(self.owner[seq][0] is job for seq in self.active)
 
     def _take_back(self, seq: TrainSequence) -> None:
-        _, batch = self.owner.pop(id(seq))
+        _, batch = self.owner.pop(seq)
         batch.sequences.remove(seq)
         batch.waiting.insert(0, next(e for e in batch.examples if e.token_ids is seq.token_ids))
         self._free(seq)

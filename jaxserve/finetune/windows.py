@@ -111,23 +111,27 @@ class TrainSequence:
             return self.num_rows
         if self.fixed:
             return (self.num_rows - 1) // self.window * self.window
-        return max(self.num_rows - min(rows, self.window), 0)
+        first = self.num_rows - (rows if rows < self.window else self.window)
+        return first if first > 0 else 0
 
     def backward_window(self, room: int) -> WindowRows | None:
         """The next window of phase B that ``room`` rows allow. Its earlier rows must have been forward by then, with a
         stash its own as well."""
-        if self.forward_only or self.done or room <= 0:
+        remaining = self.remaining
+        if self.forward_only or not remaining or room <= 0:
             return None
         block = self.row_block if self.stash_blocks else 1
         window = rounded(self.window, block)
-        start = max(self.remaining - min(room, window), 0)
+        start = remaining - (room if room < window else window)
+        if start < 0:
+            start = 0
         if self.fixed:
-            boundary = (self.remaining - 1) // window * window
+            boundary = (remaining - 1) // window * window
             if boundary < start:
                 return None
             start = boundary
         start = rounded(start, block)
-        return WindowRows(self, start, self.remaining - start) if start < self.remaining else None
+        return WindowRows(self, start, remaining - start) if start < remaining else None
 
     def forward_window(self, room: int, last: int) -> WindowRows | None:
         """The next window of phase F, or None where nothing is left for it.
@@ -138,10 +142,10 @@ class TrainSequence:
         if self.backward_begun:
             return None
         end = self.num_rows if self.forward_only else self.first_backward(last)
-        length = min(end - self.forwarded, room)
-        if length <= 0:
+        left = end - self.forwarded
+        if left <= 0 or room <= 0:
             return None
-        return WindowRows(self, self.forwarded, length)
+        return WindowRows(self, self.forwarded, left if left < room else room)
 
     def take_backward(self, window: WindowRows) -> None:
         """Notes that a window of phase B is in a step."""

@@ -55,6 +55,10 @@ class PagePool:
             return None
         return [self._take() for _ in range(n)]
 
+    def alloc_one(self) -> int | None:
+        """The same for one page."""
+        return self._take() if self._free or self._cached else None
+
     def share(self, page: int) -> None:
         """One more holder of a used or cached page."""
         if self._refcount[page] == 0:
@@ -65,11 +69,13 @@ class PagePool:
 
     def free(self, pages: Sequence[int]) -> None:
         """One holder fewer of each page, last page first: the end of a prefix is evicted before its beginning."""
+        counts = self._refcount
         for page in reversed(pages):
-            if self._refcount[page] == 0:
+            held = counts[page]
+            if held == 0:
                 raise EngineError(f"page {page} is freed twice")
-            self._refcount[page] -= 1
-            if self._refcount[page] == 0:
+            counts[page] = held - 1
+            if held == 1:
                 self._retire(page)
 
     def longest_prefix(self, chain: PrefixChain, tokens: Sequence[int]) -> list[int]:

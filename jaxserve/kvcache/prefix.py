@@ -6,6 +6,7 @@ Shapes: G tokens per page.
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 
 
@@ -26,7 +27,7 @@ class PrefixKey:
 
 def page_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full page: its tokens (int32) after everything that ``parent`` stands for."""
-    return _digest(parent, struct.pack(f"<{len(tokens)}i", *tokens))
+    return sha256(_page(len(parent), len(tokens)).pack(len(parent), parent, 4 * len(tokens), *tokens)).digest()
 
 
 class PrefixChain:
@@ -38,10 +39,11 @@ class PrefixChain:
 
     def digest(self, place: int, tokens: Sequence[int]) -> bytes:
         """Digest of the sequence's page number ``place``; ``tokens`` must reach its end."""
-        known = self._digests
-        for start in range((len(known) - 1) * self.page_size, (place + 1) * self.page_size, self.page_size):
-            assert start + self.page_size <= len(tokens), f"page {place} is not full of known tokens"
-            known.append(page_digest(known[-1], tokens[start : start + self.page_size]))
+        known, size = self._digests, self.page_size
+        if place + 1 >= len(known):
+            assert (place + 1) * size <= len(tokens), f"page {place} is not full of known tokens"
+            for start in range((len(known) - 1) * size, (place + 1) * size, size):
+                known.append(page_digest(known[-1], tokens[start : start + size]))
         return known[place + 1]
 
     def copy(self) -> "PrefixChain":
@@ -80,6 +82,12 @@ class PrefixIndex:
         digest = self._digest_of.pop(page, None)
         if digest is not None:
             del self._page_of[digest]
+
+
+@lru_cache
+def _page(parent_bytes: int, num_tokens: int) -> struct.Struct:
+    """What ``_digest`` joins of a parent and a page's tokens, in one call."""
+    return struct.Struct(f"<Q{parent_bytes}sQ{num_tokens}i")
 
 
 def _digest(*parts: bytes) -> bytes:

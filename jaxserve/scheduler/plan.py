@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence as Values
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from jaxserve.scheduler.request import Sequence
 
 
-class Segment(NamedTuple):  # a tuple, because a step makes one per row and host time counts
+class Segment(NamedTuple):
     """Rows [start, start + length) of a sequence. A row at or past len(seq.tokens) takes the slot's last token."""
 
     seq: Sequence
@@ -34,30 +35,60 @@ class Sample(NamedTuple):
 NO_REQUESTS = -1
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class StepPlan:
     """Valid until the scheduler is called again: pages and slots are read from the sequences, so pack it at once.
+
+    Decode rows come as two columns, because a step has many and host time counts; ``decodes`` and ``samples`` make one
+    object of each row. Decode row i is drawn from by its own sequence, in sample i.
 
     page_copies (src, dst) run before the step writes anything, and all of them read before any of them writes.
     """
 
     index: int  # of the scheduler's plans; NO_REQUESTS: the step has nothing of the scheduler's
     chunks: tuple[Segment, ...]
-    decodes: tuple[Segment, ...]
-    samples: tuple[Sample, ...]
+    decoding: tuple[Sequence, ...] = ()  # the same object as in the plan before, unless somebody came or went
+    positions: Values[int] = ()  # of the decode rows
+    chunk_samples: tuple[Sample, ...] = ()  # those drawn behind chunks
     page_copies: tuple[tuple[int, int], ...] = ()
     started: tuple[Sequence, ...] = ()  # hold a slot since this plan, some of them again; followers included
     preempted: tuple[Sequence, ...] = ()
     finetune: Any = None  # a FinetunePlan: windows of finetune sequences beside the requests
     chunk_rows: int  # rows of the chunks, each rounded up to whole row blocks
 
+    @cached_property
+    def decodes(self) -> tuple[Segment, ...]:
+        return tuple([Segment(seq, start, 1) for seq, start in zip(self.decoding, self.positions, strict=True)])
+
+    @cached_property
+    def samples(self) -> tuple[Sample, ...]:
+        return (*(Sample(seq, row, "decode") for row, seq in enumerate(self.decoding)), *self.chunk_samples)
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.decoding) + len(self.chunk_samples)
+
     @property
     def num_rows(self) -> int:
-        return self.chunk_rows + len(self.decodes)
+        return self.chunk_rows + len(self.decoding)
+
+    def beside(self, finetune: Any) -> "StepPlan":
+        """The same rows of requests with these windows of finetune sequences."""
+        return StepPlan(
+            index=self.index,
+            chunks=self.chunks,
+            decoding=self.decoding,
+            positions=self.positions,
+            chunk_samples=self.chunk_samples,
+            page_copies=self.page_copies,
+            started=self.started,
+            preempted=self.preempted,
+            finetune=finetune,
+            chunk_rows=self.chunk_rows,
+        )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class StepResult:
+class StepResult(NamedTuple):
     """What commit() needs from a step; the engine keeps logprobs and the like under the same sample indices."""
 
     tokens: Values[int]  # one per sample
@@ -72,3 +103,10 @@ class Outcome(NamedTuple):
     token: int | None
     finish_reason: str | None
     sample: int | None
+
+
+class Read(NamedTuple):
+    """What came of a step. The sequences of decode rows that are not ``apart`` have one more token and go on."""
+
+    apart: set[int]  # decode rows whose sequence has ended with this step's token, or was over before
+    outcomes: list[Outcome]  # of all but the rows that go on

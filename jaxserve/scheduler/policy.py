@@ -37,6 +37,10 @@ class Policy(Protocol):
         """Notes what was done for a tenant."""
         ...
 
+    def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
+        """Notes that each of these had one more token."""
+        ...
+
     def served(self, tenant: str) -> float:
         """What was charged, as far as it matters who was served less."""
         ...
@@ -56,6 +60,8 @@ class Fcfs:
     def leave(self, seq: Sequence) -> None: ...
 
     def charge(self, tenant: str, cost: float) -> None: ...
+
+    def charge_outputs(self, sequences: Iterable[Sequence]) -> None: ...
 
     def served(self, tenant: str) -> float:
         return 0.0
@@ -113,6 +119,10 @@ class Fair(Fcfs):
 
     def charge(self, tenant: str, cost: float) -> None:
         self.counters[tenant] += cost
+
+    def charge_outputs(self, sequences: Iterable[Sequence]) -> None:
+        for seq in sequences:
+            self.charge(seq.request.tenant, OUTPUT_TOKEN)
 
     def served(self, tenant: str) -> float:
         return self.counters[tenant]

@@ -62,8 +62,10 @@ class Sequence:
     slot: int | None = None
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are computed or in flight
-    num_verified: int = 0  # of those, the ones whose step came back finite
-    num_pending: int = 0  # tokens sampled on the device and not read yet; 2 while two steps are in flight
+    num_verified: int = 0  # of those, the ones whose step came back finite; of decode rows by whole pages
+    num_drawn: int = 0  # prompt and outputs, those among them that the host has not read yet; 0 before the first output
+    decode_end: int = 0  # decode rows before this position have their page and their place within ``max_total``
+    quiet_until: int = 0  # tokens up to which reading one more neither fills a page nor ends the sequence
     prefill_end: int = 0  # tokens to compute in chunks before (again) decoding
     num_cached: int = 0  # prompt tokens found in the prefix cache when the sequence first started
     num_preempted: int = 0
@@ -83,6 +85,11 @@ class Sequence:
     def num_outputs(self) -> int:
         """Outputs that the host has read."""
         return len(self.tokens) - self.prompt_len
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens sampled on the device and not read yet; 2 while two steps are in flight."""
+        return max(self.num_drawn - len(self.tokens), 0)
 
     @property
     def output_ids(self) -> list[int]:

@@ -14,8 +14,8 @@ from jaxserve.errors import InvalidRequest
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.kvcache.prefix import PrefixChain, PrefixKey
 from jaxserve.scheduler.limits import SchedulerConfig, check_request, max_total
-from jaxserve.scheduler.plan import Outcome, Sample, Segment, StepPlan, StepResult
-from jaxserve.scheduler.policy import OUTPUT_TOKEN, POLICIES, PROMPT_TOKEN, Policy
+from jaxserve.scheduler.plan import Outcome, Read, Sample, Segment, StepPlan, StepResult
+from jaxserve.scheduler.policy import POLICIES, PROMPT_TOKEN, Policy
 from jaxserve.scheduler.request import Request, Sequence, State
 
 
@@ -46,8 +46,10 @@ class _Draft:
     index: int
     room: int  # rows left for chunks
     chunks: list[Segment] = field(default_factory=list)
-    decodes: list[Segment] = field(default_factory=list)
-    samples: list[Sample] = field(default_factory=list)
+    decoding: list[Sequence] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    prefilling: list[Sequence] = field(default_factory=list)  # running, with prompt rows left before this step
+    samples: list[Sample] = field(default_factory=list)  # behind chunks
     page_copies: list[tuple[int, int]] = field(default_factory=list)
     started: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -73,6 +75,8 @@ class Scheduler:
         self._free_slots = list(range(config.max_num_seqs))
         self._num_added = self._num_planned = self._num_committed = 0
         self._num_queued = self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
+        self._num_prefilling = 0  # of ``running``
+        self._decoding: tuple[Sequence, ...] = ()  # in the last plan
         self.backlog = False  # in the last plan prompt rows were left over for want of rows, slots or pages
 
     # requests
@@ -130,7 +134,7 @@ class Scheduler:
             self._preempt(self.running[-1])
         self.pool.drop_cache()
         for seq in self.waiting:
-            seq.num_pending = 0
+            seq.num_drawn = len(seq.tokens)
         self._num_committed = self._num_planned
 
     @property
@@ -140,11 +144,8 @@ class Scheduler:
 
     @property
     def has_prompts(self) -> bool:
-        """Somebody has prompt rows left to compute."""
-        return bool(self.waiting) or bool(self._prefilling())
-
-    def _prefilling(self) -> list[Sequence]:
-        return [seq for seq in self.running if seq.num_computed < seq.prefill_end]
+        """Somebody has prompt rows left to compute, and a slot or the prospect of one in the next step."""
+        return self._num_prefilling > 0 or (bool(self.waiting) and bool(self._free_slots))
 
     def has_work(self) -> bool:
         """True while a request is alive or a plan is not committed."""
@@ -167,19 +168,23 @@ class Scheduler:
         draft = _Draft(self._num_planned, room)
         self.backlog = False
         self._plan_decodes(draft)
-        for seq in self._prefilling():
+        for seq in draft.prefilling:
             self._plan_chunk(draft, seq)
         if not draft.preempted:  # whoever lost its pages in this step must not take them back in it
             self._admit(draft, now)
         self.backlog |= bool(draft.preempted)
-        if not draft.chunks and not draft.decodes:
+        if not draft.chunks and not draft.decoding:
             return None
         self._num_planned += 1
+        decoding = tuple(draft.decoding)
+        if decoding != self._decoding:
+            self._decoding = decoding
         return StepPlan(
             index=draft.index,
             chunks=tuple(draft.chunks),
-            decodes=tuple(draft.decodes),
-            samples=tuple(draft.samples),
+            decoding=self._decoding,
+            positions=draft.positions,
+            chunk_samples=tuple(draft.samples),
             page_copies=tuple(draft.page_copies),
             started=tuple(draft.started),
             preempted=tuple(draft.preempted),
@@ -188,27 +193,44 @@ class Scheduler:
 
     def commit(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> list[Outcome]:
         """Takes in the results, read at ``now``, of the oldest plan that has none yet; sequences that are over are
-        passed by."""
+        passed by. Returns what became of each sample, in order, after chunks that failed as such."""
+        read = self.read(plan, result, now)
+        rows = enumerate(zip(plan.decoding, result.tokens, strict=False))
+        outcomes = [Outcome(seq, token, None, row) for row, (seq, token) in rows if row not in read.apart]
+        return sorted([*read.outcomes, *outcomes], key=_sample) if read.outcomes else outcomes
+
+    def read(self, plan: StepPlan, result: StepResult, now: float = 0.0) -> Read:
+        """The same, without an object for each decode row whose sequence goes on."""
         assert plan.index == self._num_committed, f"step {plan.index} is committed, {self._num_committed} is due"
-        assert len(result.tokens) == len(result.finite) == len(plan.samples), f"{len(plan.samples)} samples"
+        assert len(result.tokens) == len(result.finite) == plan.num_samples, f"{plan.num_samples} samples"
         assert len(result.chunk_finite) in (0, len(plan.chunks)), f"{len(plan.chunks)} chunks"
         self._num_committed += 1
-        outcomes = self._commit_chunks(plan, result)
-        for i, (seq, row, kind) in enumerate(plan.samples):
+        outcomes, apart = self._commit_chunks(plan, result), set()
+        all_finite = all(result.finite)
+        for row, (seq, token) in enumerate(zip(plan.decoding, result.tokens, strict=False)):
+            known = seq.tokens
+            if all_finite and len(known) < seq.quiet_until and token not in seq.stop_ids:
+                known.append(token)
+            elif seq.state is State.FINISHED:
+                apart.add(row)
+            else:
+                reason = self._commit_row(seq, plan.positions[row] + 1, token, result.finite[row])
+                if reason is not None:
+                    apart.add(row)
+                    outcomes.append(Outcome(seq, token if reason != "error" else None, reason, row))
+        for i, (seq, chunk, _) in enumerate(plan.chunk_samples, len(plan.decoding)):
             if seq.state is State.FINISHED:
                 continue
-            seq.num_pending -= 1
-            segment, finite = plan.decodes[row] if kind == "decode" else plan.chunks[row], result.finite[i]
-            if kind == "chunk" and result.chunk_finite:
-                finite = finite and result.chunk_finite[row]
-            if not finite:
-                outcomes.append(self._fail(seq, i))
-                continue
-            self._verify(seq, segment.start + segment.length)
-            if seq.first_token_at is None:
+            token, finite = result.tokens[i], result.finite[i]
+            if result.chunk_finite:
+                finite = finite and result.chunk_finite[chunk]
+            reason = self._commit_row(seq, plan.chunks[chunk].end, token, finite)
+            if finite and seq.first_token_at is None:
                 seq.first_token_at = now
-            outcomes.append(self._accept(seq, int(result.tokens[i]), i))
-        return outcomes
+            outcomes.append(Outcome(seq, token if finite else None, reason, i))
+        self.policy.charge_outputs(seq for row, seq in enumerate(plan.decoding) if row not in apart)
+        self.policy.charge_outputs(outcome.seq for outcome in outcomes if outcome.token is not None)
+        return Read(apart, outcomes)
 
     def check(self) -> None:
         """Raises unless every page, slot and place in the queue is where it should be; for tests and debugging."""
@@ -218,6 +240,7 @@ class Scheduler:
         assert sorted(slots + self._free_slots) == list(range(self.config.max_num_seqs)), "slots"
         assert self.waiting == sorted(self.waiting, key=_rank), "waiting is out of order"
         assert self.running == sorted(self.running, key=_rank), "running is out of order"
+        assert self._num_prefilling == sum(seq.prefilling for seq in self.running), "sequences with prompt rows left"
         assert self._num_queued == sum(len(seq.group) for seq in self.waiting), "queue length"
         heads = [seq for seq in live if seq.leader is None]
         assert set(self.waiting) == {seq for seq in heads if seq.state is State.WAITING}, "waiting"
@@ -226,24 +249,37 @@ class Scheduler:
             assert (seq.slot is not None) == (seq.state is State.RUNNING), seq
             assert seq.state is State.RUNNING or not (seq.pages or seq.copy_on_write), seq
             assert seq.num_verified <= seq.num_computed <= len(seq.tokens) + seq.num_pending <= seq.max_total, seq
+            if seq in self.running and not seq.prefilling:
+                assert seq.num_drawn == seq.num_computed + 1, seq
 
     # decode rows
 
     def _plan_decodes(self, draft: _Draft) -> None:
-        page_size, running, i = self.pool.page_size, self.running, 0
-        while i < len(running):  # preemption shortens the list, always behind i
-            seq = running[i]
-            i += 1
+        index, decoding, positions = draft.index, draft.decoding, draft.positions
+        for seq in self.running:  # preemption shortens the list, always behind the place that this has come to
             position = seq.num_computed
-            if position < seq.prefill_end or len(seq.tokens) + seq.num_pending >= seq.max_total:
+            if position >= seq.decode_end and not self._may_decode(draft, seq):
                 continue
-            writable = position < len(seq.pages) * page_size and not seq.copy_on_write
-            if writable or self._make_writable(draft, seq):
-                draft.samples.append(Sample(seq, len(draft.decodes), "decode"))
-                draft.decodes.append(Segment(seq, position, 1))
-                seq.num_computed = position + 1
-                seq.num_pending += 1
-                seq.last_step = draft.index
+            decoding.append(seq)
+            positions.append(position)
+            seq.num_computed = position + 1
+            seq.num_drawn = position + 2
+            seq.last_step = index
+
+    def _may_decode(self, draft: _Draft, seq: Sequence) -> bool:
+        """Whether a sequence at its ``decode_end`` has a row in this step, with a page for it."""
+        position, page_size = seq.num_computed, self.pool.page_size
+        if position < seq.prefill_end:
+            draft.prefilling.append(seq)
+            return False
+        if seq.num_drawn >= seq.max_total:
+            return False
+        writable = position < len(seq.pages) * page_size and not seq.copy_on_write
+        if not writable and not self._make_writable(draft, seq):
+            return False
+        # The last token is drawn from the row before it, and has no row itself.
+        seq.decode_end = min(len(seq.pages) * page_size, seq.max_total - 1)
+        return True
 
     def _make_writable(self, draft: _Draft, seq: Sequence) -> bool:
         """Gives the next row a page that only ``seq`` writes; False when there is none to be had in this step."""
@@ -253,7 +289,7 @@ class Scheduler:
                 self.pool.forget(seq.pages[-1])
                 seq.copy_on_write = False
                 return True
-            fresh = self.pool.alloc(1)
+            fresh = self.pool.alloc_one()
             if fresh is not None:
                 break
             if self.reclaim():
@@ -265,16 +301,16 @@ class Scheduler:
             # By now the leader may have written its own outputs behind the prompt. They do no harm: this sequence
             # writes each of those positions itself before it first reads it.
             shared = seq.pages.pop()
-            draft.page_copies.append((shared, fresh[0]))
+            draft.page_copies.append((shared, fresh))
             self.pool.free([shared])
             seq.copy_on_write = False
-        seq.pages.append(fresh[0])
+        seq.pages.append(fresh)
         return True
 
     def _preempt(self, seq: Sequence) -> Sequence:
         """Sends a sequence (with its followers) back to the queue; what it has computed will be computed again."""
         assert seq.last_step < self._num_planned, f"{seq} is preempted in the step that it is part of"
-        self._remove(self.running, seq)
+        self._remove_running(seq)
         for member in seq.group:
             self._vacate(member)
             member.state = State.WAITING
@@ -301,6 +337,7 @@ class Scheduler:
         if seq.prefilling:
             self.backlog = True
         else:
+            self._num_prefilling -= 1
             self._sample_group(draft, seq)
 
     def _may_cut(self, draft: _Draft) -> bool:
@@ -309,7 +346,7 @@ class Scheduler:
     def _sample_group(self, draft: _Draft, leader: Sequence) -> None:
         """Draws a first token for every choice from the prompt's last row; followers part from their leader here."""
         for seq in leader.group:
-            seq.num_pending += 1
+            seq.num_drawn = leader.num_computed + 1
             seq.last_step = draft.index
             draft.samples.append(Sample(seq, len(draft.chunks) - 1, "chunk"))
         for follower in leader.followers:
@@ -388,6 +425,7 @@ class Scheduler:
         for member in seq.group:
             member.slot = heapq.heappop(self._free_slots)
             member.state = State.RUNNING
+        self._num_prefilling += 1
         insort(self.running, seq, key=_rank)
 
     # results
@@ -401,8 +439,18 @@ class Scheduler:
             if finite:
                 self._verify(seq, plan.chunks[i].end)
             elif seq.state is not State.FINISHED:
-                outcomes += [self._fail(member, None) for member in seq.group]
+                for member in seq.group:
+                    self._fail(member)
+                    outcomes.append(Outcome(member, None, "error", None))
         return outcomes
+
+    def _commit_row(self, seq: Sequence, end: int, token: int, finite: bool) -> str | None:
+        """Takes in a token drawn behind the row before ``end``. Returns why that was the last one, if it was."""
+        if not finite:
+            self._fail(seq)
+            return "error"
+        self._verify(seq, end)
+        return self._accept(seq, token)
 
     def _verify(self, seq: Sequence, end: int) -> None:
         """Notes that keys and values up to ``end`` are finite, and indexes the pages that this fills."""
@@ -414,10 +462,10 @@ class Scheduler:
             if self.pool.insert(seq.pages[place], digest):
                 seq.indexed.append(digest)
         seq.num_verified = end
+        seq.quiet_until = min((end // page_size + 1) * page_size, seq.max_total - 1)
 
-    def _accept(self, seq: Sequence, token: int, sample: int) -> Outcome:
+    def _accept(self, seq: Sequence, token: int) -> str | None:
         seq.tokens.append(token)
-        self.policy.charge(seq.request.tenant, OUTPUT_TOKEN)
         reason = None
         # The device masks the stop ids while fewer than min_tokens outputs came before.
         if token in seq.stop_ids and seq.num_outputs > seq.request.params.min_tokens:
@@ -426,14 +474,13 @@ class Scheduler:
             reason = "length"
         if reason is not None:
             self._finish_all([seq], reason)
-        return Outcome(seq, token, reason, sample)
+        return reason
 
-    def _fail(self, seq: Sequence, sample: int | None) -> Outcome:
+    def _fail(self, seq: Sequence) -> None:
         """Ends a choice whose numbers are not finite; nothing it has computed may be found by others."""
         for digest in seq.indexed:
             self.pool.forget_digest(digest)
         self._finish_all([seq], "error")
-        return Outcome(seq, None, "error", sample)
 
     # the ends of a sequence's life
 
@@ -443,7 +490,7 @@ class Scheduler:
                 self._leave_queue(seq)
                 self._num_queued -= len(seq.group)
             elif seq.leader is None:
-                self._remove(self.running, seq)
+                self._remove_running(seq)
             if seq.state is State.RUNNING:
                 self._vacate(seq)
             seq.state = State.FINISHED
@@ -459,6 +506,7 @@ class Scheduler:
         assert seq.slot is not None, f"{seq} holds no slot"
         heapq.heappush(self._free_slots, seq.slot)
         seq.slot = None
+        seq.decode_end = seq.quiet_until = 0
         if seq.request.adapter is not None:
             self.residency.release(seq.request.adapter)
 
@@ -470,6 +518,10 @@ class Scheduler:
     def _leave_queue(self, seq: Sequence) -> None:
         self._remove(self.waiting, seq)
         self.policy.leave(seq)
+
+    def _remove_running(self, seq: Sequence) -> None:
+        self._num_prefilling -= seq.prefilling
+        self._remove(self.running, seq)
 
     def _remove(self, queue: list[Sequence], seq: Sequence) -> None:
         place = bisect_left(queue, seq.rank, key=_rank)
@@ -487,3 +539,7 @@ class Scheduler:
 
 def _rank(seq: Sequence) -> tuple:
     return seq.rank
+
+
+def _sample(outcome: Outcome) -> int:
+    return -1 if outcome.sample is None else outcome.sample

@@ -35,7 +35,7 @@ class LatencyBudget:
         self.has_tpot = any(o.tpot < NEVER for o in self.objectives)
         self.has_promises = self.has_tpot or ttft < NEVER
 
-    def slack(self, running: Iterable[Sequence], start: float, shortest: float, planned: int = 0) -> float:
+    def slack(self, decoding: Iterable[Sequence], start: float, shortest: float, planned: int = 0) -> float:
         """The most seconds that a step may take which begins at ``start``, by the tokens it brings.
 
         Args:
@@ -48,15 +48,15 @@ class LatencyBudget:
         least = NEVER
         if not self.has_tpot:
             return least
-        for seq in running:
-            if seq.prefilling:
-                continue
-            tpot = seq.request.objective.tpot * (1 - MARGIN)
+        objective, tpot = None, NEVER
+        for seq in decoding:
+            if seq.request.objective is not objective:
+                objective = seq.request.objective
+                tpot = objective.tpot * (1 - MARGIN)
             if tpot == NEVER:
                 continue
-            known = seq.num_outputs + seq.num_pending - planned
-            first = seq.first_token_at if seq.first_token_at is not None else start
-            slack = first + known * tpot - start
+            known, first = seq.num_drawn - seq.prompt_len - planned, seq.first_token_at
+            slack = (start if first is None else first) + known * tpot - start
             if slack < tpot:
                 left = seq.max_total - seq.prompt_len - known
                 if slack - tpot + left * (tpot - shortest) < 0 and shortest < tpot:

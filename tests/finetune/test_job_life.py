@@ -336,7 +336,7 @@ def test_numbers_that_are_not_finite_are_not_applied_twice_tried_and_then_the_jo
     real, seen = trainer.Trainer.commit, []
 
     def commit(self, plan, output, finite, chunk_rows):
-        numbers = {self.queue.owner[id(w.seq)][1].number for w in plan.grads if id(w.seq) in self.queue.owner}
+        numbers = {self.queue.owner[w.seq][1].number for w in plan.grads if w.seq in self.queue.owner}
         if numbers & sick:
             seen.extend(numbers & sick)
             output = output.replace(loss_W=np.full_like(np.asarray(output.loss_W), np.nan))

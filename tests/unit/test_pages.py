@@ -32,6 +32,13 @@ def test_alloc_gives_every_page_once_and_then_none():
     assert pool.num_used == 5
 
 
+def test_pages_are_taken_one_by_one_as_well():
+    pool = PagePool(3, G)
+    assert sorted(pool.alloc_one() for _ in range(3)) == [0, 1, 2]
+    assert pool.alloc_one() is None
+    pool.check([[0, 1, 2]])
+
+
 def test_an_alloc_that_is_refused_takes_nothing():
     pool = PagePool(3, G)
     assert pool.alloc(4) is None

@@ -16,7 +16,9 @@ from jaxserve.bench.roofline import (
     DEVICES,
     EXPECTED,
     Segment,
+    StepClock,
     StepLoad,
+    Steps,
     adapter_bytes,
     finetune_bytes,
     ideal_decode_seconds,
@@ -151,3 +153,12 @@ def test_adapters_cost_what_the_layers_they_change_cost():
         assert whole.flops == pytest.approx(sum(part.flops for part in parts))
     rank, (inputs, outs) = 16, (LLAMA.intermediate_size, LLAMA.hidden_size)
     assert cost(["down_proj"])[0].flops == 2 * 132 * rank * (inputs + outs) * LLAMA.num_layers
+
+
+@pytest.mark.parametrize("remat", ["none", "elementwise", "attention", "full", None])
+def test_a_clock_tells_the_seconds_of_the_parts_to_the_last_bit(remat):
+    clock = StepClock(Steps(QWEN_32B, tensor_parallel=4, remat=remat), H200, EXPECTED)
+    loads = [EVERYONE, StepLoad(decodes=[5] * 3), dataclasses.replace(EVERYONE, stashed_rows=30), StepLoad()]
+    for load in loads * 2:  # the second time it knows them
+        work = step_work(QWEN_32B, load, tensor_parallel=4, remat=remat)
+        assert clock.seconds(load) == seconds(work, H200, EXPECTED)

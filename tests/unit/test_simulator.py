@@ -1,6 +1,8 @@
 """Co-serving on a virtual clock: what the latency budget promises, seen from the requests."""
 
+import gc
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +81,19 @@ def test_it_is_the_same_every_time(device):
     one, other = (simulate(device, load(3, 5), 6.0)[1] for _ in range(2))
     assert one.steps == other.steps
     assert [r.token_times for r in one.requests] == [r.token_times for r in other.requests]
+
+
+def test_nothing_is_left_behind_in_cycles(device):
+    """While it runs nobody looks for them."""
+    gc.collect()
+    gc.disable()
+    try:
+        simulator, run = simulate(device, load(3, 2), 3.0, stash_blocks=128)
+        simulated = weakref.ref(simulator), weakref.ref(simulator.scheduler), weakref.ref(simulator.training)
+        del simulator, run
+        assert [ref() for ref in simulated] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_a_burst_stops_finetuning_and_it_is_back_soon_after(device):

@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from jaxserve.bench import arrivals, policies, ran, sweep
+from jaxserve.bench import arrivals, parallel, policies, ran, sweep
 from jaxserve.bench.replay import Mix
 from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import Row
@@ -145,6 +145,50 @@ def test_simulated_examples_fit_into_the_stash():
     assert backend.run("finetune-only", 1.0).finetune_rate > 0
 
 
+def test_runs_are_listed_once_in_the_order_of_their_need():
+    cells = [(policy, rate) for rate in (1.0, 2.0) for policy in ("coserve", "separate:50", "spatial", "finetune-only")]
+    assert parallel.calls_of(cells) == [
+        ("coserve", 1.0), ("inference-only", 2.0), ("finetune-only", 0.0), ("spatial", 1.0),
+        ("coserve", 2.0), ("inference-only", 4.0), ("spatial", 2.0),
+    ]  # fmt: skip
+
+
+def test_with_one_process_nothing_is_made_elsewhere():
+    backend = Virtual(config=simulated(), model=EIGHT)
+    with parallel.Pool(1) as pool:
+        assert pool.backend(backend, [("coserve", 4.0)]) is backend
+
+
+@pytest.mark.slow
+def test_other_processes_simulate_the_same(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
+    config = simulated(sweep={"replicas": 2, "seconds": 5.0})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    backend, cells = Virtual.of(config), [("coserve", 4.0), ("spatial", 4.0), ("separate:50", 4.0)]
+    here = policies.Runs(backend)
+    with parallel.Pool(2) as pool:
+        there = policies.Runs(pool.backend(backend, cells))
+        for cell in cells:
+            found = [policies.numbers(runs.cell(*cell), GOALS, 100.0) for runs in (here, there)]
+            assert found[0] == found[1]
+    for name, runs in (("here", here), ("there", there)):
+        (tmp_path / name).mkdir()
+        ran.write_tables(tmp_path / name, list(runs))
+    for table in ("requests.csv", "steps.csv"):
+        assert (tmp_path / "here" / table).read_bytes() == (tmp_path / "there" / table).read_bytes()
+
+
+@pytest.mark.slow
+def test_what_another_process_refuses_is_said_here(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT | {"num_hidden_layers": 120}))
+    config = simulated()
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    with parallel.Pool(2) as pool, pytest.raises(ConfigError) as error:
+        pool.backend(Virtual.of(config), [("spatial", 4.0)]).spatial(4.0)
+    assert error.value.errors == [str(error.value)]
+    assert "2 x weights" in str(error.value)
+
+
 def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     config = Config(sweep={"replicas": 4, "matmul_efficiency": 0.5}, lora={"enable_lora": False})
     with pytest.raises(ConfigError) as error:
@@ -160,12 +204,13 @@ def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
         "bench", "coserve", str(tmp_path), "--simulate", "h200", "--rates", "3", "--seconds", "5",
         "--max-model-len", "1024", "--random-input-len", "400", "--random-output-len", "80",
         "--tpot-objective-ms", "40", "--policies", "coserve",
-        "--policies", "separate:50", "--policies", "finetune-only", "--replicas", "2",
+        "--policies", "separate:50", "--policies", "finetune-only", "--replicas", "2", "--processes", "1",
         "--sweep-dir", str(tmp_path / "out"),
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "coserve" in result.output
+    assert "steps per second of it" in result.output
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<script" not in page
     assert "http://" not in page.replace("http://www.w3.org", "")
