@@ -388,7 +388,7 @@ class EngineCore:
         packed = self.packer.pack(plan, load.bucket, load.extended)
         key, fields = (load.bucket, load.extended), packed.fields
         targets = fields["target_T"] if fields["flags"][PROMPT_LOGPROBS] else None
-        output = self._run(key, packed.ints, packed.floats, bool(plan.samples), targets)
+        output = self._run(key, packed.ints, packed.floats, plan.num_samples > 0, targets)
         if self.trainer is not None:
             self.trainer.after_dispatch()
         if self.on_accelerator:

@@ -156,9 +156,9 @@ class Packer:
             self._gradients(plan.finetune.grads, i, f, layout)
         decode_rows = self._decodes(plan, i, bucket)
         i["page_table_BM"][:] = self.slots.page_table_BM
-        if plan.samples:
+        if plan.num_samples:
             self._samples(plan, i, chunk_ends, decode_rows, bucket.first_row)
-            self._sampling(i, layout.draw.slot_values(ints, floats), len(plan.samples))
+            self._sampling(i, layout.draw.slot_values(ints, floats), plan.num_samples)
         if layout.lora_items:
             self._adapters(i, layout)
         self._check(i, layout)
@@ -246,28 +246,30 @@ class Packer:
             i["grad_lane_SJ"][site, items] = np.tile(lane.lane_pages, blocks)
             i["grad_items_S"][site] = items.stop
 
-    def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> list[int]:
-        """Lays decode rows side by side by adapter; returns each segment's row."""
-        slots, tokens, positions = [], [], []
-        for seq, start, _ in plan.decodes:
+    def _decodes(self, plan: StepPlan, i: dict[str, np.ndarray], bucket: Bucket) -> np.ndarray:
+        """Lays decode rows side by side by adapter; returns the row of each."""
+        slots, tokens = [], []
+        for seq, position in zip(plan.decoding, plan.positions, strict=True):
             self.slots.grow(seq)
             slots.append(seq.slot)
-            tokens.append(seq.tokens[start] if start < len(seq.tokens) else FROM_DEVICE)
-            positions.append(start)
-        order = np.argsort(self.slots.lead_page_B[slots], kind="stable") if slots else ()
-        row_K = np.empty(len(slots), int)
-        row_K[order] = np.arange(bucket.block_rows, bucket.block_rows + len(slots))
-        for name, values in (("token_T", tokens), ("position_T", positions), ("slot_T", slots)):
+            tokens.append(seq.tokens[position] if position < len(seq.tokens) else FROM_DEVICE)
+        slot_K = np.array(slots, np.int32)
+        row_K = np.empty(len(slots), np.int32)
+        order = np.argsort(self.slots.lead_page_B[slot_K], kind="stable")
+        row_K[order] = np.arange(bucket.block_rows, bucket.block_rows + len(slots), dtype=np.int32)
+        for name, values in (("token_T", tokens), ("position_T", plan.positions), ("slot_T", slot_K)):
             i[name][row_K] = values
-        return row_K.tolist()
+        return row_K
 
-    def _samples(self, plan: StepPlan, i, chunk_ends: Seq[int], decode_rows: Seq[int], first_row: int) -> None:
-        """Where tokens are drawn, and for which slots."""
-        count = len(plan.samples)
-        row_R = np.array([(decode_rows if kind == "decode" else chunk_ends)[k] for _, k, kind in plan.samples])
-        i["sample_row_R"][:count] = row_R - first_row
-        i["sample_slot_R"][:count] = [seq.slot for seq, _, _ in plan.samples]
-        i["sample_position_R"][:count] = i["position_T"][row_R] + 1
+    def _samples(self, plan: StepPlan, i, chunk_ends: Seq[int], row_K: np.ndarray, first_row: int) -> None:
+        """Where tokens are drawn, and for which slots: decode rows, then what is drawn behind chunks."""
+        slots, rows = [seq.slot for seq in plan.decoding], row_K
+        if plan.chunk_samples:
+            slots += [seq.slot for seq, _, _ in plan.chunk_samples]
+            rows = np.append(rows, [chunk_ends[chunk] for _, chunk, _ in plan.chunk_samples])
+        i["sample_slot_R"][: len(slots)] = slots
+        i["sample_row_R"][: len(slots)] = rows - first_row
+        i["sample_position_R"][: len(slots)] = i["position_T"][rows] + 1
 
     def _sampling(self, i: dict[str, np.ndarray], values: tuple[np.ndarray, np.ndarray], count: int) -> None:
         """How they are drawn: what the slots keep, and what that needs of the draw."""

@@ -124,7 +124,7 @@ class Programs:
         grads, forwards = plan.finetune or ((), ())
         if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):
             return True
-        adapters = {segment.seq.request.adapter for segment in (*plan.chunks, *plan.decodes)}
+        adapters = {seq.request.adapter for seq in (*(segment.seq for segment in plan.chunks), *plan.decoding)}
         return any(version is not None and is_scaled(version.weights) for version in adapters)
 
     def compile(self, keys: Iterable[ProgramKey], arrays: Arrays) -> dict[ProgramKey, float]:

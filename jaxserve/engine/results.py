@@ -9,6 +9,7 @@ import numpy as np
 from jaxserve.engine.step import StepOutput
 from jaxserve.finetune.windows import FinetunePlan, TrainSequence, total_rows
 from jaxserve.scheduler.plan import Outcome, StepPlan, StepResult
+from jaxserve.scheduler.request import Sequence as ServedSequence
 
 
 class News(NamedTuple):
@@ -21,20 +22,17 @@ class News(NamedTuple):
 
 
 def read_tokens(plan: StepPlan, output: StepOutput, chunk_slots: Sequence[int]) -> StepResult:
-    """The tokens that a step drew. One drawn behind a chunk is as finite as the chunk.
+    """The tokens that a step drew.
 
     Args:
       chunk_slots: of the plan's chunks, as they were when the step was sent.
     """
     chunk_finite = np.asarray(output.finite_B)[list(chunk_slots)].tolist()
-    count = len(plan.samples)
+    count = plan.num_samples
     if output.drawn is None:
         assert count == 0, f"{count} tokens that were not drawn"
         return StepResult(tokens=[], finite=[], chunk_finite=chunk_finite)
     finite = np.asarray(output.drawn.finite_R)[:count].tolist()
-    for i, sample in enumerate(plan.samples):
-        if sample.kind == "chunk":
-            finite[i] = finite[i] and chunk_finite[sample.segment_index]
     tokens = np.asarray(output.drawn.token_R)[:count].tolist()
     return StepResult(tokens=tokens, finite=finite, chunk_finite=chunk_finite)
 
@@ -42,9 +40,8 @@ def read_tokens(plan: StepPlan, output: StepOutput, chunk_slots: Sequence[int]) 
 def read_news(plan: StepPlan, output: StepOutput, outcomes: Sequence[Outcome], row_block: int) -> list[News]:
     """What the outcomes of a step mean to those who asked, and what became known of prompts that have none yet."""
     prompt = _prompt_logprobs(plan, output, row_block)
-    news = [News(o, _logprobs(o, output), prompt.pop(id(o.seq), []), _why(o)) for o in outcomes]
-    waiting = [segment.seq for segment in plan.chunks if id(segment.seq) in prompt]
-    return news + [News(Outcome(seq, None, None, None), None, prompt[id(seq)]) for seq in waiting]
+    news = [News(o, _logprobs(o, output), prompt.pop(o.seq, []), _why(o)) for o in outcomes]
+    return news + [News(Outcome(seq, None, None, None), None, entries) for seq, entries in prompt.items()]
 
 
 def _logprobs(outcome: Outcome, output: StepOutput) -> dict[int, float] | None:
@@ -64,15 +61,15 @@ def _logprobs(outcome: Outcome, output: StepOutput) -> dict[int, float] | None:
 
 def _prompt_logprobs(
     plan: StepPlan, output: StepOutput, row_block: int
-) -> dict[int, list[tuple[int, dict[int, float]]]]:
+) -> dict[ServedSequence, list[tuple[int, dict[int, float]]]]:
     """By sequence: (position, log-probabilities) of the prompt tokens that this step's chunks predict."""
-    found: dict[int, list[tuple[int, dict[int, float]]]] = {}
+    found: dict[ServedSequence, list[tuple[int, dict[int, float]]]] = {}
     scored: Any = None if output.scored is None else jax.tree.map(np.asarray, output.scored)
     row = 0
     for segment in plan.chunks:
         wanted, prompt = segment.seq.request.params.prompt_logprobs, segment.seq.request.prompt_ids
         if wanted is not None:
-            entries = found.setdefault(id(segment.seq), [])
+            entries = found.setdefault(segment.seq, [])
             for offset in range(min(segment.length, len(prompt) - 1 - segment.start)):
                 assert scored is not None
                 position, at = segment.start + offset + 1, row + offset
