@@ -111,7 +111,7 @@ class Buckets:
             return self.decode_rows
         most, least = self.decode_rows[-1], LEAST_BLOCKS * self.row_block
 
-        def rows(decodes: int) -> int:
+        def rows(decodes: int) -> float:
             forward = decodes + self._bucket(chunk_rows, decodes, grad_rows).forward_block_rows
             return max(forward, least) + grad_rows
 
