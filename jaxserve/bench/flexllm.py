@@ -1,8 +1,12 @@
 """``jaxserve bench flexllm``: FlexLLM's tables (arXiv 2402.18789, section 8) rebuilt on the virtual clock.
 
-Their models, objectives and rates per replica; every way to share the devices in the same scheduler. Adapters of rank
-16 on down_proj alone, as theirs, and on all linear layers. Matrix products on the A100 are taken to reach 55 % of the
-data sheet, on newer devices the roofline's own share.
+Theirs are the models, the objectives, the rates per replica and adapters of rank 16 on down_proj; all linear layers are
+ours. Every way to share the devices runs in the same scheduler. Matrix products on the A100 are taken to reach 55 % of
+the data sheet, on newer devices the roofline's own share.
+
+Their requests had ShareGPT's lengths; the means taken here are those of vLLM's paper, and that lengths spread evenly
+within half of the mean and arrivals are Poisson is assumed. A second set of tables has Azure's lengths: prompts seven
+times as long. Their examples are Sky-T1's, up to 8,192 tokens, ours have 256 to 2,048.
 """
 
 import json
@@ -11,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxserve.bench.policies import ALONE, REQUESTS, Runs, claims, numbers
+from jaxserve.bench.policies import ALONE, ENOUGH, REQUESTS, Runs, claims, numbers
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
@@ -26,12 +30,26 @@ POLICIES = (
 TTFT_MS = 5000.0
 TARGETS = {"down_proj": ("down_proj",), "all-linear": "all-linear"}
 STASH_TOKENS = 4096  # two examples of the longest
+WINDOW = {"a100-80gb": 512}  # rows of a backward: what is left of a step in 45 to 75 ms lies within its sizes
 MATMUL = {"a100-80gb": 0.55}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Mean lengths of requests, uniform within half of them."""
+
+    prompt: int
+    output: int
+    source: str
+
+
 LENGTHS = {
-    "random_input_len": 1155,
-    "random_output_len": 211,
-    "random_range_ratio": 0.5,
-}  # means of Azure's trace of 2023
+    "sharegpt": Lengths(161, 338, "ShareGPT as vLLM's paper has it, arXiv 2309.06180, section 6.1: like FlexLLM's"),
+    "azure": Lengths(1155, 211, "Azure's conversations of 2023, Splitwise, arXiv 2311.18677: longer than FlexLLM's"),
+}
+# What is asked of co-serving: times the best other way; of adapters on down_proj with FlexLLM's lengths, for 8B, times
+# what they published, and the share kept of finetuning alone at the highest rate.
+TIMES_OTHER, TIMES_PUBLISHED, KEPT = 1.2, 1.8, {"a100-80gb": 0.68, "h200": 0.85}
 
 
 @dataclass(frozen=True)
@@ -51,37 +69,56 @@ SETTINGS = (
 )
 
 
-def main(out: str, models: str, seconds: float, devices: Sequence[str], trace: str | None) -> int:
-    """Simulates and prints every table; leaves tables.json."""
+def main(
+    out: str, models: str, seconds: float, devices: Sequence[str], lengths: Sequence[str], trace: str | None
+) -> int:
+    """Simulates and prints every table; leaves tables.json.
+
+    Args:
+      devices, lengths: by default all; a trace has its own lengths.
+    """
     directories = [Path(models) / setting.directory for setting in SETTINGS]
     missing = [str(path) for path in directories if not path.is_dir()]
     if missing:
         raise ConfigError([f"--models {models}: no {', '.join(missing)}"])
     found = []
-    for device in devices or ("a100-80gb", "h200"):
-        for setting, path in zip(SETTINGS, directories, strict=True):
-            for targets in TARGETS:
-                found.append(table(setting, path, device, targets, seconds, trace))
+    for load in [trace] if trace else lengths or LENGTHS:
+        for device in devices or ("a100-80gb", "h200"):
+            for setting, path in zip(SETTINGS, directories, strict=True):
+                for targets in TARGETS:
+                    found.append(table(setting, path, device, targets, seconds, load))
     place = Path(out)
     place.mkdir(parents=True, exist_ok=True)
     (place / "tables.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(f"tables: {place / 'tables.json'}")
+    print("\n".join(["", *asked_lines(found), f"tables: {place / 'tables.json'}"]))
     return 0
 
 
-def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: float, trace: str | None) -> Config:
-    """What is simulated of one model."""
+def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str) -> Config:
+    """What is simulated of one model.
+
+    Args:
+      load: a name of ``LENGTHS``, or the path of a trace.
+    """
+    requests: dict[str, Any] = {"trace": load}
+    if load in LENGTHS:
+        means = LENGTHS[load]
+        requests = {
+            "random_input_len": means.prompt,
+            "random_output_len": means.output,
+            "random_range_ratio": 0.5,
+        }
     sections: dict[str, Any] = {
         "model": {"path": str(path), "max_model_len": 8192},
         "engine": {"tensor_parallel": setting.devices, "max_num_seqs": 256},
         "finetune": {
-            "finetune_window": 2048,
+            "finetune_window": WINDOW.get(device, 2048),
             "finetune_stash_tokens": STASH_TOKENS,
             "tpot_objective_ms": setting.tpot_ms,
             "ttft_objective_ms": TTFT_MS,
         },
         "job": {"rank": 16, "target_modules": TARGETS[targets]},
-        "bench": {"finetune_shortest": 256, "finetune_longest": 2048, **({"trace": trace} if trace else LENGTHS)},
+        "bench": {"finetune_shortest": 256, "finetune_longest": 2048, **requests},
         "sweep": {
             "simulate": device,
             "seconds": seconds,
@@ -93,12 +130,15 @@ def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: 
     return Config(**sections)
 
 
-def table(setting: Setting, path: Path, device: str, targets: str, seconds: float, trace: str | None) -> dict[str, Any]:
+def table(setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str) -> dict[str, Any]:
     """One model on one device with one choice of layers, at every rate and under every policy."""
-    config = config_of(setting, path, device, targets, seconds, trace)
+    config = config_of(setting, path, device, targets, seconds, load)
     backend = Virtual(config=config, model=load_config(path))
+    means = LENGTHS.get(load)
+    said = f"trace {load}" if means is None else f"{means.prompt} prompt and {means.output} output tokens on average"
     print(
         f"\n{setting.directory} on {setting.devices} x {device}, adapters on {targets}, TPOT <= {setting.tpot_ms:g} ms"
+        f"\nRequests: {said}{'' if means is None else f' ({means.source})'}; gaps are exponential."
     )
     print("\n".join(backend.assumptions()))
     print(HEADER, flush=True)
@@ -109,19 +149,51 @@ def table(setting: Setting, path: Path, device: str, targets: str, seconds: floa
         for policy in POLICIES:
             cells.append(numbers(runs.cell(policy, rate), goals, alone))
             print(line(cells[-1]), flush=True)
-    claimed = claims(cells)
-    print("\n".join([*claim_lines(claimed), *_beside_published(setting, device, targets, cells)]))
-    print("\n".join(_left(cells, runs, alone)))
-    return {
+    found = {
         "model": setting.directory,
         "device": device,
         "devices": setting.devices,
         "targets": targets,
+        "requests": load,
         "assumptions": backend.assumptions(),
         "cells": cells,
-        "claims": claimed,
+        "claims": claims(cells),
         "published": setting.published if (device, targets) == ("a100-80gb", "down_proj") else {},
     }
+    print("\n".join([*claim_lines(found["claims"]), *_beside_published(found), *_left(cells, runs, alone)]))
+    return found
+
+
+def asked_lines(tables: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Where the tables reach what is asked of co-serving, and where they do not."""
+    claimed = [(found, claim) for found in tables for claim in found["claims"] if claim["requests_alone_meet"]]
+    met = sum((claim["coserve_attainment"] or 0.0) >= ENOUGH for _, claim in claimed)
+    yield (
+        f"of {len(claimed)} cells in which requests alone meet their objectives for {ENOUGH:.0%}, co-serving does "
+        f"in {met}"
+    )
+    for found in tables:
+        here = [claim for table, claim in claimed if table is found and claim["times_best_other"] is not None]
+        yield (
+            f"  {found['requests']}, {found['model']}, {found['device']}, {found['targets']}: times the best other "
+            + ", ".join(f"{claim['times_best_other']:.2f} ({claim['best_other']})" for claim in here)
+            + f"; at least {TIMES_OTHER:g} in {sum(claim['times_best_other'] >= TIMES_OTHER for claim in here)} "
+            f"of {len(here)}"
+        )
+    for found in tables:
+        if (found["requests"], found["model"], found["targets"]) != ("sharegpt", SETTINGS[0].directory, "down_proj"):
+            continue
+        ours = {cell["rate"]: cell for cell in found["cells"] if cell["policy"] == "coserve"}
+        kept, wanted = ours[RATES[-1]]["finetuning_kept"], KEPT.get(found["device"])
+        yield (
+            f"8B with lengths like FlexLLM's on {found['device']}: kept at {RATES[-1]:g} requests/s {kept:.1%}"
+            + (f" of {wanted:.0%} asked" if wanted else "")
+            + "".join(
+                f"; times published at {rate:g}: {ours[rate]['finetune_tokens_per_s'] / theirs:.2f} of "
+                f"{TIMES_PUBLISHED:g} asked"
+                for rate, theirs in found["published"].items()
+            )
+        )
 
 
 def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float) -> Iterator[str]:
@@ -139,12 +211,10 @@ def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float) -> Iterator
         )
 
 
-def _beside_published(setting: Setting, device: str, targets: str, cells: Iterable[dict[str, Any]]) -> Iterator[str]:
-    if (device, targets) != ("a100-80gb", "down_proj"):
-        return
-    ours = {cell["rate"]: cell["finetune_tokens_per_s"] for cell in cells if cell["policy"] == "coserve"}
-    for rate, theirs in setting.published.items():
+def _beside_published(found: dict[str, Any]) -> Iterator[str]:
+    ours = {cell["rate"]: cell["finetune_tokens_per_s"] for cell in found["cells"] if cell["policy"] == "coserve"}
+    for rate, theirs in found["published"].items():
         yield (
-            f"at {rate:g} requests/s FlexLLM published {theirs:g} tokens/s, measured, with prompts of their own; "
-            f"simulated here {ours[rate]:.0f}, {ours[rate] / theirs:.2f} times"
+            f"at {rate:g} requests/s FlexLLM published {theirs:g} tokens/s, measured, with requests and examples of "
+            f"their own; simulated here {ours[rate]:.0f}, {ours[rate] / theirs:.2f} times"
         )

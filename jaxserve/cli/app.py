@@ -74,6 +74,11 @@ class Device(StrEnum):
     a100 = "a100-80gb"
 
 
+class Lengths(StrEnum):
+    sharegpt = "sharegpt"
+    azure = "azure"
+
+
 @app.command()
 @configured("model", "engine", "lora", "sampling")
 def generate(
@@ -157,12 +162,14 @@ def flexllm(
     models: Annotated[str, typer.Option(metavar="DIR", help="Folder of the models' directories.")] = "configs/models",
     seconds: Annotated[float, typer.Option(min=5, help="Length of each simulated run.")] = 60.0,
     device: Annotated[list[Device] | None, typer.Option(help="By default the A100 and the H200.")] = None,
+    lengths: Annotated[list[Lengths] | None, typer.Option(help="Of the requests; by default both.")] = None,
     trace: Annotated[str | None, typer.Option(metavar="FILE", help="A CSV of arrivals; else made-up ones.")] = None,
 ) -> None:
     """Rebuild FlexLLM's tables in simulation."""
     from jaxserve.bench.flexllm import main
 
-    raise typer.Exit(main(out, models, seconds, [each.value for each in device or ()], trace))
+    devices, requests = [each.value for each in device or ()], [each.value for each in lengths or ()]
+    raise typer.Exit(main(out, models, seconds, devices, requests, trace))
 
 
 @app.command()

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 MIN_ROWS = 8
+PADDING = 1.06  # a size is worth a program if the next larger one has more than so many times the rows
+LEAST_BLOCKS = 1.5  # fewer row blocks forward take as long as so many: the weights are read
 
 
 @dataclass(frozen=True, order=True)
@@ -67,15 +69,16 @@ def ladder(low: int, high: int, times: int = 2) -> tuple[int, ...]:
 
 
 def rungs(high: int) -> tuple[int, ...]:
-    """1/4, 1/2, 3/4 and all of ``high``, as far as they are whole numbers that differ: close to each other where a step
-    is long, because what a step's time has room for lies between two of them."""
-    return tuple(sorted({max(high * quarters // 4, 1) for quarters in (1, 2, 3, 4)}))
+    """A quarter, three eighths and all of ``high``, as far as they are whole numbers that differ: the first two for
+    steps that objectives keep short, where a forward and a backward of about as many rows share the step; all for
+    finetuning that has the device to itself."""
+    return tuple(sorted({max(high * eighths // 8, 1) for eighths in (2, 3, 8)}))
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """Every bucket of an engine: decode-only steps, chunk steps beside few or many decode rows, and steps with
-    gradient rows beside no chunk rows or about as many (``beside``), and few or many decode rows.
+    """Every bucket of an engine: decode-only steps, chunk steps, and steps with gradient rows beside no chunk rows or
+    about as many (``beside``); each with as many sizes of decode rows as are worth programs of their own.
 
     There is no bucket for a long prompt's chunk beside gradient rows: both would fill a step alone.
     """
@@ -84,65 +87,85 @@ class Buckets:
     decode_rows: tuple[int, ...]
     grad_rows: tuple[int, ...] = ()
     stashed: bool = False  # finetune rows run forward and backward in different steps
+    row_block: int = 1
 
     @classmethod
     def make(
         cls, max_chunk_rows: int, max_num_seqs: int, row_block: int, max_grad_rows: int = 0, stashed: bool = False
     ) -> "Buckets":
         """Sizes up to the limits; chunk and gradient rows are multiples of ``row_block``."""
-        most = max(max_chunk_rows // row_block, 1)
-        chunks = tuple(row_block * n for n in ladder(min(max(64 // row_block, 1), most), most))
-        decodes = ladder(min(MIN_ROWS, max(max_num_seqs, 2)), max(max_num_seqs, 2))
-        grads = max_grad_rows // row_block
-        return cls(chunks, decodes, tuple(row_block * n for n in rungs(grads)) if grads else (), stashed and grads > 0)
+        most, most_grads, seqs = max(max_chunk_rows // row_block, 1), max_grad_rows // row_block, max(max_num_seqs, 2)
+        grads = rungs(most_grads) if most_grads else ()
+        chunks = ladder(min(max(64 // row_block, 1), most), most)
+        beside = {rows for rows in grads if chunks[0] < rows < most}
+        return cls(
+            tuple(row_block * n for n in sorted({*chunks, *beside})),
+            tuple(sorted({*ladder(min(MIN_ROWS, seqs), seqs), min(_most_beside(seqs), seqs)})),
+            tuple(row_block * n for n in grads),
+            stashed and most_grads > 0,
+            row_block,
+        )
 
     def _bucket(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
         return _one(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
 
-    @property
-    def beside_chunks(self) -> tuple[int, ...]:
-        """Decode rows beside chunk rows: few or many, and sizes between them where many are a lot more, since padding
-        costs as much as any row."""
-        return ladder(self.decode_rows[0], self.decode_rows[-1], 8)
+    def decodes_beside(self, chunk_rows: int, grad_rows: int = 0) -> tuple[int, ...]:
+        """Sizes of decode rows in steps with these other rows, smallest first: up to 3/8 of the most, and the most.
+        Padding costs as much as any row, so one is left out only where the next larger one makes the step no more than
+        ``PADDING`` times as long."""
+        if not chunk_rows and not grad_rows:
+            return self.decode_rows
+        most, least = self.decode_rows[-1], LEAST_BLOCKS * self.row_block
 
-    @property
-    def beside_gradients(self) -> tuple[int, ...]:
-        """Decode rows beside gradient rows: few are worth programs of their own only where many are a lot more."""
-        few, many = self.decode_rows[0], self.decode_rows[-1]
-        return self.beside_chunks if many > 2 * few else (many,)
+        def rows(decodes: int) -> float:
+            forward = decodes + self._bucket(chunk_rows, decodes, grad_rows).forward_block_rows
+            return max(forward, least) + grad_rows
+
+        kept = [most]
+        for size in reversed(self.decode_rows):
+            if size <= _most_beside(most) and rows(kept[-1]) > PADDING * rows(size):
+                kept.append(size)
+        if chunk_rows and kept[-1] > self.decode_rows[0]:
+            kept.append(self.decode_rows[0])  # for finetuning that has the device to itself
+        return tuple(reversed(kept))
 
     def beside(self, grad_rows: int) -> int:
         """Chunk rows of the buckets with so many gradient rows and any chunk rows at all."""
         return next((rows for rows in self.chunk_rows if rows >= grad_rows), self.chunk_rows[-1])
 
+    @cached_property
+    def _blocks(self) -> dict[tuple[int, int], tuple[int, ...]]:
+        """(gradient rows, chunk rows) of every bucket to the sizes of decode rows beside them."""
+        blocks = [(0, rows) for rows in (0, *self.chunk_rows)]
+        blocks += [(grad, rows) for grad in self.grad_rows for rows in (0, self.beside(grad))]
+        return {(grad, chunk): self.decodes_beside(chunk, grad) for grad, chunk in blocks}
+
     def __iter__(self):
-        yield from (self._bucket(0, rows) for rows in self.decode_rows)
-        for chunk in self.chunk_rows:
-            yield from (self._bucket(chunk, rows) for rows in self.beside_chunks)
-        for grad in self.grad_rows:
-            for chunk in (0, self.beside(grad)):
-                yield from (self._bucket(chunk, rows, grad) for rows in self.beside_gradients)
+        for (grad, chunk), decodes in self._blocks.items():
+            yield from (self._bucket(chunk, rows, grad) for rows in decodes)
 
     def holding(self, chunk_rows: int, decode_rows: int) -> Iterator[Bucket]:
         """The buckets, of each size of gradient and chunk rows one, that hold this many of the other kinds."""
-        few = _least(self.beside_chunks, decode_rows)
-        yield from (self._bucket(rows, few) for rows in self.chunk_rows if rows >= chunk_rows)
-        few = _least(self.beside_gradients, decode_rows)
-        for grad in self.grad_rows:
-            for rows in (0, self.beside(grad)):
-                if rows >= chunk_rows:
-                    yield self._bucket(rows, few, grad)
+        for (grad, chunk), decodes in self._blocks.items():
+            if (grad or chunk) and chunk >= chunk_rows:
+                yield self._bucket(chunk, _least(decodes, decode_rows), grad)
 
     def fit(self, chunk_rows: int, decode_rows: int, grad_rows: int = 0) -> Bucket:
         """The smallest bucket that holds this many rows of each kind."""
+        chunk = grad = 0
         if grad_rows:
             fitting = [rows for rows in self.grad_rows if rows >= grad_rows and self.beside(rows) >= chunk_rows]
             assert fitting, f"{chunk_rows=} beside {grad_rows=} {self.grad_rows=}"
-            chunk = self.beside(fitting[0]) if chunk_rows else 0
-            return self._bucket(chunk, _least(self.beside_gradients, decode_rows), fitting[0])
-        if chunk_rows == 0:
-            return self._bucket(0, _least(self.decode_rows, decode_rows))
-        return self._bucket(_least(self.chunk_rows, chunk_rows), _least(self.beside_chunks, decode_rows))
+            grad = fitting[0]
+            chunk = self.beside(grad) if chunk_rows else 0
+        elif chunk_rows:
+            chunk = _least(self.chunk_rows, chunk_rows)
+        return self._bucket(chunk, _least(self._blocks[grad, chunk], decode_rows), grad)
+
+
+def _most_beside(decode_rows: int) -> int:
+    """3/8, in whole ``MIN_ROWS``."""
+    return -(-decode_rows * 3 // (8 * MIN_ROWS)) * MIN_ROWS
 
 
 _one = lru_cache(maxsize=None)(Bucket)  # equal buckets are the same object: looking one up compares nothing

@@ -22,7 +22,12 @@ from jaxserve.scheduler.scheduler import Scheduler
 from jaxserve.scheduler.slo import LatencyBudget
 
 NUM_KEPT = 4096  # choices of buckets that are remembered
-STEP_ROWS = 128  # a step takes about as long as so many rows more: weights are read, kernels started
+STEP_ROWS = 128  # fewer rows forward take about as long as so many: weights are read, kernels started
+GRADIENT_ROWS = 1.3  # rows forward that take as long as the backward of one: the head's product runs in it twice
+# What the backward of a row is worth beside the forward of one, where they are in different steps. A step of nothing
+# but gradient rows reads the weights forward for its decode rows alone, one of nothing but forward rows wastes nothing:
+# at equal prices all forwards would come first, and such backwards last.
+GRADIENT_WORTH = 1.8
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), chunk_rows=0)
@@ -79,6 +84,7 @@ class Planner:
         self._with_room = lru_cache(NUM_KEPT)(partial(_with_room, buckets))
         self.times.resize(buckets, self.max_keys)
         self.gradient_token = GRADIENT_TOKEN - FORWARD_TOKEN if buckets.stashed else GRADIENT_TOKEN
+        self.gradient_worth = GRADIENT_WORTH if buckets.stashed else GRADIENT_TOKEN
         self.row_block = self.scheduler.config.row_block
 
     # the loop
@@ -251,7 +257,7 @@ class Planner:
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
             if seconds <= allowed:
                 grad_rows, room = bucket.grad_rows, bucket.chunk_rows - rows
-                work = self.gradient_token * (grad_rows if grad_rows < backward else backward)
+                work = self.gradient_worth * (grad_rows if grad_rows < backward else backward)
                 work += FORWARD_TOKEN * (room if room < forward else forward)
                 found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
         return sorted(found, key=_promise, reverse=True)
@@ -267,7 +273,7 @@ class Planner:
             windows = queue.draft(bucket.grad_rows, room, usual, plain=not bucket.finetunes)
             if best is not None and windows.grads and windows == best[0]:  # the same step again
                 continue
-            work = self.gradient_token * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
+            work = self.gradient_worth * _length(windows.grads) + FORWARD_TOKEN * _length(windows.forwards)
             if not work:  # whether there is anything to forward does not depend on the room
                 can_forward &= bucket.grad_rows > 0
                 continue
@@ -319,7 +325,7 @@ def _worth(work: float, seconds: float, allowed: float, bucket: Bucket) -> float
     measured times decide nothing, so that a job which has the engine to itself can be repeated bit for bit."""
     if allowed != NEVER:
         return work / seconds
-    return work / (bucket.rows - bucket.first_row + bucket.grad_rows + STEP_ROWS)
+    return work / (max(bucket.rows - bucket.first_row, STEP_ROWS) + GRADIENT_ROWS * bucket.grad_rows)
 
 
 def request_load(plan: StepPlan, bucket: Bucket, extended: bool) -> StepLoad:

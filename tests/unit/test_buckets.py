@@ -2,7 +2,7 @@
 
 import pytest
 
-from jaxserve.engine.buckets import MIN_ROWS, Bucket, Buckets, ladder
+from jaxserve.engine.buckets import LEAST_BLOCKS, MIN_ROWS, PADDING, Bucket, Buckets, ladder
 
 SIZES = [(64, 8, 16), (2048, 64, 16), (2048, 256, 64), (100, 5, 16), (16, 1, 16), (48, 3, 16), (80, 33, 16)]
 
@@ -40,12 +40,41 @@ def test_the_smallest_fitting_bucket_is_taken():
     assert buckets.fit(0, 9) == Bucket(0, 16)
     assert buckets.fit(0, 0) == Bucket(0, 8)
     assert buckets.fit(16, 3) == Bucket(64, 8)
-    assert buckets.fit(80, 9) == Bucket(128, 64)  # chunk steps come beside few or many decode rows only
+    assert buckets.fit(80, 20) == Bucket(128, 24)
+    assert buckets.fit(80, 25) == Bucket(128, 64)  # beside chunks no size lies between 3/8 of the most and the most
+    assert buckets.fit(0, 25) == Bucket(0, 32)
     assert buckets.fit(256, 64) == Bucket(256, 64)
 
 
-def test_few_buckets_cover_a_large_engine():
-    assert len(list(Buckets.make(8192, 256, 64))) <= 30
+@pytest.mark.parametrize(("window", "most", "most_gradients"), [(0, 40, 0), (512, 62, 20), (2048, 56, 16)])
+def test_few_buckets_cover_a_large_engine(window, most, most_gradients):
+    buckets = list(Buckets.make(2048, 256, 64, window, window > 0))
+    assert len(buckets) <= most
+    assert sum(bucket.grad_rows > 0 for bucket in buckets) <= most_gradients
+
+
+@pytest.mark.parametrize("stashed", [False, True])
+@pytest.mark.parametrize("window", [512, 2048])
+def test_padding_of_decode_rows_makes_no_step_much_longer(window, stashed):
+    """Of as many decode rows as have sizes of their own, a step computes at most ``PADDING`` times the rows of the
+    exact size, where the weights are not what takes the time."""
+    buckets = Buckets.make(2048, 256, 64, window, stashed)
+    least = LEAST_BLOCKS * 64
+
+    def rows(bucket, decode_rows):
+        return max(bucket.forward_block_rows + decode_rows, least) + bucket.grad_rows
+
+    for bucket in buckets.holding(0, 0):
+        for wanted in (16, 32, 64, 96):
+            took = buckets.fit(bucket.chunk_rows, wanted, bucket.grad_rows)
+            assert rows(took, took.decode_rows) <= PADDING * rows(took, wanted)
+
+
+def test_gradient_rows_find_chunk_rows_of_their_own_number():
+    buckets = Buckets.make(2048, 256, 64, 512, True)
+    assert buckets.grad_rows == (128, 192, 512)
+    assert all(buckets.beside(rows) == rows for rows in buckets.grad_rows)
+    assert Buckets.make(64, 8, 16, 32, True).chunk_rows == (64,)  # a small engine compiles nothing more for it
 
 
 def test_gradient_rows_come_before_chunk_rows_and_decode_rows():
