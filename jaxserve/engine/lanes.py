@@ -63,6 +63,16 @@ def masters_of(weights: AdapterWeights, config: ModelConfig, mesh: Mesh) -> Mast
     return {member: _placed(member, masters[member], mesh) for member in sorted(masters)}
 
 
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """The tree with what lies on one device alone, as the counts of an optimizer do, on all of the mesh's."""
+    devices = set(mesh.devices.flat)
+
+    def place(x: jax.Array) -> jax.Array:
+        return x if x.sharding.device_set == devices else jax.device_put(x, named_sharding(mesh, ()))
+
+    return jax.tree.map(place, tree)
+
+
 def _placed(member: str, leaves: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     return {k: jax.device_put(leaves[k], named_sharding(mesh, leaf_axes(member, k))) for k in sorted(leaves)}
 

@@ -16,7 +16,7 @@ from jaxserve.adapters.residency import Residency
 from jaxserve.adapters.store import AdapterStore
 from jaxserve.engine.job_programs import Hyper, hyper_arrays, job_shapes
 from jaxserve.engine.lane_sums import LaneSums
-from jaxserve.engine.lanes import factors_of, masters_of
+from jaxserve.engine.lanes import factors_of, masters_of, on_mesh
 from jaxserve.engine.results import read_losses
 from jaxserve.engine.saver import JobSaver
 from jaxserve.engine.sessions import Sessions
@@ -81,7 +81,7 @@ class Trainer:
         On the caller's thread; nothing here waits for the loop.
         """
         masters = masters_of(job.start, self.model, self.mesh)
-        state = {"masters": masters, "optimizer": init_state(job.config.optimizer, masters)}
+        state = {"masters": masters, "optimizer": on_mesh(init_state(job.config.optimizer, masters), self.mesh)}
         checkpoint = folder.latest(like=state) if folder is not None else None
         if folder is not None and checkpoint is not None:
             job.restore(checkpoint.meta, folder.events())
