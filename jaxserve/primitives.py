@@ -14,6 +14,7 @@ A advantage):
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "dpo")
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
+_BELOW = {"beta1": 1, "beta2": 1, "momentum": 1}
 _OVERRIDES = ("learning_rate", "beta1", "beta2", "eps", "momentum", "weight_decay", "max_grad_norm")
 
 
@@ -120,7 +122,7 @@ class TrainingCalls:
         policy_P2 = _sums(examples, found.logprobs)
         reference_P2 = self._reference(pairs, examples, reference)
         margin_P = beta * ((policy_P2 - reference_P2) @ np.array([1.0, -1.0]))
-        slope_P = beta / (1 + np.exp(margin_P))  # -dloss / d(p_c - p_r)
+        slope_P = beta * np.exp(-np.logaddexp(0, margin_P))  # -dloss / d(p_c - p_r)
         weighted = [
             Example(e.token_ids, (e.weights * s).astype(np.float32), e.index)
             for e, s in zip(examples, np.stack([slope_P, -slope_P], 1).reshape(-1), strict=True)
@@ -132,7 +134,7 @@ class TrainingCalls:
 
     def _reference(self, pairs: list, examples: list[Example], reference: str | None) -> np.ndarray:
         """Sums of log-probabilities under the reference, [P, 2]: given with the pair, or computed."""
-        given = [pair.get("reference_logprobs") for pair in pairs]
+        given = [_two_sums(pair.get("reference_logprobs"), number) for number, pair in enumerate(pairs)]
         missing = [at for at, value in enumerate(given) if value is None]
         wanted = [examples[2 * at + side] for at in missing for side in (0, 1)]
         found = _sums(wanted, self.logprobs([e.token_ids for e in wanted], reference)) if wanted else np.zeros((0, 2))
@@ -140,9 +142,7 @@ class TrainingCalls:
         sums[missing] = found
         for at, value in enumerate(given):
             if value is not None:
-                sums[at] = np.asarray(value, np.float64)
-        if not np.isfinite(sums).all():
-            raise InvalidRequest("reference_logprobs must be finite", "batch")
+                sums[at] = value
         return sums
 
     def logprobs(self, token_ids: Sequence[Any], adapter: str | None) -> list[np.ndarray]:
@@ -239,6 +239,21 @@ def _sums(examples: Sequence[Example], logprobs: Sequence[np.ndarray]) -> np.nda
     return np.array(sums).reshape(-1, 2)
 
 
+def _two_sums(value: Any, number: int) -> np.ndarray | None:
+    """A pair's reference_logprobs, [2]; None where they are to be computed."""
+    if value is None:
+        return None
+    try:
+        sums = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        sums = np.zeros(0)
+    if sums.shape != (2,) or not np.isfinite(sums).all():
+        raise InvalidRequest(
+            f"batch[{number}]: reference_logprobs must be two finite numbers, of chosen and of rejected", "batch"
+        )
+    return sums
+
+
 def _floats(extra: Mapping[str, Any], name: str, length: int) -> np.ndarray | None:
     if name not in extra:
         return None
@@ -256,7 +271,8 @@ def _hyper(config: FinetuneConfig, overrides: Mapping[str, float | None]) -> Hyp
     for name, value in overrides.items():
         if value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value < np.inf:
-            raise InvalidRequest(f"{name} is {value}; it must be a finite number from 0", name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < _BELOW.get(name, np.inf):
+            below = f"below {_BELOW[name]}" if name in _BELOW else "finite"
+            raise InvalidRequest(f"{name} is {value!r}; it must be a number from 0, {below}", name)
         hyper[name] = np.float32(value)
     return hyper
