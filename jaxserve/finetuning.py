@@ -19,6 +19,7 @@ from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidR
 from jaxserve.finetune.checkpoint import load_latest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset, Source, load_dataset
+from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.folder import ADAPTER, CHECKPOINTS, JobFolder
 from jaxserve.finetune.job import Job, JobEvent
 from jaxserve.models.config import ModelConfig
@@ -67,7 +68,10 @@ def _datasets(engine: "TrainingEngine", data: Source, config: FinetuneConfig) ->
 
     dataset = load(data)
     if config.validation_data is not None:
-        return dataset, load(config.validation_data)
+        try:
+            return dataset, load(config.validation_data)
+        except DataError as error:
+            raise DataError([f"validation_data: {line}" for line in error.errors]) from None
     if config.validation_fraction > 0:
         return dataset.split(config.validation_fraction, config.seed)
     return dataset, None

@@ -211,7 +211,7 @@ def coserve(
 
 def begun(job: "FinetuneJob") -> int:
     """The number before the event that announced a job just made; a resumed one has a history before it."""
-    return job.events()[-1].number - 1
+    return next(event.number for event in reversed(job.events()) if event.kind == "status") - 1
 
 
 def state(replay: Replay, goodput: Sequence[str]) -> dict[str, Any]:

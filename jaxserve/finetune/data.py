@@ -49,7 +49,7 @@ class Dataset:
     examples: tuple[Example, ...]
     seed: int = 0
     shuffle: bool = True
-    num_truncated: int = 0  # examples that were cut to the longest length
+    num_truncated: int = 0  # examples of the source that were cut to the longest length
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -105,7 +105,7 @@ class Dataset:
         for place, each in enumerate(self.examples):
             parts[place in chosen].append(each)
         training, validation = (replace(self, examples=tuple(part)) for part in parts)
-        return training, replace(validation, shuffle=False)
+        return training, replace(validation, shuffle=False, num_truncated=0)
 
 
 @lru_cache(maxsize=8)

@@ -214,11 +214,17 @@ class Job:
         self._events = events[: meta["num_events"]]
 
     def announce(self) -> None:
-        """The first event, also of a job that goes on from a checkpoint."""
+        """The first event, also of a job that goes on from a checkpoint, and what a new one should know of its data."""
         if self.step:
             self.note("status", f"resumed from the checkpoint of step {self.step}/{self.total_steps}", step=self.step)
-        else:
-            self.note("status", f"created: {len(self.dataset)} examples, {self.total_steps} steps")
+            return
+        self.note("status", f"created: {len(self.dataset)} examples, {self.total_steps} steps")
+        for name, data in (("training", self.dataset), ("validation", self.validation)):
+            if data is not None and data.num_truncated:
+                count = data.num_truncated
+                self.note("warning", f"{name} data: {count} examples are too long, and are cut", truncated=count)
+        if self.validation is not None and self.validation.digest == self.dataset.digest:
+            self.note("warning", "validation data: the same as the training data")
 
     # looking
 
