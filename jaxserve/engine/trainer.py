@@ -252,13 +252,13 @@ class Trainer:
         )
         number, cursor = max(now.number, batch.number), max(now.cursor, batch.cursor_after)
         training.now = Progress(masters, optimizer, number, cursor)
-        self._publish(training, batch.number)
+        self._publish(training)
         return norm
 
-    def _publish(self, training: Training, step: int) -> None:
+    def _publish(self, training: Training) -> None:
         """Makes the masters the newest version of the adapter: on the device, in the next step. Where requests hold
         so many versions that the bank has no room, the job waits for one of them to end."""
-        if self.versions.publish(training, step):
+        if self.versions.publish(training):
             self._set_lane(training)
         else:
             self.queue.hold(training.job)

@@ -319,6 +319,24 @@ def test_a_failed_step_costs_a_job_nothing_but_time(engine, monkeypatch, undistu
     assert content(engine, "a") == undisturbed[2]
 
 
+def test_a_step_made_again_is_served_and_trained_on_as_it_was_made_the_second_time(engine, monkeypatch, undisturbed):
+    """Steps fail that have taken the version of an optimizer step which nobody has read, and never will."""
+    failed = [-9]
+
+    def broken(number, bucket):
+        unread = any(training.unread for training in engine.core.trainer.trainings.values())
+        if unread and number > failed[-1] + 5:
+            failed.append(number)
+            return True
+        return False
+
+    break_steps(monkeypatch, broken)
+    job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, eval_steps=2, **JOB).wait()
+    assert len(failed) > 3
+    assert (job.losses, job.validation_losses) == undisturbed[:2]
+    assert content(engine, "a") == undisturbed[2]
+
+
 def test_a_job_whose_steps_always_fail_is_given_up_and_serving_goes_on(engine, monkeypatch, caplog):
     params = jaxserve.SamplingParams(max_tokens=10, temperature=0.0)
     alone = [o.token_ids for o in engine.generate(requests(5, 4), params)]
