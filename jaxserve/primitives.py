@@ -64,6 +64,9 @@ class TrainingCalls:
             self.sessions[name] = session
         session.announce()
         while session.status is not JobStatus.RUNNING:
+            if session.done:
+                del self.sessions[name]
+                raise InvalidRequest(f"adapter {name!r} was not opened: {session.error}", "adapter")
             engine.drive()
 
     def close(self, name: str) -> None:

@@ -23,7 +23,7 @@ from jaxserve.engine.sessions import Sessions
 from jaxserve.engine.step import StepOutput
 from jaxserve.engine.training import Progress, Training, Update
 from jaxserve.engine.versions import Versions
-from jaxserve.errors import EngineError
+from jaxserve.errors import AdapterError, EngineError
 from jaxserve.finetune.folder import JobFolder
 from jaxserve.finetune.job import Batch, Job, JobStatus, Purpose
 from jaxserve.finetune.live import LiveWeights
@@ -164,7 +164,12 @@ class Trainer:
 
     def _start_waiting(self) -> None:
         for training in list(self.waiting):
-            if not self._lanes or not self.versions.make_resident(training):
+            try:
+                ready = bool(self._lanes) and self.versions.make_resident(training)
+            except AdapterError as error:  # the host holds as many adapters as it may
+                self._end(training.job, JobStatus.FAILED, str(error), error=str(error))
+                continue
+            if not ready:
                 return
             self.waiting.remove(training)
             training.lane = self._lanes.pop(0)

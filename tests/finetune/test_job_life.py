@@ -288,6 +288,19 @@ def test_an_adapter_that_cannot_be_written_is_tried_again(engine, tmp_path, monk
     assert as_bytes(load_peft(tmp_path / "job" / "adapter", engine.model)) == content(engine, "a")
 
 
+def test_a_job_that_the_host_has_no_room_for_fails_and_serving_goes_on(engine, monkeypatch):
+    engine.generate([[1, 2, 3]])
+    monkeypatch.setattr(engine.adapters, "_max_host_adapters", 0)
+    job = engine.finetune(examples(1), adapter="one-too-many", **JOB).wait()
+    assert (job.status, job.error) == (
+        "failed",
+        "host store is full: max_host_adapters 0, all of them in use or unsaved",
+    )
+    with pytest.raises(jaxserve.InvalidRequest, match="'two-too-many' was not opened: host store is full"):
+        engine.open_adapter("two-too-many", rank=4)
+    assert engine.generate([[1, 2, 3]])[0].token_ids
+
+
 # failing steps
 
 
