@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ FORMAT = 1
 MANIFEST, LOCK = "MANIFEST", "LOCK"
 MAX_STEP = 10**10 - 1
 MAX_MANIFEST_BYTES = 16 << 20
+LOCK_ATTEMPTS, LOCK_SECONDS = 3, 0.02
 _STEP = re.compile(r"step-([0-9]{10})")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]{10}-[0-9a-f]{8}")
 
@@ -195,11 +197,15 @@ def _locked(root: Path) -> int:
         raise CheckpointError(
             f"checkpoints cannot be written here: {_reason(error)}", "storage", error.errno
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise CheckpointError("another process writes checkpoints here", "busy", error.errno) from None
+    for attempts_left in reversed(range(LOCK_ATTEMPTS)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if not attempts_left:
+                os.close(descriptor)
+                raise CheckpointError("another process writes checkpoints here", "busy", error.errno) from None
+            time.sleep(LOCK_SECONDS)  # somebody may only be looking whether it is held
     return descriptor
 
 
