@@ -107,7 +107,8 @@ class Batch:
 
     def targets(self, example: Example) -> Targets:
         """What one of the examples is to learn."""
-        weights = (example.weights / np.float32(self.total_weight if self.mean else 1)).astype(np.float32)
+        total = self.total_weight if self.mean else 1.0  # may be beyond float32
+        weights = (example.weights.astype(np.float64) / total).astype(np.float32)
         loss = self.loss_function
         return Targets(
             weights=weights,
@@ -119,7 +120,7 @@ class Batch:
 
     @cached_property
     def total_weight(self) -> float:
-        return float(sum(float(e.weights.sum()) for e in self.examples))
+        return sum(float(e.weights.sum(dtype=np.float64)) for e in self.examples)
 
     @cached_property
     def num_tokens(self) -> int:

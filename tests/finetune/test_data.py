@@ -14,7 +14,7 @@ from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Cursor, Dataset, load_dataset
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.examples import Example
-from jaxserve.finetune.job import Job
+from jaxserve.finetune.job import Batch, Job
 from jaxserve.finetune.packing import pack
 from jaxserve.finetune.records import MAX_LINE_BYTES, MAX_LINES
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
@@ -581,6 +581,11 @@ def test_the_digest_follows_every_token_weight_and_boundary():
     ]
     assert len({tokens(variant).digest for variant in variants}) == len(variants)
     assert tokens(variants[0]).digest == tokens([(np.array([1, 2, 3]), np.ones(3))]).digest
+
+
+def test_weights_share_the_loss_however_large_they_are():
+    batch = Batch(1, tokens([([1, 2, 3], [0, 3e38, 1e38])] * 4).examples, 0, Cursor())
+    assert batch.targets(batch.examples[0]).weights.tolist() == pytest.approx([0, 3 / 16, 1 / 16])
 
 
 # packing
