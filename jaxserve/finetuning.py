@@ -71,7 +71,7 @@ def _datasets(engine: "TrainingEngine", data: Source, config: FinetuneConfig) ->
         try:
             return dataset, load(config.validation_data)
         except DataError as error:
-            raise DataError([f"validation_data: {line}" for line in error.errors]) from None
+            raise error.within("validation_data") from None
     if config.validation_fraction > 0:
         return dataset.split(config.validation_fraction, config.seed)
     return dataset, None

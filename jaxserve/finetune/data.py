@@ -146,6 +146,21 @@ def load_dataset(
     return Dataset(examples, config.seed, config.shuffle, loader.num_truncated)
 
 
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Reads a JSONL file as ``load_dataset`` does, as far as that takes no model.
+
+    Raises:
+      DataError: the first ten problems, each by its line and its reason.
+    """
+    problems = Problems()
+    for number, line in read_lines(path, problems):
+        try:
+            parse_line(line)
+        except ValueError as error:
+            problems.add(f"line {number}", str(error))
+    problems.check()
+
+
 class _Loader:
     """One pass over a source."""
 
