@@ -102,8 +102,8 @@ class TrainingCalls:
     def forward_backward(self, name: str, batch: Iterable[Any], loss: str, clip: tuple[float, float]) -> BatchResult:
         kind = _KINDS[loss]
         examples = self.examples(batch, policy=kind != CROSS_ENTROPY)
-        if not 0 < clip[0] <= 1 <= clip[1] < np.inf:
-            raise InvalidRequest(f"clip is {clip}; it must be (low, high) with 0 < low <= 1 <= high", "clip")
+        if not _is_clip(clip):
+            raise InvalidRequest(f"clip is {clip!r}; it must be (low, high) with 0 < low <= 1 <= high", "clip")
         return self.run(name, examples, Purpose.ACCUMULATE, Loss(kind, (float(clip[0]), float(clip[1]))))
 
     def forward(self, name: str, batch: Iterable[Any]) -> BatchResult:
@@ -111,9 +111,9 @@ class TrainingCalls:
 
     def dpo(self, name: str, batch: Iterable[Any], beta: float, reference: str | None) -> BatchResult:
         """One forward for the sums, then cross entropy whose weights are the loss's slope."""
-        if not 0 < beta < np.inf:
-            raise InvalidRequest(f"beta is {beta}; it must be above 0", "beta")
-        pairs = list(batch)
+        if not isinstance(beta, Real) or not 0 < beta < np.inf:
+            raise InvalidRequest(f"beta is {beta!r}; it must be a number above 0", "beta")
+        pairs = _items(batch)
         for number, pair in enumerate(pairs):
             if not isinstance(pair, Mapping) or not {"chosen", "rejected"} <= pair.keys() <= _PAIR_KEYS:
                 raise InvalidRequest(
@@ -164,10 +164,7 @@ class TrainingCalls:
         Raises:
           InvalidRequest: which item is wrong, and how.
         """
-        items = list(batch)
-        if not items:
-            raise InvalidRequest("batch is empty; it must have at least one example", "batch")
-        return [self._example(item, number, policy) for number, item in enumerate(items)]
+        return [self._example(item, number, policy) for number, item in enumerate(_items(batch))]
 
     def _example(self, item: Any, number: int, policy: bool) -> Example:
         engine = self.engine
@@ -240,6 +237,23 @@ def _sums(examples: Sequence[Example], logprobs: Sequence[np.ndarray]) -> np.nda
     """Weighted sums of log-probabilities, by pairs: [P, 2]."""
     sums = [float((e.weights.astype(np.float64) * p).sum()) for e, p in zip(examples, logprobs, strict=True)]
     return np.array(sums).reshape(-1, 2)
+
+
+def _items(batch: Any) -> list[Any]:
+    """The examples of a batch, which has some."""
+    if not isinstance(batch, Iterable) or isinstance(batch, str | bytes | Mapping):
+        raise InvalidRequest(f"batch is a {type(batch).__name__}; it must be a list of examples", "batch")
+    items = list(batch)
+    if not items:
+        raise InvalidRequest("batch is empty; it must have at least one example", "batch")
+    return items
+
+
+def _is_clip(clip: Any) -> bool:
+    if not isinstance(clip, Sequence) or len(clip) != 2 or not all(isinstance(end, Real) for end in clip):
+        return False
+    low, high = map(float, clip)
+    return 0 < low <= 1 <= high < np.inf
 
 
 def _two_sums(value: Any, number: int) -> np.ndarray | None:

@@ -137,6 +137,8 @@ def load_dataset(
     Raises:
       DataError: the first ten problems, each by its line (or its place in the iterable) and its reason.
     """
+    if not isinstance(source, str | os.PathLike | Iterable):
+        raise DataError([f"training data: a {type(source).__name__}, must be a file or an iterable of examples"])
     config = config or FinetuneConfig()
     loader = _Loader(tokenizer, config, min(max_length, config.max_length or max_length), vocab_size)
     examples = tuple(loader.examples(source))

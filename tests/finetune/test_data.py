@@ -401,6 +401,12 @@ def test_token_ids_come_with_weights_or_all_count():
     assert all(not example.weights.flags.writeable for example in dataset.examples)
 
 
+@pytest.mark.parametrize("source", [5, None])
+def test_what_is_neither_a_file_nor_examples_is_refused(source):
+    with pytest.raises(DataError, match="training data: a .* must be a file or an iterable"):
+        tokens(source)
+
+
 def test_given_arrays_are_copied():
     weights = np.ones(3, np.float32)
     dataset = tokens([([1, 2, 3], weights)])

@@ -212,9 +212,14 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
             lambda: engine.forward_backward("a", [{**good, "logprobs": [0, 1], "advantages": [1, 1, 1]}], "ppo"),
             r"batch\[0\]: logprobs must be 3 finite numbers",
         ),
+        (lambda: engine.forward_backward("a", 5), "batch is a int"),
+        (lambda: engine.forward_backward("a", good), "batch is a dict"),
         (lambda: engine.forward_backward("a", [good], clip=(1.2, 0.8)), "clip is"),
+        (lambda: engine.forward_backward("a", [good], clip=("a", "b")), "clip is"),
+        (lambda: engine.forward_backward("a", [good], clip=5), "clip is 5"),
         (lambda: engine.forward_backward("a", [good], "dpo"), "must have chosen and rejected"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=0), "beta is 0"),
+        (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta="x"), "beta is 'x'"),
         *(
             (
                 lambda sums=sums: engine.forward_backward(
