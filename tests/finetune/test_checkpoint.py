@@ -530,3 +530,14 @@ def test_who_only_looks_whether_a_directory_is_held_keeps_nobody_out(tmp_path, m
         fcntl.flock(looking, fcntl.LOCK_SH)
         monkeypatch.setattr(durable.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
         CheckpointWriter(tmp_path, {}).close()
+
+
+def test_what_orbax_hides_of_a_full_disk_is_told(tmp_path):
+    def fill(path):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing \"a/b\" in OCDBT database [os_error_code='28']")
+
+    store = StepStore(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="checkpoint 1 was not written: No space left") as caught:
+        store.save(1, fill)
+    assert caught.value.errno == 28
+    store.close()
