@@ -86,6 +86,15 @@ class TrainingCalls:
             raise InvalidRequest(f"adapter {name!r} is not open for training; open_adapter opens it", "adapter")
         return self.sessions[name]
 
+    def at_rest(self, name: str) -> Session:
+        """The session once nothing of it is under way: a failed step takes batches back that were summed already."""
+        session = self.of(name)
+        while self.trainer.is_under_way(session):
+            self.engine.drive()
+        if session.done:
+            raise InvalidRequest(f"training of adapter {name!r} has ended: {session.error}", "adapter")
+        return session
+
     # batches
 
     def run(self, name: str, examples: Sequence[Example], purpose: Purpose, loss: Loss) -> BatchResult:
@@ -121,9 +130,9 @@ class TrainingCalls:
                     "batch",
                 )
         examples = self.examples([pair[side] for pair in pairs for side in ("chosen", "rejected")], policy=False)
+        reference_P2 = self._reference(pairs, examples, reference)
         found = self.run(name, examples, Purpose.FORWARD, Loss())
         policy_P2 = _sums(examples, found.logprobs)
-        reference_P2 = self._reference(pairs, examples, reference)
         margin_P = beta * ((policy_P2 - reference_P2) @ np.array([1.0, -1.0]))
         slope_P = beta * np.exp(-np.logaddexp(0, margin_P))  # -dloss / d(p_c - p_r)
         weighted = [
@@ -140,6 +149,14 @@ class TrainingCalls:
         given = [_two_sums(pair.get("reference_logprobs"), number) for number, pair in enumerate(pairs)]
         missing = [at for at, value in enumerate(given) if value is None]
         wanted = [examples[2 * at + side] for at in missing for side in (0, 1)]
+        most = self.engine.core.config.max_model_len - 1  # a request draws a token after its prompt
+        for at, each in zip(np.repeat(missing, 2), wanted, strict=True):
+            if each.num_tokens > most:
+                raise InvalidRequest(
+                    f"batch[{at}]: {each.num_tokens} tokens, at most {most} (max_model_len - 1) without "
+                    "reference_logprobs",
+                    "batch",
+                )
         found = _sums(wanted, self.logprobs([e.token_ids for e in wanted], reference)) if wanted else np.zeros((0, 2))
         sums = np.zeros((len(pairs), 2))
         sums[missing] = found
@@ -192,7 +209,7 @@ class TrainingCalls:
     # optimizer steps and state
 
     def optim_step(self, name: str, overrides: Mapping[str, float | None]) -> dict[str, Any]:
-        session = self.of(name)
+        session = self.at_rest(name)
         unknown = sorted(overrides.keys() - set(_OVERRIDES))
         if unknown:
             raise InvalidRequest(f"optim_step has no {unknown[0]!r}; there are {', '.join(_OVERRIDES)}", unknown[0])
@@ -208,7 +225,7 @@ class TrainingCalls:
         }
 
     def save_state(self, name: str, directory: Any) -> None:
-        session, engine = self.of(name), self.engine
+        session, engine = self.at_rest(name), self.engine
         with CheckpointWriter(directory, self._identity(session), keep=1) as writer:
             with engine.core.lock:
                 state = self.trainer.sessions.state_of(session)
@@ -218,7 +235,7 @@ class TrainingCalls:
             )
 
     def load_state(self, name: str, directory: Any) -> None:
-        session = self.of(name)
+        session = self.at_rest(name)
         with self.engine.core.lock:
             like = self.trainer.sessions.state_of(session)
             found = load_latest(directory, like=like, expect=self._identity(session))

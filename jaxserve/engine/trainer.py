@@ -154,6 +154,11 @@ class Trainer:
             for t in self.trainings.values()
         )
 
+    def is_under_way(self, job: Job) -> bool:
+        """Some batch of the job waits, is in a step or has not been read."""
+        training = self.trainings.get(job.id)
+        return training is not None and (bool(training.unread) or not job.idle)
+
     def wait_for_disk(self, seconds: float) -> None:
         """Waits a little where jobs wait for nothing but the disk."""
         savers = [training.saver for training in self.trainings.values() if training.saver is not None]

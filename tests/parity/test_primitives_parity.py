@@ -220,6 +220,12 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         (lambda: engine.forward_backward("a", [good], "dpo"), "must have chosen and rejected"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=0), "beta is 0"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta="x"), "beta is 'x'"),
+        (
+            lambda: engine.forward_backward(
+                "a", [{"chosen": good, "rejected": {"input_ids": [1] * engine.config.max_model_len}}], "dpo"
+            ),
+            r"batch\[0\]: \d+ tokens, at most .* without reference_logprobs",
+        ),
         *(
             (
                 lambda sums=sums: engine.forward_backward(
