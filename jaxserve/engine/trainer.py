@@ -387,7 +387,9 @@ class Trainer:
         if training.kept is not None:
             return
         self.queue.take_back_all(job)
-        job.again = [batch.again(batch.retried) for batch in begun] + job.again
+        # one that was summed, taken back and begun again is among them twice
+        once = {batch.serial: batch.again(batch.retried) for batch in [*begun, *job.again]}
+        job.again = list(once.values())
         job.batch, training.now = None, training.read
         if training.loaded is not None and training.lane is not None:
             self.sums.write(training, training.loaded)
