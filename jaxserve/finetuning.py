@@ -19,6 +19,8 @@ from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidR
 from jaxserve.finetune.checkpoint import load_latest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset, Source, load_dataset
+from jaxserve.finetune.durable import OnEvent
+from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.folder import ADAPTER, CHECKPOINTS, JobFolder
 from jaxserve.finetune.job import Job, JobEvent
 from jaxserve.models.config import ModelConfig
@@ -37,8 +39,16 @@ def make_job(engine: "TrainingEngine", data: Source, adapter: str, config: Finet
     dataset, validation = _datasets(engine, data, config)
     start = make_start(engine, adapter, config)
     trainer = engine.prepare_finetuning(scales=bool(start.vectors), dropout=config.dropout > 0)
-    folder = _folder(engine, adapter, config, dataset, tenant)
     job = Job(adapter, config, dataset, start, validation=validation, tenant=tenant)
+    found: dict[str, None] = {}  # what its directory has that is no good checkpoint
+
+    def told(kind: str, message: str) -> None:
+        if job.events():
+            job.note("warning", message)
+        else:
+            found[message] = None
+
+    folder = _folder(engine, adapter, config, dataset, tenant, told)
     try:
         with engine.core.compiles.preparing():
             training = trainer.prepare(job, folder)
@@ -46,6 +56,8 @@ def make_job(engine: "TrainingEngine", data: Source, adapter: str, config: Finet
             folder.rewind(job)
             job.folder = folder
         job.announce()
+        for message in found:
+            job.note("warning", message)
         with engine.core.lock:
             trainer.submit(training)
     except BaseException:
@@ -67,14 +79,17 @@ def _datasets(engine: "TrainingEngine", data: Source, config: FinetuneConfig) ->
 
     dataset = load(data)
     if config.validation_data is not None:
-        return dataset, load(config.validation_data)
+        try:
+            return dataset, load(config.validation_data)
+        except DataError as error:
+            raise error.within("validation_data") from None
     if config.validation_fraction > 0:
         return dataset.split(config.validation_fraction, config.seed)
     return dataset, None
 
 
 def _folder(
-    engine: "TrainingEngine", adapter: str, config: FinetuneConfig, dataset: Dataset, tenant: str
+    engine: "TrainingEngine", adapter: str, config: FinetuneConfig, dataset: Dataset, tenant: str, on_event: OnEvent
 ) -> JobFolder | None:
     if config.output_dir is None:
         return None
@@ -86,7 +101,7 @@ def _folder(
         "data": dataset.digest,
         "config": config.digest(),
     }
-    return JobFolder(config.output_dir, identity, config.save_total_limit)
+    return JobFolder(config.output_dir, identity, config.save_total_limit, on_event)
 
 
 def _check_name(engine: "TrainingEngine", adapter: str) -> None:

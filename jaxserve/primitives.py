@@ -14,6 +14,7 @@ A advantage):
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "dpo")
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
+_BELOW = {"beta1": 1, "beta2": 1, "momentum": 1}
 _OVERRIDES = ("learning_rate", "beta1", "beta2", "eps", "momentum", "weight_decay", "max_grad_norm")
 
 
@@ -62,6 +64,9 @@ class TrainingCalls:
             self.sessions[name] = session
         session.announce()
         while session.status is not JobStatus.RUNNING:
+            if session.done:
+                del self.sessions[name]
+                raise InvalidRequest(f"adapter {name!r} was not opened: {session.error}", "adapter")
             engine.drive()
 
     def close(self, name: str) -> None:
@@ -81,6 +86,15 @@ class TrainingCalls:
             raise InvalidRequest(f"adapter {name!r} is not open for training; open_adapter opens it", "adapter")
         return self.sessions[name]
 
+    def at_rest(self, name: str) -> Session:
+        """The session once nothing of it is under way: a failed step takes batches back that were summed already."""
+        session = self.of(name)
+        while self.trainer.is_under_way(session):
+            self.engine.drive()
+        if session.done:
+            raise InvalidRequest(f"training of adapter {name!r} has ended: {session.error}", "adapter")
+        return session
+
     # batches
 
     def run(self, name: str, examples: Sequence[Example], purpose: Purpose, loss: Loss) -> BatchResult:
@@ -97,8 +111,8 @@ class TrainingCalls:
     def forward_backward(self, name: str, batch: Iterable[Any], loss: str, clip: tuple[float, float]) -> BatchResult:
         kind = _KINDS[loss]
         examples = self.examples(batch, policy=kind != CROSS_ENTROPY)
-        if not 0 < clip[0] <= 1 <= clip[1] < np.inf:
-            raise InvalidRequest(f"clip is {clip}; it must be (low, high) with 0 < low <= 1 <= high", "clip")
+        if not _is_clip(clip):
+            raise InvalidRequest(f"clip is {clip!r}; it must be (low, high) with 0 < low <= 1 <= high", "clip")
         return self.run(name, examples, Purpose.ACCUMULATE, Loss(kind, (float(clip[0]), float(clip[1]))))
 
     def forward(self, name: str, batch: Iterable[Any]) -> BatchResult:
@@ -106,9 +120,9 @@ class TrainingCalls:
 
     def dpo(self, name: str, batch: Iterable[Any], beta: float, reference: str | None) -> BatchResult:
         """One forward for the sums, then cross entropy whose weights are the loss's slope."""
-        if not 0 < beta < np.inf:
-            raise InvalidRequest(f"beta is {beta}; it must be above 0", "beta")
-        pairs = list(batch)
+        if not isinstance(beta, Real) or not 0 < beta < np.inf:
+            raise InvalidRequest(f"beta is {beta!r}; it must be a number above 0", "beta")
+        pairs = _items(batch)
         for number, pair in enumerate(pairs):
             if not isinstance(pair, Mapping) or not {"chosen", "rejected"} <= pair.keys() <= _PAIR_KEYS:
                 raise InvalidRequest(
@@ -116,11 +130,11 @@ class TrainingCalls:
                     "batch",
                 )
         examples = self.examples([pair[side] for pair in pairs for side in ("chosen", "rejected")], policy=False)
+        reference_P2 = self._reference(pairs, examples, reference)
         found = self.run(name, examples, Purpose.FORWARD, Loss())
         policy_P2 = _sums(examples, found.logprobs)
-        reference_P2 = self._reference(pairs, examples, reference)
         margin_P = beta * ((policy_P2 - reference_P2) @ np.array([1.0, -1.0]))
-        slope_P = beta / (1 + np.exp(margin_P))  # -dloss / d(p_c - p_r)
+        slope_P = beta * np.exp(-np.logaddexp(0, margin_P))  # -dloss / d(p_c - p_r)
         weighted = [
             Example(e.token_ids, (e.weights * s).astype(np.float32), e.index)
             for e, s in zip(examples, np.stack([slope_P, -slope_P], 1).reshape(-1), strict=True)
@@ -132,17 +146,23 @@ class TrainingCalls:
 
     def _reference(self, pairs: list, examples: list[Example], reference: str | None) -> np.ndarray:
         """Sums of log-probabilities under the reference, [P, 2]: given with the pair, or computed."""
-        given = [pair.get("reference_logprobs") for pair in pairs]
+        given = [_two_sums(pair.get("reference_logprobs"), number) for number, pair in enumerate(pairs)]
         missing = [at for at, value in enumerate(given) if value is None]
         wanted = [examples[2 * at + side] for at in missing for side in (0, 1)]
+        most = self.engine.core.config.max_model_len - 1  # a request draws a token after its prompt
+        for at, each in zip(np.repeat(missing, 2), wanted, strict=True):
+            if each.num_tokens > most:
+                raise InvalidRequest(
+                    f"batch[{at}]: {each.num_tokens} tokens, at most {most} (max_model_len - 1) without "
+                    "reference_logprobs",
+                    "batch",
+                )
         found = _sums(wanted, self.logprobs([e.token_ids for e in wanted], reference)) if wanted else np.zeros((0, 2))
         sums = np.zeros((len(pairs), 2))
         sums[missing] = found
         for at, value in enumerate(given):
             if value is not None:
-                sums[at] = np.asarray(value, np.float64)
-        if not np.isfinite(sums).all():
-            raise InvalidRequest("reference_logprobs must be finite", "batch")
+                sums[at] = value
         return sums
 
     def logprobs(self, token_ids: Sequence[Any], adapter: str | None) -> list[np.ndarray]:
@@ -161,10 +181,7 @@ class TrainingCalls:
         Raises:
           InvalidRequest: which item is wrong, and how.
         """
-        items = list(batch)
-        if not items:
-            raise InvalidRequest("batch is empty; it must have at least one example", "batch")
-        return [self._example(item, number, policy) for number, item in enumerate(items)]
+        return [self._example(item, number, policy) for number, item in enumerate(_items(batch))]
 
     def _example(self, item: Any, number: int, policy: bool) -> Example:
         engine = self.engine
@@ -192,7 +209,7 @@ class TrainingCalls:
     # optimizer steps and state
 
     def optim_step(self, name: str, overrides: Mapping[str, float | None]) -> dict[str, Any]:
-        session = self.of(name)
+        session = self.at_rest(name)
         unknown = sorted(overrides.keys() - set(_OVERRIDES))
         if unknown:
             raise InvalidRequest(f"optim_step has no {unknown[0]!r}; there are {', '.join(_OVERRIDES)}", unknown[0])
@@ -208,7 +225,7 @@ class TrainingCalls:
         }
 
     def save_state(self, name: str, directory: Any) -> None:
-        session, engine = self.of(name), self.engine
+        session, engine = self.at_rest(name), self.engine
         with CheckpointWriter(directory, self._identity(session), keep=1) as writer:
             with engine.core.lock:
                 state = self.trainer.sessions.state_of(session)
@@ -218,7 +235,7 @@ class TrainingCalls:
             )
 
     def load_state(self, name: str, directory: Any) -> None:
-        session = self.of(name)
+        session = self.at_rest(name)
         with self.engine.core.lock:
             like = self.trainer.sessions.state_of(session)
             found = load_latest(directory, like=like, expect=self._identity(session))
@@ -239,6 +256,38 @@ def _sums(examples: Sequence[Example], logprobs: Sequence[np.ndarray]) -> np.nda
     return np.array(sums).reshape(-1, 2)
 
 
+def _items(batch: Any) -> list[Any]:
+    """The examples of a batch, which has some."""
+    if not isinstance(batch, Iterable) or isinstance(batch, str | bytes | Mapping):
+        raise InvalidRequest(f"batch is a {type(batch).__name__}; it must be a list of examples", "batch")
+    items = list(batch)
+    if not items:
+        raise InvalidRequest("batch is empty; it must have at least one example", "batch")
+    return items
+
+
+def _is_clip(clip: Any) -> bool:
+    if not isinstance(clip, Sequence) or len(clip) != 2 or not all(isinstance(end, Real) for end in clip):
+        return False
+    low, high = map(float, clip)
+    return 0 < low <= 1 <= high < np.inf
+
+
+def _two_sums(value: Any, number: int) -> np.ndarray | None:
+    """A pair's reference_logprobs, [2]; None where they are to be computed."""
+    if value is None:
+        return None
+    try:
+        sums = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        sums = np.zeros(0)
+    if sums.shape != (2,) or not np.isfinite(sums).all():
+        raise InvalidRequest(
+            f"batch[{number}]: reference_logprobs must be two finite numbers, of chosen and of rejected", "batch"
+        )
+    return sums
+
+
 def _floats(extra: Mapping[str, Any], name: str, length: int) -> np.ndarray | None:
     if name not in extra:
         return None
@@ -256,7 +305,8 @@ def _hyper(config: FinetuneConfig, overrides: Mapping[str, float | None]) -> Hyp
     for name, value in overrides.items():
         if value is None:
             continue
-        if not isinstance(value, int | float) or not 0 <= value < np.inf:
-            raise InvalidRequest(f"{name} is {value}; it must be a finite number from 0", name)
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= value < _BELOW.get(name, np.inf):
+            below = f"below {_BELOW[name]}" if name in _BELOW else "finite"
+            raise InvalidRequest(f"{name} is {value!r}; it must be a number from 0, {below}", name)
         hyper[name] = np.float32(value)
     return hyper

@@ -28,6 +28,8 @@ from jaxserve.config import Config, dump_config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.control import Controls
+from jaxserve.finetune.data import check_file
+from jaxserve.finetune.errors import DataError
 from jaxserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) ->
 
 
 def check(config: Config) -> list[Planned]:
-    """The jobs; raises ConfigError for what cannot be run, before anything is loaded."""
+    """The jobs; raises ConfigError or DataError for what cannot be run, before anything is loaded."""
     wrong = [
         f"bench.{key}: jaxserve coserve has no use for it" for key in UNUSED if key in config.bench.model_fields_set
     ]
@@ -106,7 +108,22 @@ def check(config: Config) -> list[Planned]:
     wrong += [f"coserve.answer_with: there is no {name!r}" for name in config.coserve.answer_with if name not in known]
     if wrong:
         raise ConfigError(wrong)
+    for job in jobs:
+        try:
+            check_data(job)
+        except DataError as error:
+            raise error.within(f"job of adapter {job.adapter!r}") from None
     return jobs
+
+
+def check_data(job: Planned) -> None:
+    """Raises DataError for files that no model could be trained on: a typing error should not cost a compilation."""
+    check_file(job.data)
+    if job.config.validation_data is not None:
+        try:
+            check_file(job.config.validation_data)
+        except DataError as error:
+            raise error.within("validation_data") from None
 
 
 def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], own_dir: bool = True) -> Planned:
@@ -211,7 +228,7 @@ def coserve(
 
 def begun(job: "FinetuneJob") -> int:
     """The number before the event that announced a job just made; a resumed one has a history before it."""
-    return job.events()[-1].number - 1
+    return next(event.number for event in reversed(job.events()) if event.kind == "status") - 1
 
 
 def state(replay: Replay, goodput: Sequence[str]) -> dict[str, Any]:

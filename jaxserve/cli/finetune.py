@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.engine import load_engine, room_alone
-from jaxserve.cli.coserve import Planned, begun, job_state, plan
+from jaxserve.cli.coserve import Planned, begun, check_data, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config
@@ -37,7 +37,7 @@ def main(config: Config, json_lines: bool) -> int:
 
 
 def check(config: Config) -> tuple[Planned, str]:
-    """The job and its directory; raises ConfigError before anything is loaded."""
+    """The job and its directory; raises ConfigError or DataError before anything is loaded."""
     root = config.job.output_dir
     missing = {
         "MODEL: name a model directory, or set model.path": config.model.path,
@@ -50,7 +50,9 @@ def check(config: Config) -> tuple[Planned, str]:
         wrong.append("lora.enable_lora is off; an adapter is trained where adapters are served")
     if wrong or config.job.adapter is None or config.job.data is None or root is None:
         raise ConfigError(wrong)
-    return plan(config, config.job.adapter, config.job.data, {}, own_dir=False), root
+    job = plan(config, config.job.adapter, config.job.data, {}, own_dir=False)
+    check_data(job)
+    return job, root
 
 
 def make_engine(config: Config, job: Planned) -> "Engine":

@@ -16,10 +16,10 @@ class Sessions:
     """The sessions among an engine's jobs; each must be idle when it is named here.
 
     Args:
-      publish: makes a job's masters the newest version of its adapter, as of an optimizer step.
+      publish: makes a job's masters the newest version of its adapter.
     """
 
-    def __init__(self, trainings: Mapping[str, Training], sums: LaneSums, publish: Callable[[Training, int], None]):
+    def __init__(self, trainings: Mapping[str, Training], sums: LaneSums, publish: Callable[[Training], None]):
         self._trainings, self._sums, self._publish = trainings, sums, publish
 
     def _of(self, session: Session) -> Training:
@@ -39,7 +39,7 @@ class Sessions:
             return size, False
         session.step += 1
         training.now = training.read = Progress(masters, optimizer, session.step, now.cursor)
-        self._publish(training, session.step)
+        self._publish(training)
         return size, True
 
     def state_of(self, session: Session) -> dict[str, Any]:
@@ -56,4 +56,4 @@ class Sessions:
         training.loaded, session.step, session.num_batches = placed["gradients"], step, calls
         session.forget_gradients()
         self._sums.write(training, training.loaded)
-        self._publish(training, step)
+        self._publish(training)

@@ -23,7 +23,7 @@ from jaxserve.engine.sessions import Sessions
 from jaxserve.engine.step import StepOutput
 from jaxserve.engine.training import Progress, Training, Update
 from jaxserve.engine.versions import Versions
-from jaxserve.errors import EngineError
+from jaxserve.errors import AdapterError, EngineError
 from jaxserve.finetune.folder import JobFolder
 from jaxserve.finetune.job import Batch, Job, JobStatus, Purpose
 from jaxserve.finetune.live import LiveWeights
@@ -154,6 +154,11 @@ class Trainer:
             for t in self.trainings.values()
         )
 
+    def is_under_way(self, job: Job) -> bool:
+        """Some batch of the job waits, is in a step or has not been read."""
+        training = self.trainings.get(job.id)
+        return training is not None and (bool(training.unread) or not job.idle)
+
     def wait_for_disk(self, seconds: float) -> None:
         """Waits a little where jobs wait for nothing but the disk."""
         savers = [training.saver for training in self.trainings.values() if training.saver is not None]
@@ -164,7 +169,12 @@ class Trainer:
 
     def _start_waiting(self) -> None:
         for training in list(self.waiting):
-            if not self._lanes or not self.versions.make_resident(training):
+            try:
+                ready = bool(self._lanes) and self.versions.make_resident(training)
+            except AdapterError as error:  # the host holds as many adapters as it may
+                self._end(training.job, JobStatus.FAILED, str(error), error=str(error))
+                continue
+            if not ready:
                 return
             self.waiting.remove(training)
             training.lane = self._lanes.pop(0)
@@ -252,13 +262,13 @@ class Trainer:
         )
         number, cursor = max(now.number, batch.number), max(now.cursor, batch.cursor_after)
         training.now = Progress(masters, optimizer, number, cursor)
-        self._publish(training, batch.number)
+        self._publish(training)
         return norm
 
-    def _publish(self, training: Training, step: int) -> None:
+    def _publish(self, training: Training) -> None:
         """Makes the masters the newest version of the adapter: on the device, in the next step. Where requests hold
         so many versions that the bank has no room, the job waits for one of them to end."""
-        if self.versions.publish(training, step):
+        if self.versions.publish(training):
             self._set_lane(training)
         else:
             self.queue.hold(training.job)
@@ -377,7 +387,9 @@ class Trainer:
         if training.kept is not None:
             return
         self.queue.take_back_all(job)
-        job.again = [batch.again(batch.retried) for batch in begun] + job.again
+        # one that was summed, taken back and begun again is among them twice
+        once = {batch.serial: batch.again(batch.retried) for batch in [*begun, *job.again]}
+        job.again = list(once.values())
         job.batch, training.now = None, training.read
         if training.loaded is not None and training.lane is not None:
             self.sums.write(training, training.loaded)

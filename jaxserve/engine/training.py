@@ -3,7 +3,6 @@
 Nothing of it is donated, so what the host has read last is always there to go back to, and to save.
 """
 
-import secrets
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -54,7 +53,6 @@ class Training:
     factors: Factors
     now: Progress  # sent to the device
     read: Progress  # known to be good
-    run: str = field(default_factory=lambda: secrets.token_hex(8))  # names this attempt at the job
     version: AdapterVersion | None = None
     lane: int | None = None
     resident: bool = False  # the version has its pages in the bank, and a pin there

@@ -2,6 +2,8 @@
 the device. No file and no copy on the host is between a step and the requests that it answers.
 """
 
+import itertools
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,29 +25,31 @@ class Versions:
 
     def __init__(self, trainings: Mapping[str, Training], sums: LaneSums, residency: Residency, store: AdapterStore):
         self._trainings, self._sums, self._residency, self._store = trainings, sums, residency, store
+        # names no content twice: a step may be made again, of other masters, after a failure or from a saved state
+        self._life, self._numbers = secrets.token_hex(8), itertools.count()
 
     def make_resident(self, training: Training) -> bool:
         """Publishes the job's version if there is none, and pins it in the bank; False: there is no room now."""
         if training.version is None:
-            self._put(training, training.job.step)
+            self._put(training)
         assert training.version is not None
         training.resident = training.resident or self._residency.try_acquire(training.version)
         return training.resident
 
-    def publish(self, training: Training, step: int) -> bool:
+    def publish(self, training: Training) -> bool:
         """Makes the masters the newest version of the adapter: on the device, in the next step. False: requests hold
         so many versions that the bank has no room."""
         old = training.version
         assert old is not None
-        self._put(training, step)
+        self._put(training)
         self._residency.release(old)
         training.resident = False
         made = self.make_resident(training)
         self._residency.drop(old)
         return made or self.make_resident(training)
 
-    def _put(self, training: Training, step: int) -> None:
-        live = LiveWeights(training.job.start, training.now.masters, weights_of, training.run, step)
+    def _put(self, training: Training) -> None:
+        live = LiveWeights(training.job.start, training.now.masters, weights_of, f"{self._life} {next(self._numbers)}")
         live.source = training.publisher
         training.version = self._store.put(training.job.adapter, live)
         training.job.version = training.version.version

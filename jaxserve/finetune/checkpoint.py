@@ -5,6 +5,7 @@ losses). Arrays come back bit for bit, floats of the JSON too.
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,14 @@ from jaxserve.finetune.durable import OnEvent, StepStore, ignore_event, newest, 
 from jaxserve.finetune.errors import CheckpointMismatch
 
 STATE, JOB = "state", "job.json"
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Orbax's threads log what goes wrong with their whole stacks, one after another; it is raised here as well."""
+    return "_SignalingThread" not in record.getMessage()
+
+
+logging.getLogger("absl").addFilter(_is_news)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Dataset:
     examples: tuple[Example, ...]
     seed: int = 0
     shuffle: bool = True
-    num_truncated: int = 0  # examples that were cut to the longest length
+    num_truncated: int = 0  # examples of the source that were cut to the longest length
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -105,7 +105,7 @@ class Dataset:
         for place, each in enumerate(self.examples):
             parts[place in chosen].append(each)
         training, validation = (replace(self, examples=tuple(part)) for part in parts)
-        return training, replace(validation, shuffle=False)
+        return training, replace(validation, shuffle=False, num_truncated=0)
 
 
 @lru_cache(maxsize=8)
@@ -137,6 +137,8 @@ def load_dataset(
     Raises:
       DataError: the first ten problems, each by its line (or its place in the iterable) and its reason.
     """
+    if not isinstance(source, str | os.PathLike | Iterable):
+        raise DataError([f"training data: a {type(source).__name__}, must be a file or an iterable of examples"])
     config = config or FinetuneConfig()
     loader = _Loader(tokenizer, config, min(max_length, config.max_length or max_length), vocab_size)
     examples = tuple(loader.examples(source))
@@ -144,6 +146,21 @@ def load_dataset(
     if not examples:
         raise DataError(["training data: no examples"])
     return Dataset(examples, config.seed, config.shuffle, loader.num_truncated)
+
+
+def check_file(path: str | os.PathLike[str]) -> None:
+    """Reads a JSONL file as ``load_dataset`` does, as far as that takes no model.
+
+    Raises:
+      DataError: the first ten problems, each by its line and its reason.
+    """
+    problems = Problems()
+    for number, line in read_lines(path, problems):
+        try:
+            parse_line(line)
+        except ValueError as error:
+            problems.add(f"line {number}", str(error))
+    problems.check()
 
 
 class _Loader:

@@ -12,6 +12,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +26,9 @@ FORMAT = 1
 MANIFEST, LOCK = "MANIFEST", "LOCK"
 MAX_STEP = 10**10 - 1
 MAX_MANIFEST_BYTES = 16 << 20
+LOCK_ATTEMPTS, LOCK_SECONDS = 3, 0.02
 _STEP = re.compile(r"step-([0-9]{10})")
+_TENSORSTORE_ERRNO = re.compile(r"os_error_code='([0-9]{1,4})'")
 _TEMPORARY = re.compile(r"\.tmp-[0-9]{10}-[0-9a-f]{8}")
 
 OnEvent = Callable[[str, str], None]  # (kind, what happened)
@@ -96,8 +99,9 @@ class StepStore:
             shutil.rmtree(temporary, ignore_errors=True)
             if not isinstance(error, Exception):
                 raise
-            number = getattr(error, "errno", None)
-            raise CheckpointError(f"checkpoint {step} was not written: {_reason(error)}", "storage", number) from error
+            raise CheckpointError(
+                f"checkpoint {step} was not written: {_reason(error)}", "storage", _errno(error)
+            ) from error
         self._whole.add(step)
         self._drop_old()
         return final
@@ -195,11 +199,15 @@ def _locked(root: Path) -> int:
         raise CheckpointError(
             f"checkpoints cannot be written here: {_reason(error)}", "storage", error.errno
         ) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise CheckpointError("another process writes checkpoints here", "busy", error.errno) from None
+    for attempts_left in reversed(range(LOCK_ATTEMPTS)):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if not attempts_left:
+                os.close(descriptor)
+                raise CheckpointError("another process writes checkpoints here", "busy", error.errno) from None
+            time.sleep(LOCK_SECONDS)  # somebody may only be looking whether it is held
     return descriptor
 
 
@@ -333,6 +341,13 @@ def _fsync_descriptor(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
+def _errno(error: BaseException) -> int | None:
+    """Of the call that failed; TensorStore, which writes orbax's files, names it in its text alone."""
+    told = _TENSORSTORE_ERRNO.search(str(error))
+    return int(told[1]) if told else getattr(error, "errno", None)
+
+
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    number = _errno(error)
+    text = os.strerror(number) if number is not None else str(error) or type(error).__name__
     return " ".join(str(text).split())[:200]

@@ -20,6 +20,10 @@ class DataError(JaxServeError, ValueError):
         super().__init__("\n".join(errors))
         self.errors = list(errors)
 
+    def within(self, place: str) -> "DataError":
+        """The same problems, each with the place it is in before it."""
+        return DataError([f"{place}: {line}" for line in self.errors])
+
 
 class CheckpointError(JaxServeError, RuntimeError):
     """``code``: storage (the disk refused), busy (another process writes here), newer_format or checkpoint_mismatch."""

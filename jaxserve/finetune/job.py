@@ -107,7 +107,8 @@ class Batch:
 
     def targets(self, example: Example) -> Targets:
         """What one of the examples is to learn."""
-        weights = (example.weights / np.float32(self.total_weight if self.mean else 1)).astype(np.float32)
+        total = self.total_weight if self.mean else 1.0  # may be beyond float32
+        weights = (example.weights.astype(np.float64) / total).astype(np.float32)
         loss = self.loss_function
         return Targets(
             weights=weights,
@@ -119,7 +120,7 @@ class Batch:
 
     @cached_property
     def total_weight(self) -> float:
-        return float(sum(float(e.weights.sum()) for e in self.examples))
+        return sum(float(e.weights.sum(dtype=np.float64)) for e in self.examples)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -214,11 +215,17 @@ class Job:
         self._events = events[: meta["num_events"]]
 
     def announce(self) -> None:
-        """The first event, also of a job that goes on from a checkpoint."""
+        """The first event, also of a job that goes on from a checkpoint, and what a new one should know of its data."""
         if self.step:
             self.note("status", f"resumed from the checkpoint of step {self.step}/{self.total_steps}", step=self.step)
-        else:
-            self.note("status", f"created: {len(self.dataset)} examples, {self.total_steps} steps")
+            return
+        self.note("status", f"created: {len(self.dataset)} examples, {self.total_steps} steps")
+        for name, data in (("training", self.dataset), ("validation", self.validation)):
+            if data is not None and data.num_truncated:
+                count = data.num_truncated
+                self.note("warning", f"{name} data: {count} examples are too long, and are cut", truncated=count)
+        if self.validation is not None and self.validation.digest == self.dataset.digest:
+            self.note("warning", "validation data: the same as the training data")
 
     # looking
 

@@ -12,20 +12,20 @@ Fetch = Callable[[Any, AdapterWeights], AdapterWeights]
 class LiveWeights(Weights):
     """Looks like AdapterWeights; the parameters come to the host only when somebody asks for them.
 
-    Its digest names the run and the step that made it: nothing else ever has that content.
+    Its digest is of the name it is given: nothing else ever has that content.
 
     Args:
       like: an adapter with the same modules, ranks and scaling.
       masters: float32 parameters on the device, never donated.
       fetch: (masters, like) to weights on the host.
-      run: different for every time a job is begun or resumed.
+      name: given to nothing else.
     """
 
-    def __init__(self, like: AdapterWeights, masters: Any, fetch: Fetch, run: str, step: int):
+    def __init__(self, like: AdapterWeights, masters: Any, fetch: Fetch, name: str):
         self._like, self.masters, self._fetch = like, masters, fetch
         self._fetched: AdapterWeights | None = None
         self.source: Any = None  # for whoever publishes it
-        self.digest = hashlib.sha256(f"live 1 {run} {step}\n".encode() + like.digest).digest()
+        self.digest = hashlib.sha256(f"live 1 {name}\n".encode() + like.digest).digest()
 
     def rebind(self, masters: Any) -> None:
         """Takes other parameters, after those it had were lost with the device's state before anybody saw them."""

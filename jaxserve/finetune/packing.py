@@ -1,6 +1,8 @@
 """Puts several short examples into one window."""
 
+from collections import defaultdict
 from collections.abc import Sequence
+from heapq import heappop, heappush
 
 
 def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
@@ -10,14 +12,15 @@ def pack(lengths: Sequence[int], window: int) -> list[list[int]]:
     Within a bin, and among bins by their first member, places rise.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    with_room = defaultdict[int, list[int]](list)  # heaps of bins, by the room they have
     for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
         length = lengths[place]
-        at = next((at for at, left in enumerate(room) if length <= left), None)
-        if at is None:
-            bins.append([place])
-            room.append(max(0, window - length))
-        else:
+        _, room = min(((heap[0], room) for room, heap in with_room.items() if heap and length <= room), default=(0, 0))
+        if room:
+            at = heappop(with_room[room])
             bins[at].append(place)
-            room[at] -= length
+        else:
+            at, room = len(bins), max(window, length)
+            bins.append([place])
+        heappush(with_room[room - length], at)
     return sorted(sorted(members) for members in bins)

@@ -103,10 +103,10 @@ def _open(path: str | os.PathLike[str]) -> BinaryIO:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as error:
-        raise DataError([f"training file: {getattr(error, 'strerror', None) or error}"]) from None
+        raise DataError([f"data file: {getattr(error, 'strerror', None) or error}"]) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise DataError(["training file: not a regular file"])
+        raise DataError(["data file: not a regular file"])
     return os.fdopen(descriptor, "rb")
 
 

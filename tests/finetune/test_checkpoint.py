@@ -1,5 +1,6 @@
 """A checkpoint is whole or absent: kills at every point, failing calls, flipped bits, foreign directories."""
 
+import fcntl
 import hashlib
 import json
 import math
@@ -20,7 +21,7 @@ import pytest
 from jaxserve import faults
 from jaxserve.finetune import durable
 from jaxserve.finetune.checkpoint import CheckpointWriter, load_latest
-from jaxserve.finetune.durable import Damaged, StepStore, newest, verify, write_file
+from jaxserve.finetune.durable import LOCK, Damaged, StepStore, newest, verify, write_file
 from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.optimizer import init_state
 
@@ -521,3 +522,22 @@ def test_the_writer_that_is_killed_needs_no_jax():
     code = "import sys, jaxserve.finetune.durable as d; raise SystemExit('jax' in sys.modules or not d)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     assert durable.FORMAT == 1
+
+
+def test_who_only_looks_whether_a_directory_is_held_keeps_nobody_out(tmp_path, monkeypatch):
+    CheckpointWriter(tmp_path, {}).close()
+    with open(tmp_path / LOCK) as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        monkeypatch.setattr(durable.time, "sleep", lambda seconds: fcntl.flock(looking, fcntl.LOCK_UN))
+        CheckpointWriter(tmp_path, {}).close()
+
+
+def test_what_orbax_hides_of_a_full_disk_is_told(tmp_path):
+    def fill(path):
+        raise ValueError("RESOURCE_EXHAUSTED: Error writing \"a/b\" in OCDBT database [os_error_code='28']")
+
+    store = StepStore(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="checkpoint 1 was not written: No space left") as caught:
+        store.save(1, fill)
+    assert caught.value.errno == 28
+    store.close()

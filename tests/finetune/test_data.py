@@ -14,6 +14,7 @@ from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Cursor, Dataset, load_dataset
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.examples import Example
+from jaxserve.finetune.job import Batch, Job
 from jaxserve.finetune.packing import pack
 from jaxserve.finetune.records import MAX_LINE_BYTES, MAX_LINES
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
@@ -246,7 +247,7 @@ def test_what_is_no_jsonl_is_refused_by_name(load, content, named):
 
 @pytest.mark.parametrize("path", ["missing", ".", "/dev/zero"])
 def test_what_is_no_file_is_refused(tokenizer, tmp_path, path):
-    with pytest.raises(DataError, match="training file"):
+    with pytest.raises(DataError, match="data file"):
         load_dataset(tmp_path / path, tokenizer, max_length=9, vocab_size=9)
 
 
@@ -400,6 +401,12 @@ def test_token_ids_come_with_weights_or_all_count():
     assert all(not example.weights.flags.writeable for example in dataset.examples)
 
 
+@pytest.mark.parametrize("source", [5, None])
+def test_what_is_neither_a_file_nor_examples_is_refused(source):
+    with pytest.raises(DataError, match="must be a file or an iterable"):
+        tokens(source)
+
+
 def test_given_arrays_are_copied():
     weights = np.ones(3, np.float32)
     dataset = tokens([([1, 2, 3], weights)])
@@ -462,6 +469,19 @@ def test_a_longer_example_is_cut_and_counted_on_request():
     assert dataset.num_truncated == 2
     assert [example.num_tokens for example in dataset.examples] == [3, 3, 3]
     assert dataset.num_tokens == 9
+
+
+def test_a_job_says_what_was_cut_and_that_its_validation_data_are_its_training_data():
+    config = FinetuneConfig(on_long="truncate", max_length=4)
+    cut = tokens([(range(9), None), ([1, 2], None)], config=config)
+    job = Job("a", FinetuneConfig(), cut, start=None, validation=cut)  # pyright: ignore[reportArgumentType]
+    job.announce()
+    assert [event.kind for event in job.events()] == ["status", "warning", "warning", "warning"]
+    assert [event.data.get("truncated") for event in job.events()[1:]] == [1, 1, None]
+    training, validation = cut.split(0.5, seed=0)
+    job = Job("a", FinetuneConfig(), training, start=None, validation=validation)  # pyright: ignore[reportArgumentType]
+    job.announce()
+    assert [event.kind for event in job.events()] == ["status", "warning"]
 
 
 def test_the_engine_s_length_bounds_that_of_the_config():
@@ -569,6 +589,11 @@ def test_the_digest_follows_every_token_weight_and_boundary():
     assert tokens(variants[0]).digest == tokens([(np.array([1, 2, 3]), np.ones(3))]).digest
 
 
+def test_weights_share_the_loss_however_large_they_are():
+    batch = Batch(1, tokens([([1, 2, 3], [0, 3e38, 1e38])] * 4).examples, 0, Cursor())
+    assert batch.targets(batch.examples[0]).weights.tolist() == pytest.approx([0, 3 / 16, 1 / 16])
+
+
 # packing
 
 
@@ -582,6 +607,19 @@ def test_a_bin_holds_a_window_or_one_long_example(lengths, window):
     short = [members for members in bins if sum(lengths[place] for place in members) <= window]
     fills = [sum(lengths[place] for place in members) for members in short]
     assert sum(fill * 2 <= window for fill in fills) <= 1  # two half empty bins would have been one
+    assert bins == first_fit(lengths, window)
+
+
+def first_fit(lengths, window):
+    """Longest first, each into the first bin that has room for it."""
+    bins = []
+    for place in sorted(range(len(lengths)), key=lambda place: (-lengths[place], place)):
+        fitting = (members for members in bins if sum(lengths[p] for p in members) + lengths[place] <= window)
+        members = next(fitting, None)
+        if members is None:
+            bins.append(members := [])
+        members.append(place)
+    return sorted(sorted(members) for members in bins)
 
 
 def test_examples_that_fit_together_share_a_window():

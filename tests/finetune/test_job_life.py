@@ -172,6 +172,19 @@ def test_a_job_that_is_over_is_over_when_it_is_begun_again(engine, tmp_path):
     assert content(engine, "a") == trained
 
 
+def test_a_damaged_checkpoint_is_passed_over_and_the_job_says_so(engine, tmp_path, undisturbed):
+    fields = {**JOB, "validation_fraction": 0.3, "eval_steps": 2, "save_steps": 3, "output_dir": str(tmp_path / "job")}
+    engine.finetune(examples(1), adapter="a", **fields).wait()
+    newest = tmp_path / "job" / "checkpoints" / "step-0000000006"
+    (newest / "job.json").write_bytes(b"{}")
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    assert job.step == 3
+    warnings = [event.message for event in job.events() if event.kind == "warning"]
+    assert warnings == ["checkpoint 6 is passed over: 'job.json' is not what was written"]
+    job.wait()
+    assert (job.losses, job.validation_losses) == undisturbed[:2]
+
+
 def test_another_job_does_not_go_on_from_these_checkpoints(engine, tmp_path):
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "max_steps": 2}
     engine.finetune(examples(1), adapter="a", **fields).wait()
@@ -288,6 +301,19 @@ def test_an_adapter_that_cannot_be_written_is_tried_again(engine, tmp_path, monk
     assert as_bytes(load_peft(tmp_path / "job" / "adapter", engine.model)) == content(engine, "a")
 
 
+def test_a_job_that_the_host_has_no_room_for_fails_and_serving_goes_on(engine, monkeypatch):
+    engine.generate([[1, 2, 3]])
+    monkeypatch.setattr(engine.adapters, "_max_host_adapters", 0)
+    job = engine.finetune(examples(1), adapter="one-too-many", **JOB).wait()
+    assert (job.status, job.error) == (
+        "failed",
+        "host store is full: max_host_adapters 0, all of them in use or unsaved",
+    )
+    with pytest.raises(jaxserve.InvalidRequest, match="'two-too-many' was not opened: host store is full"):
+        engine.open_adapter("two-too-many", rank=4)
+    assert engine.generate([[1, 2, 3]])[0].token_ids
+
+
 # failing steps
 
 
@@ -315,6 +341,24 @@ def test_a_failed_step_costs_a_job_nothing_but_time(engine, monkeypatch, undistu
     assert [o.token_ids for o in engine.generate(requests(5, 4), params)] == alone
     job.wait()
     assert len(calls) > max(when)
+    assert (job.losses, job.validation_losses) == undisturbed[:2]
+    assert content(engine, "a") == undisturbed[2]
+
+
+def test_a_step_made_again_is_served_and_trained_on_as_it_was_made_the_second_time(engine, monkeypatch, undisturbed):
+    """Steps fail that have taken the version of an optimizer step which nobody has read, and never will."""
+    failed = [-9]
+
+    def broken(number, bucket):
+        unread = any(training.unread for training in engine.core.trainer.trainings.values())
+        if unread and number > failed[-1] + 5 and len(failed) < 4:
+            failed.append(number)
+            return True
+        return False
+
+    break_steps(monkeypatch, broken)
+    job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, eval_steps=2, **JOB).wait()
+    assert len(failed) == 4
     assert (job.losses, job.validation_losses) == undisturbed[:2]
     assert content(engine, "a") == undisturbed[2]
 

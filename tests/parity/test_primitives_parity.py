@@ -212,10 +212,33 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
             lambda: engine.forward_backward("a", [{**good, "logprobs": [0, 1], "advantages": [1, 1, 1]}], "ppo"),
             r"batch\[0\]: logprobs must be 3 finite numbers",
         ),
+        (lambda: engine.forward_backward("a", 5), "batch is a int"),
+        (lambda: engine.forward_backward("a", good), "batch is a dict"),
         (lambda: engine.forward_backward("a", [good], clip=(1.2, 0.8)), "clip is"),
+        (lambda: engine.forward_backward("a", [good], clip=("a", "b")), "clip is"),
+        (lambda: engine.forward_backward("a", [good], clip=5), "clip is 5"),
         (lambda: engine.forward_backward("a", [good], "dpo"), "must have chosen and rejected"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=0), "beta is 0"),
+        (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta="x"), "beta is 'x'"),
+        (
+            lambda: engine.forward_backward(
+                "a", [{"chosen": good, "rejected": {"input_ids": [1] * engine.config.max_model_len}}], "dpo"
+            ),
+            r"batch\[0\]: \d+ tokens, at most .* without reference_logprobs",
+        ),
+        *(
+            (
+                lambda sums=sums: engine.forward_backward(
+                    "a", [{"chosen": good, "rejected": good, "reference_logprobs": sums}], "dpo"
+                ),
+                r"batch\[0\]: reference_logprobs must be two finite numbers",
+            )
+            for sums in ([-1.0], -1.0, [0, float("nan")], "ab", [1, 2, 3])
+        ),
         (lambda: engine.optim_step("a", learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: engine.optim_step("a", beta1=1.0), "beta1 is 1.0; it must be a number from 0, below 1"),
+        (lambda: engine.optim_step("a", beta2=2), "beta2 is 2; it must be a number from 0, below 1"),
+        (lambda: engine.optim_step("a", momentum=True), "momentum is True"),
         (lambda: engine.optim_step("a", lr=1.0), "optim_step has no 'lr'"),
         (lambda: engine.open_adapter("a", rank=4), "being trained"),
         (lambda: engine.open_adapter("c", rank=4), "max_finetune_jobs is 1"),

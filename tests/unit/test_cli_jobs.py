@@ -146,3 +146,25 @@ def _run(argv: list[str]) -> int:
     with pytest.raises(SystemExit) as exit:
         main(argv)
     return exit.value.code or 0
+
+
+def test_data_that_cannot_be_trained_on_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good.write_text('{"text": "a"}\n')
+    bad.write_text('{"text": "a"}\n{"text": 5}\n')
+    told = [
+        (["finetune", "no-model", str(bad), "--adapter", "a", "--output-dir", "x"], "error: line 2: text must be"),
+        (
+            ["finetune", "no-model", str(good), "--adapter", "a", "--output-dir", "x", "--validation-data", "missing"],
+            "error: validation_data: data file: No such file",
+        ),
+        (
+            ["coserve", "no-model", "--finetune-jobs", f"a={good}", "--finetune-jobs", f"b={bad}"],
+            "error: job of adapter 'b': line 2: text must be",
+        ),
+    ]
+    for argv, message in told:
+        with pytest.raises(SystemExit) as ended:
+            main(argv)
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err
