@@ -1,0 +1,42 @@
+"""Finetuning on two fake devices: the losses, the adapter and the answers of one device."""
+
+import numpy as np
+import pytest
+import serving
+from safetensors.numpy import load_file
+
+from jaxserve.sampling import SamplingParams
+
+EXAMPLES = [serving.prompt(length) for length in (40, 23, 31, 17)]
+TRAIN = {"max_finetune_jobs": 1, "finetune_window": 32, "finetune_stash_tokens": 64}
+SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "max_model_len": 64, "num_kv_pages": 16}
+
+
+@pytest.fixture(scope="module")
+def path():
+    return serving.model_dir("qwen2", num_attention_heads=8, num_key_value_heads=4, head_dim=8, tokenizer=False)
+
+
+def train(path, place, tensor_parallel, method):
+    engine = serving.engine(path, tensor_parallel=tensor_parallel, **TRAIN, **SMALL)
+    options = {"method": method, "rank": 8, "learning_rate": 1e-2, "batch_size": 2, "epochs": 2}
+    job = engine.finetune(
+        [(tokens, None) for tokens in EXAMPLES], adapter="a", **options, output_dir=str(place / "job")
+    )
+    job.wait()
+    job.save(place / "adapter")
+    params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+    answer = engine.generate([EXAMPLES[0][:9]], params, adapter="a")[0].token_ids
+    return job.losses, load_file(place / "adapter" / "adapter_model.safetensors"), answer
+
+
+@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
+def test_two_devices_train_what_one_does(path, tmp_path, method):
+    losses, adapter, answer = train(path, tmp_path / "one", 1, method)
+    split_losses, split_adapter, split_answer = train(path, tmp_path / "two", 2, method)
+    assert len(losses) == 4
+    np.testing.assert_allclose(split_losses, losses, rtol=1e-5)
+    assert split_adapter.keys() == adapter.keys()
+    for name, value in adapter.items():
+        np.testing.assert_allclose(split_adapter[name], value, atol=1e-3 * np.abs(value).max(), err_msg=name)
+    assert split_answer == answer
