@@ -274,10 +274,10 @@ class Packer:
     def _sampling(self, i: dict[str, np.ndarray], values: tuple[np.ndarray, np.ndarray], count: int) -> None:
         """How they are drawn: what the slots keep, and what that needs of the draw."""
         slots, slot_R, (int_FR, float_FR) = self.slots, i["sample_slot_R"][:count], values
-        int_FR[:, :count] = slots.int_FB[:, slot_R]
-        float_FR[:, :count] = slots.float_FB[:, slot_R]
-        i["seed_R2"][:count] = slots.seed_B2[slot_R]
-        i["flags"][SLOT_FLAGS] = slots.needs_FB[:, slot_R].any(axis=1)
+        int_FR[:, :count] = slots.int_FB.take(slot_R, axis=1)
+        float_FR[:, :count] = slots.float_FB.take(slot_R, axis=1)
+        i["seed_R2"][:count] = slots.seed_B2.take(slot_R, axis=0)
+        i["flags"][SLOT_FLAGS] = slots.needs_FB.take(slot_R, axis=1).any(axis=1)
 
     def _adapters(self, i: dict[str, np.ndarray], layout: BatchLayout) -> None:
         """Lists the work items of each site: a run of neighbours of one adapter in a block, and a page of it."""
