@@ -4,17 +4,19 @@ Theirs are the models, the objectives, the rates per replica and adapters of ran
 ours. Every way to share the devices runs in the same scheduler. Matrix products on the A100 are taken to reach 55 % of
 the data sheet, on newer devices the roofline's own share.
 
-Their requests had ShareGPT's lengths; the means taken here are those of vLLM's paper, and that lengths spread evenly
-within half of the mean and arrivals are Poisson is assumed. A second set of tables has Azure's lengths: prompts seven
-times as long. Their examples are Sky-T1's, up to 8,192 tokens, ours have 256 to 2,048.
+Their requests are taken to be like ShareGPT's, with the means of vLLM's paper; that lengths spread evenly within half
+of the mean and arrivals are Poisson is assumed. A second set of tables has Azure's lengths: prompts seven times as
+long. Their examples are Sky-T1's, up to 8,192 tokens, ours have 256 to 2,048.
 """
 
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxserve.bench.parallel import Pool
 from jaxserve.bench.policies import ALONE, ENOUGH, REQUESTS, Runs, claims, numbers
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
@@ -81,12 +83,16 @@ def main(
     missing = [str(path) for path in directories if not path.is_dir()]
     if missing:
         raise ConfigError([f"--models {models}: no {', '.join(missing)}"])
-    found = []
-    for load in [trace] if trace else lengths or LENGTHS:
-        for device in devices or ("a100-80gb", "h200"):
-            for setting, path in zip(SETTINGS, directories, strict=True):
-                for targets in TARGETS:
-                    found.append(table(setting, path, device, targets, seconds, load))
+    found, begun = [], deque()
+    with Pool() as pool:
+        for load in [trace] if trace else lengths or LENGTHS:
+            for device in devices or ("a100-80gb", "h200"):
+                for setting, path in zip(SETTINGS, directories, strict=True):
+                    for targets in TARGETS:
+                        begun.append(Table(setting, path, device, targets, seconds, load, pool))
+                        if len(begun) > 1:  # the processes never wait for one table's last run
+                            found.append(begun.popleft().told())
+        found += [each.told() for each in begun]
     place = Path(out)
     place.mkdir(parents=True, exist_ok=True)
     (place / "tables.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
@@ -130,38 +136,50 @@ def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: 
     return Config(**sections)
 
 
-def table(setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str) -> dict[str, Any]:
-    """One model on one device with one choice of layers, at every rate and under every policy."""
-    config = config_of(setting, path, device, targets, seconds, load)
-    backend = Virtual(config=config, model=load_config(path))
-    means = LENGTHS.get(load)
-    said = f"trace {load}" if means is None else f"{means.prompt} prompt and {means.output} output tokens on average"
-    print(
-        f"\n{setting.directory} on {setting.devices} x {device}, adapters on {targets}, TPOT <= {setting.tpot_ms:g} ms"
-        f"\nRequests: {said}{'' if means is None else f' ({means.source})'}; gaps are exponential."
-    )
-    print("\n".join(backend.assumptions()))
-    print(HEADER, flush=True)
-    runs, goals = Runs(backend), goals_of(config)
-    alone = runs.cell(ALONE, RATES[0]).finetune_rate
-    cells = []
-    for rate in RATES:
-        for policy in POLICIES:
-            cells.append(numbers(runs.cell(policy, rate), goals, alone))
-            print(line(cells[-1]), flush=True)
-    found = {
-        "model": setting.directory,
-        "device": device,
-        "devices": setting.devices,
-        "targets": targets,
-        "requests": load,
-        "assumptions": backend.assumptions(),
-        "cells": cells,
-        "claims": claims(cells),
-        "published": setting.published if (device, targets) == ("a100-80gb", "down_proj") else {},
-    }
-    print("\n".join([*claim_lines(found["claims"]), *_beside_published(found), *_left(cells, runs, alone)]))
-    return found
+class Table:
+    """One model on one device with one choice of layers, at every rate and under every policy; its runs are begun."""
+
+    def __init__(self, setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str, pool: Pool):
+        self.setting, self.device, self.targets, self.load = setting, device, targets, load
+        self.config = config_of(setting, path, device, targets, seconds, load)
+        self.virtual = Virtual(config=self.config, model=load_config(path))
+        cells = [(ALONE, RATES[0]), *((policy, rate) for rate in RATES for policy in POLICIES)]
+        self.runs = Runs(pool.backend(self.virtual, cells))
+
+    def told(self) -> dict[str, Any]:
+        """Prints the table as its runs end, and returns it."""
+        setting, device, targets, load, runs = self.setting, self.device, self.targets, self.load, self.runs
+        start, means = time.perf_counter(), LENGTHS.get(load)
+        said = (
+            f"trace {load}" if means is None else f"{means.prompt} prompt and {means.output} output tokens on average"
+        )
+        print(
+            f"\n{setting.directory} on {setting.devices} x {device}, adapters on {targets}, "
+            f"TPOT <= {setting.tpot_ms:g} ms"
+            f"\nRequests: {said}; gaps are exponential."
+        )
+        print("\n".join(self.virtual.assumptions()))
+        print(HEADER, flush=True)
+        goals, alone = goals_of(self.config), runs.cell(ALONE, RATES[0]).finetune_rate
+        cells = []
+        for rate in RATES:
+            for policy in POLICIES:
+                cells.append(numbers(runs.cell(policy, rate), goals, alone))
+                print(line(cells[-1]), flush=True)
+        found = {
+            "model": setting.directory,
+            "device": device,
+            "devices": setting.devices,
+            "targets": targets,
+            "requests": load,
+            "assumptions": self.virtual.assumptions(),
+            "cells": cells,
+            "claims": claims(cells),
+            "published": setting.published if (device, targets) == ("a100-80gb", "down_proj") else {},
+        }
+        lines = [*claim_lines(found["claims"]), *_beside_published(found), *_left(cells, runs, alone)]
+        print("\n".join(lines), flush=True)
+        return found
 
 
 def asked_lines(tables: Sequence[dict[str, Any]]) -> Iterator[str]:
