@@ -149,10 +149,9 @@ class Table:
     def told(self) -> dict[str, Any]:
         """Prints the table as its runs end, and returns it."""
         setting, device, targets, load, runs = self.setting, self.device, self.targets, self.load, self.runs
-        start, means = time.perf_counter(), LENGTHS.get(load)
-        said = (
-            f"trace {load}" if means is None else f"{means.prompt} prompt and {means.output} output tokens on average"
-        )
+        said, means = f"trace {load}", LENGTHS.get(load)
+        if means is not None:
+            said = f"{means.prompt} prompt and {means.output} output tokens on average ({means.source})"
         print(
             f"\n{setting.directory} on {setting.devices} x {device}, adapters on {targets}, "
             f"TPOT <= {setting.tpot_ms:g} ms"
