@@ -1,11 +1,14 @@
 """Training by calls is torch's autograd through PEFT: every loss, accumulated over calls."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny_models
 
 import jaxserve
 from jaxserve.adapters.peft_io import load_peft, save_peft
+from jaxserve.engine import programs
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -192,6 +195,31 @@ def test_a_saved_state_goes_on_bit_by_bit(engine, tmp_path):
     with pytest.raises(jaxserve.InvalidRequest, match="no saved state"):
         engine.load_state("b", tmp_path / "nothing")
     engine.close_adapter("b")
+
+
+@pytest.mark.parametrize("failing", [(1,), (9,), (10, 11), (11, 13), (14, 15)], ids=str)
+def test_a_batch_that_failed_steps_take_back_is_summed_once(engine, monkeypatch, failing):
+    batches = [datums(np.random.default_rng(seed)) for seed in (0, 1)]
+
+    def gradient_norm(failing):
+        calls, real = itertools.count(), programs.step
+
+        def step(*args, spec):
+            done = real(*args, spec=spec)
+            if next(calls) in failing:
+                raise RuntimeError("the device is gone")
+            return done
+
+        engine.open_adapter("again", rank=4, seed=1, deterministic=True)
+        with monkeypatch.context() as patched:
+            patched.setattr(programs, "step", step)
+            for batch in batches:
+                engine.forward_backward("again", batch)
+            norm = engine.optim_step("again")["gradient_norm"]
+        engine.close_adapter("again")
+        return norm
+
+    assert gradient_norm(failing) == gradient_norm(())
 
 
 def test_exported_adapters_are_what_was_trained(engine, opened, tmp_path):
