@@ -21,6 +21,7 @@ from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
 TILE_ROWS = 32  # rows of row blocks that share a loop on CPU: few wait for keys that only others see
+WHOLE_HEAD = 64
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
@@ -55,7 +56,7 @@ def ragged_paged_attention(
 def _tile_by_tile(attend, q_NQHC, position_NQ, sequence_N):
     """A tile at a time, and in it a sequence at a time, as one block: its loop ends at the sequence's own last key, and
     all its rows share the keys that are gathered."""
-    tile = tile_blocks(*q_NQHC.shape[:2])
+    tile = tile_blocks(*q_NQHC.shape[:2], q_NQHC.shape[3])
 
     def one(arrays):
         q_nQHC, position_nQ, sequence_n, run_n = arrays
@@ -83,10 +84,11 @@ def runs(sequence_Nn: Int[Array, "N n"]) -> Int[Array, "N n"]:
     return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def tile_blocks(num_blocks: int, block_rows: int) -> int:
-    """Blocks of a tile: the most that divide the number of blocks and have about TILE_ROWS rows."""
-    most = max(TILE_ROWS // block_rows, 1)
-    return num_blocks if block_rows == 1 else next(n for n in range(most, 0, -1) if num_blocks % n == 0)
+def tile_blocks(num_blocks: int, block_rows: int, head_dim: int) -> int:
+    """Blocks of a tile: the most that divide the number of blocks and have about TILE_ROWS rows. One where the head dim
+    is no multiple of WHOLE_HEAD: from 64 rows and query heads of a group on, XLA's products have other bits there."""
+    most = max(TILE_ROWS // block_rows, 1) if head_dim % WHOLE_HEAD == 0 else 1
+    return next(n for n in range(most, 0, -1) if num_blocks % n == 0)
 
 
 def _attend_blocks(

@@ -59,7 +59,7 @@ def ragged_paged_attention_backward(
     arrays = _Blocks(q_NKRC, d_out_NKRC, lse_NKR, delta_NKR, position_NR, low_NR, pages_NM, acc_NM)
     d_q_NKRC, accumulators = lax.platform_dependent(
         arrays, sequence_N, k_PKGC, v_PKGC, accumulators,
-        cpu=partial(_tile_by_tile, tile=tile_blocks(N, Q), span=span, **settings),
+        cpu=partial(_tile_by_tile, tile=tile_blocks(N, Q, C), span=span, **settings),
         default=lambda arrays, _, *rest: _all_blocks(arrays, *rest, span=span, **settings),
     )  # fmt: skip
     d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
