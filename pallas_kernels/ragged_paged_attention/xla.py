@@ -56,7 +56,8 @@ def ragged_paged_attention(
 def _tile_by_tile(attend, q_NQHC, position_NQ, sequence_N):
     """A tile at a time, and in it a sequence at a time, as one block: its loop ends at the sequence's own last key, and
     all its rows share the keys that are gathered."""
-    tile = tile_blocks(*q_NQHC.shape[:2], q_NQHC.shape[3])
+    num_blocks, block_rows, _, head_dim = q_NQHC.shape
+    tile = tile_blocks(num_blocks, block_rows, head_dim)
 
     def one(arrays):
         q_nQHC, position_nQ, sequence_n, run_n = arrays
