@@ -22,7 +22,6 @@ from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
-from jaxserve.models.loader import load_config
 
 RATES = (1.0, 2.0, 3.0, 4.0, 5.0)  # requests per second and replica
 POLICIES = (
@@ -142,7 +141,7 @@ class Table:
     def __init__(self, setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str, pool: Pool):
         self.setting, self.device, self.targets, self.load = setting, device, targets, load
         self.config = config_of(setting, path, device, targets, seconds, load)
-        self.virtual = Virtual(config=self.config, model=load_config(path))
+        self.virtual = Virtual.of(self.config)
         cells = [(ALONE, RATES[0]), *((policy, rate) for rate in RATES for policy in POLICIES)]
         self.runs = Runs(pool.backend(self.virtual, cells))
 

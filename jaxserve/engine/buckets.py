@@ -11,11 +11,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
+from jaxserve.engine.hashing import hashed_once
+
 MIN_ROWS = 8
 PADDING = 1.06  # a size is worth a program if the next larger one has more than so many times the rows
 LEAST_BLOCKS = 1.5  # fewer row blocks forward take as long as so many: the weights are read
 
 
+@hashed_once
 @dataclass(frozen=True, order=True)
 class Bucket:
     """One compiled shape: gradient rows, chunk rows, decode rows, in this order."""
@@ -24,12 +27,6 @@ class Bucket:
     decode_rows: int
     grad_rows: int = 0
     stashed: bool = False  # gradient rows have been forward in an earlier step: what it left is in the stash
-
-    def __post_init__(self):
-        object.__setattr__(self, "_hash", hash((self.chunk_rows, self.decode_rows, self.grad_rows, self.stashed)))
-
-    def __hash__(self) -> int:  # buckets are looked up many times in a step
-        return self._hash  # pyright: ignore[reportAttributeAccessIssue]
 
     def __str__(self) -> str:
         return f"step {self.grad_rows}+{self.chunk_rows}+{self.decode_rows}"

@@ -1,4 +1,4 @@
-"""Hashes of static arguments."""
+"""Hashes that are computed once."""
 
 from typing import TypeVar
 
@@ -6,14 +6,17 @@ T = TypeVar("T")
 
 
 def hashed_once(cls: type[T]) -> type[T]:
-    """Makes a frozen dataclass keep its hash: a jitted call hashes its static arguments each time, all the way down."""
+    """Makes a frozen dataclass keep its hash: a jitted call hashes its static arguments each time, all the way down,
+    and planning a step looks up many buckets."""
     compute = cls.__hash__
 
     def kept(self: T) -> int:
-        found = self.__dict__.get("_hash")
-        if found is None:
-            found = self.__dict__["_hash"] = compute(self)
-        return found
+        fields = self.__dict__
+        try:
+            return fields["_hash"]
+        except KeyError:
+            fields["_hash"] = found = compute(self)
+            return found
 
     cls.__hash__ = kept
     return cls

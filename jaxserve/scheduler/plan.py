@@ -1,7 +1,7 @@
 """One step's work, as the scheduler hands it to the packer, and what comes back."""
 
 from collections.abc import Sequence as Values
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -74,18 +74,7 @@ class StepPlan:
 
     def beside(self, finetune: Any) -> "StepPlan":
         """The same rows of requests with these windows of finetune sequences."""
-        return StepPlan(
-            index=self.index,
-            chunks=self.chunks,
-            decoding=self.decoding,
-            positions=self.positions,
-            chunk_samples=self.chunk_samples,
-            page_copies=self.page_copies,
-            started=self.started,
-            preempted=self.preempted,
-            finetune=finetune,
-            chunk_rows=self.chunk_rows,
-        )
+        return replace(self, finetune=finetune)
 
 
 class StepResult(NamedTuple):
