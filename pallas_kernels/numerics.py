@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+STABLE_ROWS = 64  # XLA's CPU backend multiplies fewer rows by another kernel, with other bits, if w is contracted first
 LANES = 8  # columns of ones; one would be a matrix-vector product, which XLA turns back into a reduction
 
 
@@ -25,6 +26,20 @@ def wide_dtype(dtype: DTypeLike) -> np.dtype:
 def row_sum(x: jax.Array) -> jax.Array:
     """Sums over the last axis: [..., D] to [...], in the dtype of x (float32 or wider)."""
     return lax.platform_dependent(x, cpu=_by_matmul, default=lambda x: jnp.sum(x, axis=-1))
+
+
+def contract(x_RO: jax.Array, w_OI: jax.Array, accumulate: DTypeLike) -> jax.Array:
+    """x @ w, [R, O] x [O, I] to [R, I], as a backward multiplies with a matrix that is stored [out, in]; on CPU too the
+    bits of a row do not depend on how many rows there are."""
+
+    def dot(x_RO: jax.Array, w_OI: jax.Array) -> jax.Array:
+        return lax.dot_general(x_RO, w_OI, (((1,), (0,)), ((), ())), preferred_element_type=accumulate)
+
+    def on_cpu(x_RO: jax.Array, w_OI: jax.Array) -> jax.Array:
+        R = x_RO.shape[0]
+        return dot(jnp.pad(x_RO, ((0, max(STABLE_ROWS - R, 0)), (0, 0))), w_OI)[:R]
+
+    return lax.platform_dependent(x_RO, w_OI, cpu=on_cpu, default=dot)
 
 
 def apart(x: jax.Array, one: jax.Array) -> jax.Array:

@@ -33,14 +33,14 @@ from jaxserve.adapters.scales import ScalesShape, SiteScales
 from jaxserve.engine import batch as flags
 from jaxserve.engine.activations import REMAT
 from jaxserve.engine.batch import TokenBatch
-from jaxserve.engine.linear import Lanes, Linear, Linears, contract
+from jaxserve.engine.linear import Lanes, Linear, Linears
 from jaxserve.engine.stash import Kept, Stash, StashShape, Tape, take
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
 from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig
 from jaxserve.models.layers import rms_norm
 from pallas_kernels.cross_entropy import loss_and_gradient
-from pallas_kernels.numerics import after, apart, wide_dtype
+from pallas_kernels.numerics import after, apart, contract, wide_dtype
 from pallas_kernels.ragged_paged_attention import (
     AttentionLayout,
     ragged_paged_attention,

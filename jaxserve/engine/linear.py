@@ -30,7 +30,7 @@ from jaxserve.models import decoder
 from jaxserve.models.layers import accumulator, matmul
 from jaxserve.models.params import BIASES
 from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
-from pallas_kernels.numerics import wide_dtype
+from pallas_kernels.numerics import contract, wide_dtype
 from sharding import AXIS
 
 
@@ -206,44 +206,59 @@ class Linears:
 
     def __init__(self, bank: Bank | None, scales: Scales | None, batch: TokenBatch, spec: Any):
         self.bank, self.scales, self.batch, self.spec = bank, scales, batch, spec
+        # of layer 0; here, so that what is the same in all layers is computed once
+        self._plans = {} if bank is None or batch.lora is None else self._plans_of_all_rows()
+        self._grad_plans = {} if bank is None or batch.grad is None else self._plans_of_gradient_rows()
+
+    def _plans_of_all_rows(self) -> dict[str, LoraPlan]:
+        lora, bucket = self.batch.lora, self.spec.layout.bucket
+        assert lora is not None
+        return {
+            site: LoraPlan(
+                block_J=lora.block_SJ[at],
+                page_J=lora.page_SJ[at],
+                first_J=lora.first_SJ[at],
+                stop_J=lora.stop_SJ[at],
+                num_items=lora.items_S[at],
+                chunk_rows=bucket.forward_block_rows,
+                row_block=self.spec.row_block,
+            ).with_shared(bucket.rows - bucket.first_row)
+            for at, site in enumerate(SITE_NAMES)
+        }
+
+    def _plans_of_gradient_rows(self) -> dict[str, LoraPlan]:
+        """Their row blocks are trained as a whole: padding rows have no cotangent."""
+        grad, row_block, W = self.batch.grad, self.spec.row_block, self.spec.layout.bucket.grad_rows
+        assert grad is not None
+        return {
+            site: LoraPlan(
+                block_J=grad.block_SJ[at],
+                page_J=grad.page_SJ[at],
+                first_J=jnp.zeros_like(grad.block_SJ[at]),
+                stop_J=jnp.full_like(grad.block_SJ[at], row_block),
+                num_items=grad.items_S[at],
+                chunk_rows=W,
+                row_block=row_block,
+            ).with_shared(W)
+            for at, site in enumerate(SITE_NAMES)
+        }
 
     def all_rows(self, site: str, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         return self.of_all_rows(site, p["index"])(p, x_TI)
 
     def of_all_rows(self, site: str, layer) -> Linear:
-        lora = self.batch.lora
-        plan = None
-        if lora is not None and self.bank is not None:
-            at = SITE_NAMES.index(site)
-            plan = LoraPlan(
-                block_J=lora.block_SJ[at],
-                page_J=lora.page_SJ[at] + layer * self.spec.bank.num_pages,
-                first_J=lora.first_SJ[at],
-                stop_J=lora.stop_SJ[at],
-                num_items=lora.items_S[at],
-                chunk_rows=self.spec.layout.bucket.forward_block_rows,
-                row_block=self.spec.row_block,
-            )
-        return self._linear(site, layer, plan, self.batch.rows)
+        return self._linear(site, layer, self._plans.get(site), self.batch.rows)
 
     def of_gradient_rows(self, site: str, layer) -> Linear:
-        """Their row blocks are trained as a whole: padding rows have no cotangent."""
-        grad, at, W = self.batch.grad, SITE_NAMES.index(site), self.spec.layout.bucket.grad_rows
+        grad, at = self.batch.grad, SITE_NAMES.index(site)
         assert grad is not None, "a step without gradient rows"
-        block_J, row_block = grad.block_SJ[at], self.spec.row_block
-        plan = LoraPlan(
-            block_J=block_J,
-            page_J=grad.page_SJ[at] + layer * self.spec.bank.num_pages,
-            first_J=jnp.zeros_like(block_J),
-            stop_J=jnp.full_like(block_J, row_block),
-            num_items=grad.items_S[at],
-            chunk_rows=W,
-            row_block=row_block,
-        )
-        linear = self._linear(site, layer, plan, grad.rows)
+        linear = self._linear(site, layer, self._grad_plans.get(site), grad.rows)
         return replace(linear, lane_page_J=grad.lane_SJ[at], lane_N=grad.lane_N)
 
     def _linear(self, site: str, layer, plan: LoraPlan | None, rows: Rows) -> Linear:
+        """Args: plan: of layer 0."""
+        if plan is not None:
+            plan = replace(plan, page_J=plan.page_J + layer * self.spec.bank.num_pages)
         scales = None
         if self.scales is not None:
             assert rows.lead_page_T is not None
@@ -277,11 +292,6 @@ class Linears:
             return lax.cond(self.batch.flags[flags.DROPOUT] > 0, dropped, lambda x: x, x_TI)
 
         return lax.platform_dependent(x_TI, cpu=where_asked, default=dropped)
-
-
-def contract(d_y_WO: jax.Array, w_OI: jax.Array, wide) -> jax.Array:
-    """[W, O] x [O, I] -> [W, I]."""
-    return lax.dot_general(d_y_WO, w_OI, (((1,), (0,)), ((), ())), preferred_element_type=wide)
 
 
 def _wide_product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ Shapes: N blocks, J work items.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -34,9 +34,16 @@ class Part(NamedTuple):
         return self.first_row + self.num_blocks * self.block_rows
 
 
+class SharedPages(NamedTuple):
+    """The pages that all rows of a plan's main part go through, if they do."""
+
+    count: Int[Array, ""]  # 0: they do not
+    mine_T: Bool[Array, "T"]  # those rows that go through them; the part's others have no adapter
+
+
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["block_J", "page_J", "first_J", "stop_J", "num_items"],
+    data_fields=["block_J", "page_J", "first_J", "stop_J", "num_items", "shared"],
     meta_fields=["chunk_rows", "row_block"],
 )
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,7 @@ class LoraPlan:
     num_items: Int[Array, ""]
     chunk_rows: int  # rows in blocks of ``row_block``; the others are in blocks of SINGLE_ROWS
     row_block: int
+    shared: SharedPages | None = None
 
     def parts(self, num_rows: int) -> Iterator[Part]:
         """Row blocks and single rows, where there are any; the last block may reach past the last row."""
@@ -58,6 +66,47 @@ class LoraPlan:
             yield Part(0, self.row_block, 0, blocks)
         if num_rows > self.chunk_rows:
             yield Part(self.chunk_rows, SINGLE_ROWS, blocks, -(-(num_rows - self.chunk_rows) // SINGLE_ROWS))
+
+    def main_part(self, num_rows: int) -> Part:
+        """The part with most rows."""
+        return max(self.parts(num_rows), key=lambda part: part.num_blocks * part.block_rows)
+
+    def items_of(self, part: Part) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The part's items, [first, stop)."""
+        bounds = (part.first_block, part.first_block + part.num_blocks)
+        first, stop = (jnp.sum(self.real_J() & (self.block_J < block), dtype=jnp.int32) for block in bounds)
+        return first, stop
+
+    def with_shared(self, num_rows: int) -> "LoraPlan":
+        """Finds them ahead: for plans that differ in nothing but a constant added to all pages, as those of a model's
+        layers do, once is enough."""
+        return replace(self, shared=self.find_shared(num_rows))
+
+    def find_shared(self, num_rows: int) -> SharedPages:
+        """Whether all items of the main part are of one adapter, and in most of its blocks: each block has the first
+        block's pages in the same order, for the same rows."""
+        part, item_J = self.main_part(num_rows), jnp.arange(self.block_J.shape[0], dtype=jnp.int32)
+        first, stop = self.items_of(part)
+        mine_J = (item_J >= first) & (item_J < stop)
+        count = jnp.maximum(jnp.sum(mine_J & (self.block_J == self.block_J[first]), dtype=jnp.int32), 1)
+        index_J = (item_J - first) % count
+        like_J = item_J - index_J  # the first item of the block
+        same_J = self.page_J == self.page_J[first + index_J]
+        for field_J in (self.block_J, self.first_J, self.stop_J):
+            same_J &= field_J == field_J[like_J]
+        most = 2 * (stop - first) >= count * part.num_blocks
+        leads_J = mine_J & (index_J == 0)
+        return SharedPages(
+            jnp.where(most & jnp.all(same_J | ~mine_J), count, 0), self._rows_of(leads_J, part, num_rows)
+        )
+
+    def _rows_of(self, items_J: Bool[Array, "J"], part: Part, num_rows: int) -> Bool[Array, "T"]:
+        """The part's rows that are in one of these items."""
+        row_Q = jnp.arange(part.block_rows, dtype=jnp.int32)
+        in_JQ = (row_Q[None] >= self.first_J[:, None]) & (row_Q[None] < self.stop_J[:, None])
+        block_J = jnp.where(items_J, self.block_J - part.first_block, part.num_blocks)
+        found_NQ = jnp.zeros((part.num_blocks, part.block_rows), bool).at[block_J].max(in_JQ, mode="drop")
+        return jnp.pad(found_NQ.reshape(-1), (part.first_row, max(num_rows - part.stop_row, 0)))[:num_rows]
 
     def real_J(self) -> Bool[Array, "J"]:
         return jnp.arange(self.block_J.shape[0], dtype=jnp.int32) < self.num_items

@@ -2,21 +2,27 @@
 
 Weights are taken by page, never selected by multiplying with a mask: a NaN adapter reaches only its own rows.
 The matmuls contract last axes and have Q >= 2 rows, so on XLA's CPU backend a row's bits depend on nothing but itself.
-There an item at a time is fastest: its weights are read where they lie. Elsewhere a span of items shares each launch.
+There an item at a time is fastest, its weights are read where they lie; but where all blocks have the same adapter, as
+those of a prompt or of a job have, all rows at once, a page at a time: only so do all cores work on a product. Either
+way gives the same bits. Elsewhere a span of items shares each launch.
 
 Shapes: T rows, W gradient rows, D in, E out, P bank pages, Y lane pages, R ranks per page (of all members together in
 A), N blocks, Q rows per block, J items.
 """
+
+from functools import partial
+from itertools import accumulate
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lora_matmul.plan import LoraPlan, Part
-from pallas_kernels.numerics import wide_dtype
+from pallas_kernels.lora_matmul.plan import LoraPlan, Part, SharedPages
+from pallas_kernels.numerics import contract, wide_dtype
 
 SPAN_ITEMS = 16  # work items per turn of the span loop
+UNROLLED = 8  # blocks that are summed in one pass
 
 
 def lora_matmul(
@@ -29,9 +35,12 @@ def lora_matmul(
     T, E, wide = x_TD.shape[0], sum(b.shape[1] for b in members), wide_dtype(x_TD.dtype)
     y_TE = jnp.zeros((T, E), wide) if add_to is None else add_to.astype(wide)
     for part in plan.parts(T):
+        shared = plan.shared or plan.find_shared(T)
         y_TE = lax.platform_dependent(
-            x_TD, y_TE, a_PRD, members, plan, cpu=_each(_item_by_item, part), default=_each(_span_by_span, part)
-        )
+            x_TD, y_TE, a_PRD, members, plan,
+            cpu=partial(_on_cpu, part=part, shared=shared),
+            default=partial(_span_by_span, part=part),
+        )  # fmt: skip
     return y_TE.astype(x_TD.dtype if add_to is None else add_to.dtype)
 
 
@@ -42,18 +51,40 @@ def _blocks(x_TD: jax.Array, part: Part) -> Float[Array, "N Q D"]:
     return x_TD.reshape(part.num_blocks, part.block_rows, -1)
 
 
-def _each(function, part: Part):
-    return lambda *args: function(*args, part)
+def _on_cpu(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part, shared: SharedPages) -> Float[Array, "T E"]:
+    args, (first_item, stop_item) = (x_TD, a_PRD, members, plan), plan.items_of(part)
+    if part == plan.main_part(x_TD.shape[0]):
+        y_TE = _page_by_page(y_TE, *args, first_item, shared)
+        first_item = jnp.where(shared.count > 0, stop_item, first_item)
+    return _item_by_item(y_TE, *args, first_item, stop_item, part)
 
 
-def _items_of(plan: LoraPlan, part: Part) -> tuple[jax.Array, jax.Array]:
-    """The part's items, [first, stop)."""
-    bounds = (part.first_block, part.first_block + part.num_blocks)
-    first, stop = (jnp.sum(plan.real_J() & (plan.block_J < block), dtype=jnp.int32) for block in bounds)
-    return first, stop
+def _page_by_page(
+    y_TE, x_TD, a_PRD, members, plan: LoraPlan, first_item: jax.Array, shared: SharedPages
+) -> Float[Array, "T E"]:
+    """Adds the pages that all rows share to y, over all rows at once."""
+    rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_TD.dtype)
+
+    def add_page(index, y_TE):
+        page = plan.page_J[first_item + index]
+        h_TR = _dot(x_TD, lax.dynamic_index_in_dim(a_PRD, page, keepdims=False), wide).astype(x_TD.dtype)
+        return jnp.where(shared.mine_T[:, None], y_TE + _expand(h_TR, members, page, rank, wide), y_TE)
+
+    return lax.fori_loop(0, shared.count, add_page, y_TE)
 
 
-def _item_by_item(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part) -> Float[Array, "T E"]:
+def _expand(h_QR: jax.Array, members, page: jax.Array, rank: int, wide) -> jax.Array:
+    """Each member's ranks through its B of a page, one member after another."""
+    parts = [
+        _dot(h_QR[:, i * rank : (i + 1) * rank], lax.dynamic_index_in_dim(b_PER, page, keepdims=False), wide)
+        for i, b_PER in enumerate(members)
+    ]
+    return jnp.concatenate(parts, axis=1)
+
+
+def _item_by_item(
+    y_TE, x_TD, a_PRD, members, plan: LoraPlan, first_item: jax.Array, stop_item: jax.Array, part: Part
+) -> Float[Array, "T E"]:
     """Adds the items to their rows of y, in place."""
     rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_TD.dtype)
     row_Q, T = jnp.arange(part.block_rows, dtype=jnp.int32), x_TD.shape[0]
@@ -66,20 +97,16 @@ def _item_by_item(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part) -> Flo
         page = plan.page_J[item]
         x_QD, y_QE = (lax.dynamic_slice_in_dim(array, row, part.block_rows) for array in (x_TD, y_TE))
         h_QR = _dot(x_QD, lax.dynamic_index_in_dim(a_PRD, page, keepdims=False), wide).astype(x_TD.dtype)
-        parts = [
-            _dot(h_QR[:, i * rank : (i + 1) * rank], lax.dynamic_index_in_dim(b, page, keepdims=False), wide)
-            for i, b in enumerate(members)
-        ]
         mine_Q = (row_Q >= plan.first_J[item]) & (row_Q < plan.stop_J[item])
-        y_QE = jnp.where(mine_Q[:, None], y_QE + jnp.concatenate(parts, axis=1), y_QE)
+        y_QE = jnp.where(mine_Q[:, None], y_QE + _expand(h_QR, members, page, rank, wide), y_QE)
         return lax.dynamic_update_slice_in_dim(y_TE, y_QE, row, axis=0)
 
-    return lax.fori_loop(*_items_of(plan, part), add_item, y_TE)[:T]
+    return lax.fori_loop(first_item, stop_item, add_item, y_TE)[:T]
 
 
 def _span_by_span(x_TD, y_TE, a_PRD, members, plan: LoraPlan, part: Part) -> Float[Array, "T E"]:
     """Adds the items to their rows of y; nothing is touched where there are none."""
-    first_item, stop_item = _items_of(plan, part)
+    first_item, stop_item = plan.items_of(part)
     rows = slice(part.first_row, part.stop_row)
 
     def work(x_TD, y_TE):
@@ -126,6 +153,70 @@ def lora_matmul_backward(
     lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
     add_to: Float[Array, "W D"] | None = None,
 ) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
+    wide = wide_dtype(x_WD.dtype)
+    start_WD = jnp.zeros(x_WD.shape, wide) if add_to is None else add_to.astype(wide)
+    d_x_WD, *new_lanes = lax.platform_dependent(
+        x_WD, d_y_WE, a_PRD, members, plan, lane_J, (start_WD, *lanes),
+        cpu=partial(_backward_on_cpu, shared=plan.shared or plan.find_shared(x_WD.shape[0])),
+        default=_backward_by_span,
+    )  # fmt: skip
+    return d_x_WD.astype(x_WD.dtype if add_to is None else add_to.dtype), tuple(new_lanes)
+
+
+def _backward_on_cpu(x_WD, d_y_WE, a_PRD, members, plan: LoraPlan, lane_J, carry, shared: SharedPages):
+    """All rows at once where they share their pages, and item by item where they do not."""
+    Q, weights = plan.row_block, (a_PRD, members)
+    row_Q = jnp.arange(Q, dtype=jnp.int32)
+
+    def add_page(index, carry):
+        d_x_WD, *lanes = carry
+        return _add_rows(x_WD, d_y_WE, shared.mine_T, plan.page_J[index], lane_J[index], weights, Q, d_x_WD, lanes)
+
+    def add_item(item, carry):
+        d_x_WD, *lanes = carry
+        x_QD, d_y_QE, d_x_QD = (
+            lax.dynamic_slice_in_dim(array, plan.block_J[item] * Q, Q) for array in (x_WD, d_y_WE, d_x_WD)
+        )
+        mine_Q = (row_Q >= plan.first_J[item]) & (row_Q < plan.stop_J[item])
+        d_x_QD, *lanes = _add_rows(x_QD, d_y_QE, mine_Q, plan.page_J[item], lane_J[item], weights, Q, d_x_QD, lanes)
+        return lax.dynamic_update_slice_in_dim(d_x_WD, d_x_QD, plan.block_J[item] * Q, axis=0), *lanes
+
+    carry = lax.fori_loop(0, shared.count, add_page, carry)
+    return lax.fori_loop(jnp.where(shared.count > 0, plan.num_items, 0), plan.num_items, add_item, carry)
+
+
+def _add_rows(x_WD, d_y_WE, mine_W, page, lane, weights, row_block: int, d_x_WD, lanes):
+    """d_x and the lanes with these rows' part of a page added. Sums of dA and dB are made a row block after another.
+    Rows that are not its own add zeros, as long as they are finite."""
+    (a_PRD, members), (d_a_YRD, d_bs) = weights, lanes
+    rank, wide, mine_W1 = a_PRD.shape[1] // len(members), wide_dtype(x_WD.dtype), mine_W[:, None]
+
+    def plus_blocks(sums_YXZ, left_WX, right_WZ):
+        """The lane's sums + left^T right."""
+        left_NQX, right_NQZ = (x.reshape(-1, row_block, x.shape[1]) for x in (left_WX, right_WZ))
+        added_NXZ = _sum_rows(left_NQX, right_NQZ, wide)
+        N, sum_XZ = added_NXZ.shape[0], sums_YXZ.at[lane].get(mode="clip")
+        sum_XZ = lax.fori_loop(0, N, lambda n, sum_XZ: sum_XZ + added_NXZ[n], sum_XZ, unroll=min(N, UNROLLED))
+        return sums_YXZ.at[lane].set(sum_XZ, mode="drop")
+
+    a_RD = lax.dynamic_index_in_dim(a_PRD, page, keepdims=False)
+    h_WR = jnp.where(mine_W1, _dot(x_WD, a_RD, wide), 0).astype(x_WD.dtype)
+    d_h, new_bs = [], []
+    for i, (b_PER, d_y_We) in enumerate(zip(members, jnp.split(d_y_WE, _splits(members), axis=1), strict=True)):
+        d_h.append(contract(d_y_We, lax.dynamic_index_in_dim(b_PER, page, keepdims=False), wide))
+        new_bs.append(plus_blocks(d_bs[i], d_y_We, h_WR[:, i * rank : (i + 1) * rank]))
+    d_h_WR = jnp.where(mine_W1, jnp.concatenate(d_h, axis=1), 0).astype(x_WD.dtype)
+    d_x_WD = d_x_WD + jnp.where(mine_W1, contract(d_h_WR, a_RD, wide), 0)
+    return d_x_WD, plus_blocks(d_a_YRD, d_h_WR, x_WD), tuple(new_bs)
+
+
+def _splits(members: tuple[jax.Array, ...]) -> list[int]:
+    """Where one member's outputs end and the next one's begin."""
+    return list(accumulate(b.shape[1] for b in members))[:-1]
+
+
+def _backward_by_span(x_WD, d_y_WE, a_PRD, members, plan: LoraPlan, lane_J, carry):
+    d_x_WD, *lanes = carry
     num_lane_pages = lanes[0].shape[0]
     W, Q = x_WD.shape[0], plan.row_block
     rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_WD.dtype)
@@ -133,7 +224,7 @@ def lora_matmul_backward(
     x_NQD, d_y_NQE = x_WD.reshape(-1, Q, x_WD.shape[1]), d_y_WE.reshape(-1, Q, d_y_WE.shape[1])
     N, row_Q = x_NQD.shape[0], jnp.arange(Q, dtype=jnp.int32)
     fields = [_padded(v, span) for v in (plan.block_J, plan.page_J, plan.first_J, plan.stop_J, lane_J)]
-    splits = [sum(b.shape[1] for b in members[:i]) for i in range(1, len(members))]
+    splits = _splits(members)
 
     def add_span(index, carry):
         d_x_NQD, d_a_YRD, d_bs = carry
@@ -147,21 +238,18 @@ def lora_matmul_backward(
         d_h, new_bs = [], []
         for i, (b_PER, d_y_JQe) in enumerate(zip(members, jnp.split(d_y_JQE, splits, axis=-1), strict=True)):
             d_h.append(lax.dot_general(d_y_JQe, b_PER[page], (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide))
-            h_JQr = h_JQR[..., i * rank : (i + 1) * rank]
-            d_b_JER = lax.dot_general(d_y_JQe, h_JQr, (((1,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+            d_b_JER = _sum_rows(d_y_JQe, h_JQR[..., i * rank : (i + 1) * rank], wide)
             new_bs.append(d_bs[i].at[lane].add(d_b_JER, mode="drop"))
         d_h_JQR = jnp.concatenate(d_h, axis=-1).astype(x_WD.dtype)
-        d_a_JRD = lax.dot_general(d_h_JQR, x_JQD, (((1,), (1,)), ((0,), (0,))), preferred_element_type=wide)
+        d_a_JRD = _sum_rows(d_h_JQR, x_JQD, wide)
         d_x_JQD = lax.dot_general(d_h_JQR, a_JRD, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
         target = jnp.where(real_J, block, N)
         d_x_NQD = d_x_NQD.at[target].add(jnp.where(mine_JQ1, d_x_JQD, 0), mode="drop")
         return d_x_NQD, d_a_YRD.at[lane].add(d_a_JRD, mode="drop"), tuple(new_bs)
 
-    start = (jnp.zeros(x_NQD.shape, wide), *lanes)
-    d_x_NQD, d_a_YRD, d_bs = lax.fori_loop(0, (plan.num_items + span - 1) // span, add_span, start)
-    d_x_WD = d_x_NQD.reshape(W, -1)
-    d_x_WD = d_x_WD.astype(x_WD.dtype) if add_to is None else add_to + d_x_WD.astype(add_to.dtype)
-    return d_x_WD, (d_a_YRD, d_bs)
+    start = (d_x_WD.reshape(x_NQD.shape), *lanes)
+    d_x_NQD, *new_lanes = lax.fori_loop(0, (plan.num_items + span - 1) // span, add_span, start)
+    return d_x_NQD.reshape(W, -1), *new_lanes
 
 
 def _padded(vector_J: jax.Array, multiple: int) -> jax.Array:
@@ -170,6 +258,11 @@ def _padded(vector_J: jax.Array, multiple: int) -> jax.Array:
 
 def _dot(x_QI: jax.Array, w_OI: jax.Array, wide: jnp.dtype) -> jax.Array:
     return lax.dot_general(x_QI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=wide)
+
+
+def _sum_rows(x_NQI: jax.Array, y_NQO: jax.Array, wide: jnp.dtype) -> jax.Array:
+    """[N, Q, I] x [N, Q, O] -> [N, I, O], block by block."""
+    return lax.dot_general(x_NQI, y_NQO, (((1,), (1,)), ((0,), (0,))), preferred_element_type=wide)
 
 
 def dot_blocks(x_JQI: jax.Array, w_JOI: jax.Array, accumulate: jnp.dtype) -> jax.Array:

@@ -14,8 +14,8 @@ import pytest
 from one_by_one import one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import NoImplementation
-from pallas_kernels.lora_matmul import lora_matmul, lora_matmul_backward, xla
-from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, CASES, KERNEL_CASES
+from pallas_kernels.lora_matmul import PAGE_RANK, lora_matmul, lora_matmul_backward, xla
+from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, CASES, KERNEL_CASES, LoraCase
 
 NAMES = ["xla", "reference"]
 MIXED = next(case for case in CASES if case.name == "mixed-ranks")
@@ -162,6 +162,46 @@ def test_a_lanes_bits_do_not_depend_on_how_its_items_were_dealt_to_calls():
     for start, stop in ((0, 3), (3, 4), (4, 100)):
         lanes = backward("xla", LONG, lambda *args, span=(start, stop): only(span, *args), lanes=lanes)[1]
     jax.tree.map(np.testing.assert_array_equal, lanes, at_once)
+
+
+SHARED_CASES = [
+    LoraCase(name="one-job", ranks=(16, 4), chunks=((0, 77), (0, 3)), dim_in=176, dims_out=(64, 36), row_block=16),
+    LoraCase(name="three-pages", ranks=(40, 4), chunks=((0, 70), (BASE, 5), (0, 33)), dim_in=100, row_block=16),
+    LoraCase(name="prompt-and-decodes", ranks=(16, 4), chunks=((0, 90),), singles=(1, 1, BASE, 0), dims_out=(40, 8)),
+    LoraCase(name="decodes", ranks=(20, 3), singles=(0,) * 21, dims_out=(24, 8)),
+]
+
+
+@pytest.mark.parametrize("case", SHARED_CASES, ids=str)
+def test_rows_that_share_an_adapter_have_the_same_bits_item_by_item(case):
+    x_TD, a_PRD, members, plan = case.make()
+    shared = plan.with_shared(case.num_rows)
+    assert int(shared.shared.count) == -(-case.ranks[0] // PAGE_RANK)
+    apart = dataclasses.replace(plan, shared=shared.shared._replace(count=jnp.int32(0)))
+
+    def run(plan):
+        out = [call("xla", x_TD, a_PRD, members, plan)]
+        if not case.singles:
+            out.append(backward("xla", case, lambda *args: (*args[:-1], plan)))
+        return out
+
+    jax.tree.map(np.testing.assert_array_equal, run(shared), run(apart))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        LoraCase(name="two-adapters", ranks=(16, 16), chunks=((0, 30), (1, 9))),
+        LoraCase(name="as-many-pages", ranks=(32, 32), chunks=((0, 30), (1, 9))),
+        LoraCase(name="mostly-base", ranks=(16,), chunks=((0, 8), (BASE, 80))),
+        LoraCase(name="nobody", chunks=((BASE, 40),)),
+        LoraCase(name="two-in-a-block", ranks=(16, 16), singles=(0, 1) * 8),
+    ],
+    ids=str,
+)
+def test_rows_that_do_not_share_an_adapter_are_told(case):
+    shared = case.plan().find_shared(case.num_rows)
+    assert int(shared.count) == 0
 
 
 def only(span, x_WD, a_PRD, members, plan):
