@@ -1,9 +1,9 @@
 """Runs anywhere: a loop over spans of keys with an online softmax; memory does not grow with the context.
 
 Spans start at fixed absolute positions and a span that a row does not see leaves its sums bit for bit alone, so a
-row's result depends neither on its neighbours nor on how long their contexts are. The matmuls contract last axes
-and have at least two rows: on XLA's CPU backend such a row's bits do not depend on the number of rows either, so a
-token computed in a prefill block equals the same token computed as a decode row.
+row's result depends neither on its neighbours nor on how long their contexts are. The matmuls contract last axes and
+have at least two rows, or make whole columns (``weighted_sum``): on XLA's CPU backend a row's bits do not depend
+on the number of rows then, so a token computed in a prefill block equals the same token computed as a decode row.
 
 Shapes: T rows, N blocks, Q rows per block, H query heads, K kv heads, g = H / K, C head dim, P pages,
 G tokens per page, S keys per span.
@@ -21,7 +21,7 @@ from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
 TILE_ROWS = 32  # rows of row blocks that share a loop on CPU: few wait for keys that only others see
-WHOLE_HEAD = 64
+SMALL_HEAD, WHOLE_HEAD = 16, 64
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
@@ -56,8 +56,7 @@ def ragged_paged_attention(
 def _tile_by_tile(attend, q_NQHC, position_NQ, sequence_N):
     """A tile at a time, and in it a sequence at a time, as one block: its loop ends at the sequence's own last key, and
     all its rows share the keys that are gathered."""
-    num_blocks, block_rows, _, head_dim = q_NQHC.shape
-    tile = tile_blocks(num_blocks, block_rows, head_dim)
+    tile = tile_blocks(*q_NQHC.shape[:2])
 
     def one(arrays):
         q_nQHC, position_nQ, sequence_n, run_n = arrays
@@ -85,11 +84,9 @@ def runs(sequence_Nn: Int[Array, "N n"]) -> Int[Array, "N n"]:
     return jnp.pad(jnp.cumsum(changes, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
 
 
-def tile_blocks(num_blocks: int, block_rows: int, head_dim: int) -> int:
-    """Blocks of a tile: the most that divide the number of blocks and have about TILE_ROWS rows. One where the head dim
-    is no multiple of WHOLE_HEAD: from 64 rows and query heads of a group on, XLA's products have other bits there."""
-    most = max(TILE_ROWS // block_rows, 1) if head_dim % WHOLE_HEAD == 0 else 1
-    return next(n for n in range(most, 0, -1) if num_blocks % n == 0)
+def tile_blocks(num_blocks: int, block_rows: int) -> int:
+    """Blocks of a tile: the most that divide the number of blocks and have about TILE_ROWS rows."""
+    return next(n for n in range(max(TILE_ROWS // block_rows, 1), 0, -1) if num_blocks % n == 0)
 
 
 def _attend_blocks(
@@ -134,7 +131,7 @@ def _attend_blocks(
         weight_NKRS = jnp.where(seen_NRS[:, None], jnp.exp(score_NKRS - new_top_NKR[..., None]), 0)
         decay_NKR = jnp.exp(top_NKR - new_top_NKR)
         total_NKR = total_NKR * decay_NKR + row_sum(weight_NKRS)
-        new_NKRC = _dot(weight_NKRS.astype(v_NKSC.dtype), v_NKSC, ((3,), (2,)), accumulate)
+        new_NKRC = weighted_sum(weight_NKRS.astype(v_NKSC.dtype), v_NKSC, accumulate)
         return new_top_NKR, total_NKR, out_NKRC * decay_NKR[..., None] + new_NKRC
 
     spans = jnp.max(position_NR) // span + 1  # -1 // span + 1 = 0: nothing but padding
@@ -161,6 +158,21 @@ def gather_pages(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) 
     pages_NJKGC = pool_PKGC.at[ids_NJ].get(mode="clip")
     N, J, K, G, C = pages_NJKGC.shape
     return pages_NJKGC.transpose(0, 2, 1, 3, 4).reshape(N, K, J * G, C)
+
+
+def weighted_sum(weight_NKRS: jax.Array, value_NKSC: jax.Array, accumulate: jnp.dtype) -> Float[Array, "N K R C"]:
+    """Sums values over the keys. XLA's CPU backend multiplies from 64 rows on by another kernel, which has other bits
+    but for whole multiples of its columns (and for few columns): there the values are padded to such."""
+
+    def product(weight_NKRS, value_NKSC):
+        return _dot(weight_NKRS, value_NKSC, ((3,), (2,)), accumulate)
+
+    def on_cpu(weight_NKRS, value_NKSC):
+        C = value_NKSC.shape[3]
+        missing = 0 if C <= SMALL_HEAD else -C % WHOLE_HEAD
+        return product(weight_NKRS, jnp.pad(value_NKSC, (*((0, 0),) * 3, (0, missing))))[..., :C]
+
+    return lax.platform_dependent(weight_NKRS, value_NKSC, cpu=on_cpu, default=product)
 
 
 def _dot(x: jax.Array, y: jax.Array, contract: tuple[tuple[int], tuple[int]], accumulate: jnp.dtype) -> jax.Array:

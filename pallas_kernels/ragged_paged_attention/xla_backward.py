@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.numerics import row_sum
 from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
-from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages, runs, tile_blocks
+from pallas_kernels.ragged_paged_attention.xla import SPAN_KEYS, gather_pages, runs, tile_blocks, weighted_sum
 
 
 def ragged_paged_attention_backward(
@@ -59,7 +59,7 @@ def ragged_paged_attention_backward(
     arrays = _Blocks(q_NKRC, d_out_NKRC, lse_NKR, delta_NKR, position_NR, low_NR, pages_NM, acc_NM)
     d_q_NKRC, accumulators = lax.platform_dependent(
         arrays, sequence_N, k_PKGC, v_PKGC, accumulators,
-        cpu=partial(_tile_by_tile, tile=tile_blocks(N, Q, C), span=span, **settings),
+        cpu=partial(_tile_by_tile, tile=tile_blocks(N, Q), span=span, **settings),
         default=lambda arrays, _, *rest: _all_blocks(arrays, *rest, span=span, **settings),
     )  # fmt: skip
     d_q_WHC = jnp.moveaxis(d_q_NKRC.reshape(N, K, Q, group, C), 1, 2).reshape(W, H, C)
@@ -146,7 +146,7 @@ def _all_blocks(
         if softcap is not None:
             d_score_NKRS = d_score_NKRS * (1 - (capped_NKRS / softcap) ** 2)
         d_score_NKRS = (d_score_NKRS * scale).astype(q_NKRC.dtype)
-        d_q_NKRC = d_q_NKRC + _dot(d_score_NKRS, k_NKSC, 3, 2, wide)
+        d_q_NKRC = d_q_NKRC + weighted_sum(d_score_NKRS, k_NKSC, wide)
         d_k_NKBSC = _dot_parts(d_score_NKRS, q_NKRC, parts, wide)
         d_v_NKBSC = _dot_parts(weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC, parts, wide)
         return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKBSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKBSC)

@@ -105,7 +105,16 @@ def test_a_sequence_with_nan_keeps_it_to_itself(implementation):
     np.testing.assert_array_equal(out[~mine_T], clean[~mine_T])
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "padding-only"], ids=str)
+HEADS = [  # 64 rows and query heads in a block
+    AttentionCase(
+        name=f"heads-of-{head_dim}", chunks=((0, 40), (250, 20)), decodes=(9, 300), head_dim=head_dim, row_block=16,
+        num_heads=8, num_kv_heads=2,
+    )
+    for head_dim in (16, 32, 80, 96, 128)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.name != "padding-only"] + HEADS, ids=str)
 def test_a_rows_bits_depend_on_nothing_but_itself(case):
     """Each sequence alone, in other pages, as decode rows instead of chunks: the same bits."""
     q, k, v, layout = case.make()
