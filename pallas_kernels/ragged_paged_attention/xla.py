@@ -47,10 +47,16 @@ def ragged_paged_attention(
         if q_NQHC.shape[0]:
             position_NQ = layout.position_T[rows].reshape(-1, block)
             arrays = q_NQHC, position_NQ, layout.sequence_T[rows].reshape(-1, block)[:, 0]
-            tiles = all_at_once if block == 1 else partial(_tile_by_tile, all_at_once)
+            tiles = partial(_row_by_row if block == 1 else _tile_by_tile, all_at_once)
             parts.append(lax.platform_dependent(*arrays, cpu=tiles, default=all_at_once))
     out_THC, lse_TH = (jnp.concatenate([p[i] for p in parts]) if len(parts) > 1 else parts[0][i] for i in (0, 1))
     return out_THC, lse_TH
+
+
+def _row_by_row(attend, q_N1HC, position_N1, sequence_N):
+    """Decode rows: no row's loop is longer than its own context, and the keys of a turn stay in cache."""
+    parts = lax.map(lambda row: attend(*(x[None] for x in row)), (q_N1HC, position_N1, sequence_N))
+    return tuple(x.reshape(-1, *x.shape[2:]) for x in parts)
 
 
 def _tile_by_tile(attend, q_NQHC, position_NQ, sequence_N):
@@ -155,6 +161,9 @@ def _attend_blocks(
 
 def gather_pages(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) -> Float[Array, "N K S C"]:
     """The keys (or values) of each block's pages, one after another."""
+    if ids_NJ.shape[0] == 1:  # slices are copied much faster than what is gathered
+        pages = [lax.dynamic_index_in_dim(pool_PKGC, page, keepdims=False) for page in ids_NJ[0]]
+        return jnp.concatenate(pages, axis=1)[None]
     pages_NJKGC = pool_PKGC.at[ids_NJ].get(mode="clip")
     N, J, K, G, C = pages_NJKGC.shape
     return pages_NJKGC.transpose(0, 2, 1, 3, 4).reshape(N, K, J * G, C)
