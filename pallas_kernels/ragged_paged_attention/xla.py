@@ -21,7 +21,7 @@ from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
 TILE_ROWS = 32  # rows of row blocks that share a loop on CPU: few wait for keys that only others see
-SMALL_HEAD, WHOLE_HEAD = 16, 64
+SMALL_HEAD, WHOLE_HEAD = 16, 64  # head dims up to the one, and multiples of the other, are whole columns on a CPU
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
