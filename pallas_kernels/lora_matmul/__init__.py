@@ -105,8 +105,9 @@ def lora_matmul_backward(
     not on how they were dealt to steps.
 
     Args:
-      plan: of rows that all stand in row blocks.
-      lane_J: the lane page each work item's gradient belongs to; Y or more is dropped.
+      plan: of rows that all stand in row blocks; those that are in no item are finite.
+      lane_J: the lane page each work item's gradient belongs to, the same for all items of a page; Y or more is
+        dropped.
       lanes: sums so far, in float32 or wider.
       add_to: of x's dtype, what dx is added to; a kernel does it in place, and rounds but once.
       implementation: a name of BACKWARD_IMPLEMENTATIONS, or None for the best that runs here.

@@ -84,7 +84,7 @@ class LoraPlan:
 
     def find_shared(self, num_rows: int) -> SharedPages:
         """Whether all items of the main part are of one adapter, and in most of its blocks: each block has the first
-        block's pages in the same order, for the same rows."""
+        block's pages in the same order, each of them for the same rows of the block."""
         part, item_J = self.main_part(num_rows), jnp.arange(self.block_J.shape[0], dtype=jnp.int32)
         first, stop = self.items_of(part)
         mine_J = (item_J >= first) & (item_J < stop)
