@@ -10,7 +10,6 @@ Shapes: T rows, W gradient rows, D in, E out, P bank pages, Y lane pages, R rank
 A), N blocks, Q rows per block, J items.
 """
 
-from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 
@@ -20,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lora_matmul.plan import LoraPlan, Part, SharedPages
-from pallas_kernels.numerics import STABLE_ROWS, contract, wide_dtype
+from pallas_kernels.numerics import contract, wide_dtype
 
 SPAN_ITEMS = 16  # work items per turn of the span loop
 UNROLLED = 8  # blocks that are summed in one pass
@@ -165,16 +164,25 @@ def lora_matmul_backward(
 
 
 def _backward_on_cpu(x_WD, d_y_WE, a_PRD, members, plan: LoraPlan, lane_J, carry, shared: SharedPages):
-    """All rows at once where they share their pages, and a span of items at a time where they do not."""
+    """All rows at once where they share their pages, and item by item where they do not."""
     Q, weights = plan.row_block, (a_PRD, members)
+    row_Q = jnp.arange(Q, dtype=jnp.int32)
 
     def add_page(index, carry):
         d_x_WD, *lanes = carry
         return _add_rows(x_WD, d_y_WE, shared.mine_T, plan.page_J[index], lane_J[index], weights, Q, d_x_WD, lanes)
 
+    def add_item(item, carry):
+        d_x_WD, *lanes = carry
+        x_QD, d_y_QE, d_x_QD = (
+            lax.dynamic_slice_in_dim(array, plan.block_J[item] * Q, Q) for array in (x_WD, d_y_WE, d_x_WD)
+        )
+        mine_Q = (row_Q >= plan.first_J[item]) & (row_Q < plan.stop_J[item])
+        d_x_QD, *lanes = _add_rows(x_QD, d_y_QE, mine_Q, plan.page_J[item], lane_J[item], weights, Q, d_x_QD, lanes)
+        return lax.dynamic_update_slice_in_dim(d_x_WD, d_x_QD, plan.block_J[item] * Q, axis=0), *lanes
+
     carry = lax.fori_loop(0, shared.count, add_page, carry)
-    rest = replace(plan, num_items=jnp.where(shared.count > 0, 0, plan.num_items))
-    return _backward_by_span(x_WD, d_y_WE, a_PRD, members, rest, lane_J, carry, least_rows=STABLE_ROWS)
+    return lax.fori_loop(jnp.where(shared.count > 0, plan.num_items, 0), plan.num_items, add_item, carry)
 
 
 def _add_rows(x_WD, d_y_WE, mine_W, page, lane, weights, row_block: int, d_x_WD, lanes):
@@ -207,8 +215,7 @@ def _splits(members: tuple[jax.Array, ...]) -> list[int]:
     return list(accumulate(b.shape[1] for b in members))[:-1]
 
 
-def _backward_by_span(x_WD, d_y_WE, a_PRD, members, plan: LoraPlan, lane_J, carry, least_rows: int = 0):
-    """dx and the lanes with the items added; dx by products of ``least_rows`` rows at least."""
+def _backward_by_span(x_WD, d_y_WE, a_PRD, members, plan: LoraPlan, lane_J, carry):
     d_x_WD, *lanes = carry
     num_lane_pages = lanes[0].shape[0]
     W, Q = x_WD.shape[0], plan.row_block
@@ -235,8 +242,7 @@ def _backward_by_span(x_WD, d_y_WE, a_PRD, members, plan: LoraPlan, lane_J, carr
             new_bs.append(d_bs[i].at[lane].add(d_b_JER, mode="drop"))
         d_h_JQR = jnp.concatenate(d_h, axis=-1).astype(x_WD.dtype)
         d_a_JRD = _sum_rows(d_h_JQR, x_JQD, wide)
-        d_h_JQR = jnp.pad(d_h_JQR, ((0, 0), (0, max(least_rows - Q, 0)), (0, 0)))
-        d_x_JQD = lax.dot_general(d_h_JQR, a_JRD, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)[:, :Q]
+        d_x_JQD = lax.dot_general(d_h_JQR, a_JRD, (((2,), (1,)), ((0,), (0,))), preferred_element_type=wide)
         target = jnp.where(real_J, block, N)
         d_x_NQD = d_x_NQD.at[target].add(jnp.where(mine_JQ1, d_x_JQD, 0), mode="drop")
         return d_x_NQD, d_a_YRD.at[lane].add(d_a_JRD, mode="drop"), tuple(new_bs)
