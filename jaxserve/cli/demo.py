@@ -25,7 +25,7 @@ def settings(out: str, seconds: float) -> Config:
             "model": {"path": "demo:storyteller", "dtype": "float32", "max_model_len": 128},
             "engine": {"max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 16},
             "lora": {"max_lora_rank": 16},
-            "finetune": {"finetune_window": 32, "tpot_objective_ms": 40.0, "ttft_objective_ms": 1000.0},
+            "finetune": {"finetune_window": 64, "tpot_objective_ms": 40.0, "ttft_objective_ms": 1000.0},
             "job": {
                 "rank": 16,
                 "alpha": 32.0,

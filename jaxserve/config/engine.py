@@ -38,7 +38,7 @@ class EngineOptions(Section):
     scheduling_policy: Literal["fcfs", "priority", "fair"] = "fcfs"
     """Order of the waiting requests: as they come, smallest priority first, or the tenant first who got least."""
     tensor_parallel: PositiveInt = 1
-    """Devices that share each matrix."""
+    """Devices that share each matrix. A CPU is split into as many, which share its cores."""
     max_logprobs: Annotated[int, Field(ge=0, le=128)] = 20
     """Most log-probabilities a request may ask for per token."""
     max_queue: PositiveInt = 1024

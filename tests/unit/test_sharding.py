@@ -1,5 +1,9 @@
 """The mesh, the table of axes, and where adapters follow from where their base matrix is."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -26,6 +30,16 @@ def test_a_mesh_takes_the_first_devices(size):
     mesh = make_mesh(size)
     assert mesh.axis_names == ("tensor",)
     assert list(mesh.devices.flat) == jax.devices()[:size]
+
+
+@pytest.mark.parametrize(
+    ("flags", "first", "expected"), [("", 3, 3), ("--xla_force_host_platform_device_count=4", 3, 4), ("", 1, 1)]
+)
+def test_a_cpu_is_split_into_the_devices_asked_for_unless_the_flag_says_how_many(flags, first, expected):
+    code = f"from sharding import make_mesh; import jax; make_mesh({first}); print(len(jax.devices()))"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout.split() == [str(expected)]
 
 
 @pytest.mark.parametrize("size", [0, -1, 9])
