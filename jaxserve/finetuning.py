@@ -1,6 +1,6 @@
 """Finetuning jobs as users see them: made from data and settings, watched, paused, saved."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,10 +116,48 @@ def make_start(engine: "TrainingEngine", adapter: str, config: FinetuneConfig) -
     compiled = engine.core.config.window_remat or DEFAULT_REMAT  # which is what a stash keeps
     if config.remat not in (None, compiled):
         raise ConfigError([f"remat is {config.remat!r}; this engine's steps are compiled with {compiled!r}"])
-    weights, limit = _start(engine, config), engine.config.max_lora_rank
-    if weights.rank > limit:
-        raise InvalidRequest(f"rank is {weights.rank}; max_lora_rank is {limit}", "rank")
+    weights = _start(engine, config)
+    _check_rank(weights.rank, engine.config.max_lora_rank)
     return replace(weights, base_digest=engine.base_digest)
+
+
+def check_start(config: FinetuneConfig, model: ModelConfig, max_lora_rank: int, loaded: Collection[str]) -> None:
+    """Refuses what ``make_start`` would, as far as it can be told before a model is loaded.
+
+    Args:
+      loaded: names of the adapters that will be there.
+
+    Raises:
+      AdapterError: targets that the model does not have, a start that is not there or does not fit.
+      InvalidRequest: too large a rank.
+    """
+    if config.start in loaded:
+        return
+    if config.start != "init":
+        place = _peft_directory(Path(config.start))
+        if place is not None:
+            _check_rank(load_peft(place, model).rank, max_lora_rank)
+        elif not Path(config.start).is_dir():
+            raise _no_start(config.start)
+        return
+    described = config.adapter_config()
+    method_of(described).shapes(described, model)
+    if config.method != "ia3":
+        _check_rank(config.rank, max_lora_rank)
+
+
+def _check_rank(rank: int, limit: int) -> None:
+    if rank > limit:
+        raise InvalidRequest(f"rank is {rank}; max_lora_rank is {limit}", "rank")
+
+
+def _no_start(start: str) -> AdapterError:
+    return AdapterError(f"start {start!r}: no adapter of that name, and no adapter or checkpoint there", "start")
+
+
+def _peft_directory(path: Path) -> Path | None:
+    """The adapter in a PEFT directory or in that of a job."""
+    return next((place for place in (path, path / ADAPTER) if (place / CONFIG_FILE).exists()), None)
 
 
 def _start(engine: "TrainingEngine", config: FinetuneConfig) -> AdapterWeights:
@@ -142,13 +180,13 @@ def _known(engine: "TrainingEngine", start: str) -> AdapterWeights:
 
 
 def _from_directory(engine: "TrainingEngine", path: Path) -> AdapterWeights:
-    for place in (path, path / ADAPTER):
-        if (place / CONFIG_FILE).exists():
-            return load_peft(place, engine.model, base_digest=engine.base_digest)
+    place = _peft_directory(path)
+    if place is not None:
+        return load_peft(place, engine.model, base_digest=engine.base_digest)
     expect = {"base_model": engine.base_digest.hex()}
     checkpoint = load_latest(path / CHECKPOINTS, expect=expect) or load_latest(path, expect=expect)
     if checkpoint is None:
-        raise AdapterError(f"start {str(path)!r}: no adapter of that name, and no adapter or checkpoint there", "start")
+        raise _no_start(str(path))
     masters: dict[str, dict[str, np.ndarray]] = {}
     for name, array in checkpoint.state.items():
         if name.startswith("masters/"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxserve.assets import locate
 from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, recent, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
-from jaxserve.bench.engine import load_engine, room_for
+from jaxserve.bench.engine import load_engine, model_path, options_of, room_for
 from jaxserve.bench.load import BASE, Bursts, make_load
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
@@ -90,7 +90,7 @@ def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) ->
 
 
 def check(config: Config) -> list[Planned]:
-    """The jobs; raises ConfigError or DataError for what cannot be run, before anything is loaded."""
+    """The jobs; refuses what cannot be run before a model is loaded."""
     wrong = [
         f"bench.{key}: jaxserve coserve has no use for it" for key in UNUSED if key in config.bench.model_fields_set
     ]
@@ -113,6 +113,7 @@ def check(config: Config) -> list[Planned]:
             check_data(job)
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
+    check_adapters(config, jobs, room_for(config, [job.config for job in jobs]))
     return jobs
 
 
@@ -124,6 +125,16 @@ def check_data(job: Planned) -> None:
             check_file(job.config.validation_data)
         except DataError as error:
             raise error.within("validation_data") from None
+
+
+def check_adapters(config: Config, jobs: Sequence[Planned], room: Mapping[str, Any]) -> None:
+    """Raises AdapterError or InvalidRequest for adapters that the engine, with this room, could not train."""
+    from jaxserve.finetuning import check_start
+    from jaxserve.models.loader import load_config
+
+    model, limit = load_config(model_path(config)), options_of(config, room)["max_lora_rank"]
+    for job in jobs:
+        check_start(job.config, model, limit, [module.name for module in config.lora.modules])
 
 
 def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], own_dir: bool = True) -> Planned:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.engine import load_engine, room_alone
-from jaxserve.cli.coserve import Planned, begun, check_data, job_state, plan
+from jaxserve.cli.coserve import Planned, begun, check_adapters, check_data, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config
@@ -37,7 +37,7 @@ def main(config: Config, json_lines: bool) -> int:
 
 
 def check(config: Config) -> tuple[Planned, str]:
-    """The job and its directory; raises ConfigError or DataError before anything is loaded."""
+    """The job and its directory; refuses what cannot be run before a model is loaded."""
     root = config.job.output_dir
     missing = {
         "MODEL: name a model directory, or set model.path": config.model.path,
@@ -52,13 +52,17 @@ def check(config: Config) -> tuple[Planned, str]:
         raise ConfigError(wrong)
     job = plan(config, config.job.adapter, config.job.data, {}, own_dir=False)
     check_data(job)
+    check_adapters(config, [job], _room(config, job))
     return job, root
 
 
 def make_engine(config: Config, job: Planned) -> "Engine":
     """An engine for one job, as small as the user left open: few shapes are compiled."""
-    rank = job.config.rank if job.config.start == "init" else None
-    return load_engine(config, room_alone(config, rank))
+    return load_engine(config, _room(config, job))
+
+
+def _room(config: Config, job: Planned) -> dict[str, Any]:
+    return room_alone(config, job.config.rank if job.config.start == "init" else None)
 
 
 def train(engine: "Engine", job: "FinetuneJob", root: str, progress: Progress, stopped: Stopping) -> dict[str, Any]:

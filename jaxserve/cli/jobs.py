@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxserve.errors import JaxServeError
+from jaxserve.errors import ConfigError, JaxServeError
 from jaxserve.finetune.control import ask, is_held, is_taken
 from jaxserve.finetune.folder import ADAPTER, CHECKPOINTS, JOB, read_events, read_job
 from jaxserve.finetune.job import TERMINAL, JobEvent
@@ -22,19 +22,15 @@ def find(roots: Iterable[str]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """(directory, job.json) of every job at or below these directories; one that cannot be read has an ``error``.
 
     Raises:
-      JaxServeError: a directory that is not there.
+      ConfigError: a directory that is not there.
     """
     for root in roots:
         if not Path(root).is_dir():
-            raise NoSuchDirectory(f"{root}: no such directory")
+            raise ConfigError([f"{root}: no such directory"])
         for directory, below, names in os.walk(root):
             below[:] = sorted(name for name in below if name not in (CHECKPOINTS, ADAPTER))
             if JOB in names:
                 yield Path(directory), describe(Path(directory))
-
-
-class NoSuchDirectory(JaxServeError, ValueError):
-    """A path given on the command line that is no directory."""
 
 
 def describe(root: Path) -> dict[str, Any]:

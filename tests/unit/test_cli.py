@@ -7,13 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 import jaxserve
+from jaxserve.adapters import lora
+from jaxserve.adapters.peft_io import save_peft
+from jaxserve.assets import locate
 from jaxserve.cli import main
 from jaxserve.cli.flags import flags
 from jaxserve.config import Config, EngineConfig, resolve
 from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest, ModelError
+from jaxserve.models.config import ModelConfig
 from jaxserve.outputs import Completion, Event, RequestOutput
 from jaxserve.sampling import SamplingParams
 
@@ -143,6 +148,37 @@ def test_a_config_file_and_overrides(engines, tmp_path):
 def test_wrong_usage_is_status_2_and_says_why(engines, capsys, argv, complaint):
     assert run(*argv) == 2
     assert complaint in capsys.readouterr().err
+    assert not engines
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "complaint"),
+    [
+        (["--rank", "32", "--max-lora-rank", "16"], 2, "rank is 32; max_lora_rank is 16"),
+        (["--target-modules", "nope"], 4, "target_modules is 'nope'"),
+        (["--start", "no/such/place"], 4, "start 'no/such/place': no adapter of that name"),
+    ],
+)
+def test_an_adapter_that_cannot_be_trained_is_refused_before_a_model_is_loaded(
+    engines, capsys, tmp_path, flags, status, complaint
+):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    assert (
+        run("finetune", "demo:storyteller", str(data), "--adapter", "a", "--output-dir", str(tmp_path / "out"), *flags)
+        == status
+    )
+    assert complaint in capsys.readouterr().err
+    assert not engines
+
+
+def test_a_start_of_another_rank_is_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
+    model = ModelConfig.from_dict(json.loads((Path(locate("demo:storyteller")) / "config.json").read_text()))
+    weights = lora.initial(lora.new_config(rank=8, alpha=8, target_modules=["q_proj"]), model, np.random.default_rng(0))
+    save_peft(weights, tmp_path / "adapter")
+    coserved = ["coserve", "demo:storyteller", "--finetune-jobs", "a=demo:pirate", "--start", str(tmp_path / "adapter")]
+    assert run(*coserved, "--max-lora-rank", "4") == 2
+    assert "rank is 8; max_lora_rank is 4" in capsys.readouterr().err
     assert not engines
 
 

@@ -131,6 +131,11 @@ def test_a_listing_as_json_says_who_holds_the_job(held, capsys):
     assert (found["directory"], found["held"], found["step"]) == (str(held), True, 3)
 
 
+def test_a_directory_that_is_not_there_is_wrong_usage(tmp_path, capsys):
+    assert _run(["jobs", str(tmp_path / "typo")]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'typo'}: no such directory\n"
+
+
 def test_an_unreadable_job_is_listed_as_that(root, capsys):
     (root / JOB).write_text("{")
     assert _run(["jobs", str(root)]) == 0
