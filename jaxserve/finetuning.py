@@ -1,15 +1,15 @@
 """Finetuning jobs as users see them: made from data and settings, watched, paused, saved."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxserve.adapters import dora, ia3, lora
 from jaxserve.adapters.fields import CONFIG_FILE
-from jaxserve.adapters.method import method_of
+from jaxserve.adapters.method import empty_adapter, method_of
 from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.engine.activations import DEFAULT_REMAT
@@ -192,14 +192,7 @@ def _from_directory(engine: "TrainingEngine", path: Path) -> AdapterWeights:
         if name.startswith("masters/"):
             _, member, leaf = name.split("/")
             masters.setdefault(member, {})[leaf] = array
-    return weights_of(masters, _like(checkpoint.meta["adapter_config"], engine.model))
-
-
-def _like(config: Mapping[str, Any], model: ModelConfig) -> AdapterWeights:
-    """Some adapter of this configuration."""
-    method = method_of(config)
-    zeros = {name: np.zeros(shape, np.float32) for name, shape in method.shapes(config, model).items()}
-    return method.read(config, zeros, model)
+    return weights_of(masters, empty_adapter(checkpoint.meta["adapter_config"], engine.model))
 
 
 class FinetuneJob:

@@ -52,3 +52,10 @@ def method_of(config: Mapping[str, Any]) -> Method:
 def named(name: str) -> Method:
     """The method of ``AdapterWeights.method``."""
     return next(method for method in METHODS.values() if name == method.NAME)
+
+
+def empty_adapter(config: Mapping[str, Any], model: ModelShape) -> AdapterWeights:
+    """An adapter of this configuration, of zeros."""
+    method = method_of(config)
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in method.shapes(config, model).items()}
+    return method.read(config, zeros, model)

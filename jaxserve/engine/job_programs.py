@@ -72,7 +72,8 @@ def compile_programs(device: DeviceShapes, job: JobShapes) -> JobPrograms:
     take = take_gradients.lower(
         device.train, pages, number, job.factors, norms, mesh=mesh, rank=job.rank, num_layers=L
     )  # fmt: skip
-    apply = apply_gradients.lower(job.optimizer_name, job.masters, job.optimizer, job.masters, _hyper_shapes())
+    shares = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[:1], np.float32), job.masters)
+    apply = apply_gradients.lower(job.optimizer_name, job.masters, job.optimizer, job.masters, _hyper_shapes(), shares)
     put = publish.lower(
         device.bank, device.scales, needs_model, job.masters, pages, job.factors, mesh=mesh, shape=device.bank_shape
     )

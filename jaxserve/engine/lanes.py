@@ -88,6 +88,14 @@ def factors_of(weights: AdapterWeights, config: ModelConfig) -> dict[str, dict[s
     return factors
 
 
+def shares_of(weights: AdapterWeights, masters: Masters) -> dict[str, dict[str, np.ndarray]]:
+    """Like masters, [L]: the share of a leaf that the adapter has; the rest are ranks that a module lacks."""
+    shares = {m: {k: np.ones(len(x), np.float32) for k, x in leaves.items()} for m, leaves in masters.items()}
+    for (layer, member), pair in weights.pairs.items():
+        shares[member][A][layer] = shares[member][B][layer] = pair.rank / weights.rank
+    return shares
+
+
 def weights_of(masters: Mapping[str, Mapping[str, Any]], like: AdapterWeights) -> AdapterWeights:
     """Masters as an adapter with the modules, ranks and scaling of ``like``."""
     host = jax.tree.map(np.asarray, masters)
@@ -259,7 +267,7 @@ def _publish_local(bank: Bank, scales, params, masters: Masters, pages_X, factor
         new[site] = SiteBank(_set_pages(old.a_PRD, rows, jnp.concatenate(a_parts, axis=2)), tuple(b_new))
     if scales is None:
         return new, None, {}
-    scales = _publish_scales(scales, masters, pages_X[0], num_pages)
+    scales = _publish_scales(scales, masters, factors, pages_X[0], num_pages)
     magnitudes = {member: leaves[MAGNITUDE] for member, leaves in masters.items() if MAGNITUDE in leaves}
     scales, norms = _gains_local(
         scales, new, params, magnitudes, pages_X, factors, num_pages=num_pages, parallel=parallel
@@ -272,8 +280,8 @@ def _set_pages(pool: jax.Array, rows: Int[Array, "LX"], value: jax.Array) -> jax
     return pool.at[rows].set(value.reshape(-1, *pool.shape[1:]).astype(pool.dtype), unique_indices=True)
 
 
-def _publish_scales(scales: Scales, masters: Masters, page, num_pages: int) -> Scales:
-    """Input and output scales of one adapter; ones where it has none."""
+def _publish_scales(scales: Scales, masters: Masters, factors: Factors, page, num_pages: int) -> Scales:
+    """Input and output scales of one adapter; ones where it has none, whatever weight decay made of the masters."""
     new = {}
     for site, members in SITES.items():
         old = scales[site]
@@ -281,7 +289,10 @@ def _publish_scales(scales: Scales, masters: Masters, page, num_pages: int) -> S
         rows = jnp.arange(L, dtype=jnp.int32) * num_pages + page
 
         def leaf(member: str, name: str, like: jax.Array, L: int = L) -> jax.Array:
-            return masters.get(member, {}).get(name, jnp.ones((L, *like.shape[1:]), like.dtype)).astype(like.dtype)
+            if name not in masters.get(member, {}):
+                return jnp.ones((L, *like.shape[1:]), like.dtype)
+            adapted_L1 = factors[member][name][:, None] > 0
+            return jnp.where(adapted_L1, masters[member][name].astype(like.dtype), 1)
 
         inputs = jnp.stack([leaf(member, INPUT, old.input_PMD[:, 0]) for member in members], axis=1)
         outputs = tuple(

@@ -31,7 +31,7 @@ class Sessions:
         training = self._of(session)
         now, gradients = training.now, self._sums.take(training)
         apply = self._sums.programs(training.shapes).apply
-        masters, optimizer, norm = apply(now.masters, now.optimizer, gradients, hyper)
+        masters, optimizer, norm = apply(now.masters, now.optimizer, gradients, hyper, training.shares)
         size = float(norm)
         session.forget_gradients()
         training.loaded = None

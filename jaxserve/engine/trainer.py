@@ -12,11 +12,12 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from jaxserve.adapters.method import empty_adapter
 from jaxserve.adapters.residency import Residency
 from jaxserve.adapters.store import AdapterStore
 from jaxserve.engine.job_programs import Hyper, hyper_arrays, job_shapes
 from jaxserve.engine.lane_sums import LaneSums
-from jaxserve.engine.lanes import factors_of, masters_of, on_mesh
+from jaxserve.engine.lanes import factors_of, masters_of, on_mesh, shares_of
 from jaxserve.engine.results import read_losses
 from jaxserve.engine.saver import JobSaver
 from jaxserve.engine.sessions import Sessions
@@ -24,6 +25,8 @@ from jaxserve.engine.step import StepOutput
 from jaxserve.engine.training import Progress, Training, Update
 from jaxserve.engine.versions import Versions
 from jaxserve.errors import AdapterError, EngineError
+from jaxserve.finetune.checkpoint import Checkpoint
+from jaxserve.finetune.errors import CheckpointMismatch
 from jaxserve.finetune.folder import JobFolder
 from jaxserve.finetune.job import Batch, Job, JobStatus, Purpose
 from jaxserve.finetune.live import LiveWeights
@@ -84,6 +87,7 @@ class Trainer:
         state = {"masters": masters, "optimizer": on_mesh(init_state(job.config.optimizer, masters), self.mesh)}
         checkpoint = folder.latest(like=state) if folder is not None else None
         if folder is not None and checkpoint is not None:
+            _check_start(checkpoint, job, self.model)
             job.restore(checkpoint.meta, folder.events())
             state = jax.tree.map(lambda saved, like: jax.device_put(saved, like.sharding), checkpoint.state, state)
         factors = factors_of(job.start, self.model)
@@ -92,7 +96,7 @@ class Trainer:
         progress = Progress(**state, number=job.step, cursor=job.cursor)
         saved_step = job.step if checkpoint is not None else -1
         saver = JobSaver(job, folder, saved_step, self._clock) if folder is not None else None
-        training = Training(job, saver, shapes, factors, progress, progress)
+        training = Training(job, saver, shapes, factors, shares_of(job.start, masters), progress, progress)
         self.sums.compile(shapes, training.scaled)
         return training
 
@@ -258,7 +262,7 @@ class Trainer:
         """The optimizer step, and the version it makes; returns the norm of the gradient."""
         now = training.now
         masters, optimizer, norm = self.sums.programs(training.shapes).apply(
-            now.masters, now.optimizer, self.sums.take(training), hyper
+            now.masters, now.optimizer, self.sums.take(training), hyper, training.shares
         )
         number, cursor = max(now.number, batch.number), max(now.cursor, batch.cursor_after)
         training.now = Progress(masters, optimizer, number, cursor)
@@ -405,3 +409,17 @@ def _is_good(arrays: Any) -> bool:
     except Exception:  # what the device answers for a result that never came to be
         return False
     return True
+
+
+def _check_start(checkpoint: Checkpoint, job: Job, model: ModelConfig) -> None:
+    """Raises CheckpointMismatch where the job's start has other modules, ranks or scaling than the checkpoint's."""
+    began = empty_adapter(checkpoint.meta["adapter_config"], model)
+    there, here = (
+        (w.scaling, {k: p.rank for k, p in w.pairs.items()}, {k: v.kind for k, v in w.vectors.items()})
+        for w in (began, job.start)
+    )
+    if there != here:
+        raise CheckpointMismatch(
+            f"checkpoint {checkpoint.step}: start {job.config.start!r} has other modules, ranks or scaling",
+            ["start"],
+        )

@@ -51,6 +51,7 @@ class Training:
     saver: JobSaver | None  # None: it has no directory
     shapes: JobShapes
     factors: Factors
+    shares: Any  # of each leaf of the masters, what is no padding
     now: Progress  # sent to the device
     read: Progress  # known to be good
     version: AdapterVersion | None = None

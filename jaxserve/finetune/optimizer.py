@@ -27,12 +27,10 @@ _RULES: dict[str, Callable[[Hyper], list[optax.GradientTransformation]]] = {
     "lion": lambda h: [optax.scale_by_lion(h["beta1"], h["beta2"])],
     "adafactor": lambda h: [
         _by_layer(
-            optax.chain(
-                # every matrix is factored, however small: so does transformers' Adafactor
-                optax.scale_by_factored_rms(min_dim_size_to_factor=1, epsilon=h["eps"]),
-                optax.clip_by_block_rms(1.0),
-            )
-        )
+            # every matrix is factored, however small: so does transformers' Adafactor; a chain: checkpoints name it
+            optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1, epsilon=h["eps"]))
+        ),
+        _clip_by_layer_rms(h.get("shares")),
     ],
 }
 
@@ -42,11 +40,12 @@ def hyperparameters(config: FinetuneConfig, total_steps: int, step: int) -> dict
     return _constants(config) | {"learning_rate": float(learning_rate(config, total_steps, step))}
 
 
-def transform(optimizer: str, hyper: Hyper) -> optax.GradientTransformation:
+def transform(optimizer: str, hyper: Mapping[str, Any]) -> optax.GradientTransformation:
     """Clip, update rule, decoupled weight decay, learning rate; the state holds counts and moments alone.
 
     Args:
-      hyper: what ``hyperparameters`` names; values may be traced.
+      hyper: what ``hyperparameters`` names, and maybe "shares": a tree like the masters, of [layers]: the share of a
+        leaf that is no padding. Values may be traced.
     """
     chain = optax.chain(
         optax.clip_by_global_norm(hyper["max_grad_norm"]),
@@ -73,7 +72,7 @@ def init_state(optimizer: str, masters: Any) -> Any:
 
 @partial(jax.jit, static_argnames="optimizer")
 def apply_gradients(
-    optimizer: str, masters: Any, state: Any, gradients: Any, hyper: Hyper
+    optimizer: str, masters: Any, state: Any, gradients: Any, hyper: Hyper, shares: Any = None
 ) -> tuple[Any, Any, jax.Array]:
     """One update: (masters, state, norm of the gradient before clipping).
 
@@ -82,7 +81,7 @@ def apply_gradients(
     fails, and saved, and served for as long as a request holds that version.
     """
     norm = optax.tree.norm(gradients)
-    updates, new_state = transform(optimizer, hyper).update(gradients, state, masters)
+    updates, new_state = transform(optimizer, {**hyper, "shares": shares}).update(gradients, state, masters)
     new_masters = jax.tree.map(lambda master, update: master + update.astype(master.dtype), masters, updates)
     finite = jnp.isfinite(norm)
     keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
@@ -97,6 +96,19 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
         return jax.vmap(lambda updates, state: rule.update(updates, state, updates))(updates, state)
 
     return optax.GradientTransformation(jax.vmap(rule.init), update)
+
+
+def _clip_by_layer_rms(shares: Any) -> optax.GradientTransformation:
+    """Scales each layer's update down to a root mean square of 1; padding, which is zero, does not count."""
+
+    def clip(update: jax.Array, share: Any = 1.0) -> jax.Array:
+        mean = jnp.mean(jnp.square(update), axis=tuple(range(1, update.ndim))) / share
+        return update / jnp.maximum(1.0, jnp.sqrt(mean)).reshape(-1, *(1,) * (update.ndim - 1))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return jax.tree.map(clip, updates, *(() if shares is None else (shares,))), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _mixing_dtypes(update: Callable) -> Callable:

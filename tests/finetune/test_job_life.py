@@ -9,6 +9,7 @@ from concurrent.futures import wait
 
 import numpy as np
 import pytest
+import tiny_adapters
 import tiny_models
 from test_jobs import SIZES, examples, requests, settled
 
@@ -199,6 +200,30 @@ def test_another_job_does_not_go_on_from_these_checkpoints(engine, tmp_path):
         assert refused.value.fields == [field]
     again = engine.finetune(examples(1), adapter="a", **fields | {"save_steps": 1}).wait()  # housekeeping may change
     assert again.status == "succeeded"
+
+
+def test_a_job_goes_on_from_the_start_that_it_had(engine, tmp_path):
+    """Scaling, ranks and modules are those of the start: with others its arrays would mean something else."""
+    tiny_adapters.write_adapter(tmp_path / "start", engine.model, r=4, lora_alpha=64, target_modules="all-linear")
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "max_steps": 2}
+    engine.finetune(examples(1), adapter="a", start=str(tmp_path / "start"), **fields).wait()
+    with pytest.raises(CheckpointMismatch, match="checkpoint 2: start 'init' has other modules, ranks or scaling"):
+        engine.finetune(examples(1), adapter="a", **fields)
+    again = engine.finetune(examples(1), adapter="a", start=str(tmp_path / "start"), **fields).wait()
+    assert again.status == "succeeded"
+
+
+def test_weight_decay_changes_no_layer_that_the_adapter_leaves_alone(engine, tmp_path):
+    """What is served is what is saved, and a saved (IA)3 adapter has no scales of such layers."""
+    job = engine.finetune(
+        examples(1), adapter="a", method="ia3", target_modules=r".*layers\.1\.(self_attn\.v_proj|mlp\.down_proj)",
+        weight_decay=0.5, learning_rate=1e-2, batch_size=3, max_steps=4,
+    ).wait()  # fmt: skip
+    job.save(tmp_path / "saved")
+    engine.load_adapter("saved", tmp_path / "saved")
+    params = jaxserve.SamplingParams(max_tokens=1, prompt_logprobs=0)
+    trained, saved = (engine.generate([list(range(20))], params, adapter=name)[0] for name in ("a", "saved"))
+    assert trained.prompt_logprobs == saved.prompt_logprobs
 
 
 def test_two_jobs_do_not_share_a_directory_or_a_name(engine, tmp_path):

@@ -93,6 +93,26 @@ def test_adafactor_equals_that_of_transformers(tree):
     assert_close(ours(config, tree), torchs(make, tree))
 
 
+def test_adafactor_does_not_see_ranks_that_a_module_lacks():
+    """Matrices of rank 2, held in 8 rows since another module has rank 8, change as those that are held in 2."""
+    rng, config = np.random.default_rng(0), FinetuneConfig(**BASE | {"optimizer": "adafactor"})
+    gradient_SLRD = rng.normal(size=(STEPS, LAYERS, 2, 24)) * 10 ** rng.normal(size=(STEPS, LAYERS, 2, 24))
+
+    def trained(rows):
+        padding = ((0, 0), (0, rows - 2), (0, 0))
+        masters = {"a": jnp.zeros((LAYERS, rows, 24), jnp.float32)}
+        state, shares = init_state("adafactor", masters), {"a": np.full(LAYERS, 2 / rows, np.float32)}
+        for step in range(STEPS):
+            gradient = {"a": np.pad(gradient_SLRD[step], padding).astype(np.float32)}
+            hyper = hyperparameters(config, STEPS, step)
+            masters, state, _ = apply_gradients("adafactor", masters, state, gradient, hyper, shares)
+        return np.asarray(masters["a"])
+
+    padded = trained(8)
+    np.testing.assert_allclose(padded[:, :2], trained(2), rtol=1e-5, atol=1e-6)
+    assert not padded[:, 2:].any()
+
+
 def test_lion_is_the_paper_s_four_lines(tree):
     config = FinetuneConfig(**BASE | {"optimizer": "lion", "weight_decay": 0.1})
     wanted, moment = dict(tree), {name: np.zeros_like(value) for name, value in tree.items()}

@@ -37,8 +37,8 @@ class Command:
             "--eval-steps", "6", "--json",
         ]  # fmt: skip
         self.environment = {
-            **os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(sys.path),
+            **os.environ, "JAX_ENABLE_COMPILATION_CACHE": "true", "JAX_COMPILATION_CACHE_DIR": str(cache),
+            "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path),
         }  # fmt: skip
 
     def start(self, spec: str = "") -> subprocess.Popen:
