@@ -27,7 +27,8 @@ _RULES: dict[str, Callable[[Hyper], list[optax.GradientTransformation]]] = {
     "lion": lambda h: [optax.scale_by_lion(h["beta1"], h["beta2"])],
     "adafactor": lambda h: [
         _by_layer(
-            # every matrix is factored, however small: so does transformers' Adafactor; a chain: checkpoints name it
+            # every matrix is factored, however small: so does transformers' Adafactor; in a chain of one, since its
+            # moments have the chain's names in checkpoints
             optax.chain(optax.scale_by_factored_rms(min_dim_size_to_factor=1, epsilon=h["eps"]))
         ),
         _clip_by_layer_rms(h.get("shares")),
@@ -101,12 +102,13 @@ def _by_layer(rule: optax.GradientTransformation) -> optax.GradientTransformatio
 def _clip_by_layer_rms(shares: Any) -> optax.GradientTransformation:
     """Scales each layer's update down to a root mean square of 1; padding, which is zero, does not count."""
 
-    def clip(update: jax.Array, share: Any = 1.0) -> jax.Array:
+    def clip(update: jax.Array, share: Any) -> jax.Array:
         mean = jnp.mean(jnp.square(update), axis=tuple(range(1, update.ndim))) / share
         return update / jnp.maximum(1.0, jnp.sqrt(mean)).reshape(-1, *(1,) * (update.ndim - 1))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-        return jax.tree.map(clip, updates, *(() if shares is None else (shares,))), state
+        of_leaves = jax.tree.map(lambda _: 1.0, updates) if shares is None else shares
+        return jax.tree.map(clip, updates, of_leaves), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
