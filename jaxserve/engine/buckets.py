@@ -10,11 +10,12 @@ kernel for another number of rows, and with it other last bits.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from math import ceil
 
 from jaxserve.engine.hashing import hashed_once
 
 MIN_ROWS = 8
-PADDING = 1.06  # a size is worth a program if the next larger one has more than so many times the rows
+PADDING = 1.03  # a size is worth a program if the next larger one has more than so many times the rows
 LEAST_BLOCKS = 1.5  # fewer row blocks forward take as long as so many: the weights are read
 
 
@@ -107,9 +108,9 @@ class Buckets:
         return _one(chunk_rows, decode_rows, grad_rows, self.stashed and chunk_rows + grad_rows > 0)
 
     def decodes_beside(self, chunk_rows: int, grad_rows: int = 0) -> tuple[int, ...]:
-        """Sizes of decode rows in steps with these other rows, smallest first: up to 3/8 of the most, and the most.
-        Padding costs as much as any row, so one is left out only where the next larger one makes the step no more than
-        ``PADDING`` times as long."""
+        """Sizes of decode rows in steps with these other rows, smallest first: quarters of 3/8 of the most, and the
+        most. Padding costs as much as any row, so one is left out only where the next larger one makes the step no more
+        than ``PADDING`` times as long."""
         if not chunk_rows and not grad_rows:
             return self.decode_rows
         most, least = self.decode_rows[-1], LEAST_BLOCKS * self.row_block
@@ -119,8 +120,9 @@ class Buckets:
             return max(forward, least) + grad_rows
 
         kept = [most]
-        for size in reversed(self.decode_rows):
-            if size <= _most_beside(most) and rows(kept[-1]) > PADDING * rows(size):
+        for quarters in (4, 3, 2, 1):
+            size = _whole(_most_beside(most) * quarters / 4)
+            if size < kept[-1] and rows(kept[-1]) > PADDING * rows(size):
                 kept.append(size)
         if chunk_rows and kept[-1] > self.decode_rows[0]:
             kept.append(self.decode_rows[0])  # for finetuning that has the device to itself
@@ -161,8 +163,12 @@ class Buckets:
 
 
 def _most_beside(decode_rows: int) -> int:
-    """3/8, in whole ``MIN_ROWS``."""
-    return -(-decode_rows * 3 // (8 * MIN_ROWS)) * MIN_ROWS
+    return _whole(decode_rows * 3 / 8)
+
+
+def _whole(rows: float) -> int:
+    """Rounded up to whole ``MIN_ROWS``."""
+    return ceil(rows / MIN_ROWS) * MIN_ROWS
 
 
 _one = lru_cache(maxsize=None)(Bucket)  # equal buckets are the same object: looking one up compares nothing
