@@ -3,8 +3,6 @@
 The oracle is written without any of the engine's slots: dense attention, LoRA as two einsums, jax.grad of the whole.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +28,7 @@ from sharding import make_mesh, named_sharding
 
 PAGE, BLOCK, W, CHUNK, DECODE, PAGES_PER_SEQ = 16, 8, 32, 64, 8, 8
 NUM_PAGES, TRAIN_SLOTS, NUM_SLOTS, STASH_BLOCKS = 64, 6, 4, 40
+LONGEST = 104  # tokens of a sequence that the oracle looks at
 
 
 def random_params(config: ModelConfig, dtype: str, seed: int = 0, tp: int = 1):
@@ -192,36 +191,54 @@ class Trainer:
         }
 
 
-def oracle(config: ModelConfig, params, adapter: AdapterWeights, token_ids, weights, drop=None):
-    """Loss and gradients of one sequence by jax.grad over the whole of it.
+class Oracle:
+    """Loss and gradients of one sequence of one adapter by jax.grad over the whole of it.
+
+    Sequences are padded behind their end, where nothing that is before looks, so that all of them share a program.
 
     Args:
-      drop: (layer, site, x) to what the adapter's A sees of x.
+      drop: (layer, site, x, key) to what the adapter's A sees of x.
     """
-    wide = params["embed"].dtype
-    leaves: dict = {}
-    for key, pair in adapter.pairs.items():
-        leaves[key] = {"a": jnp.asarray(pair.a, wide), "b": jnp.asarray(pair.b, wide)}
-    for key, vector in adapter.vectors.items():
-        leaves.setdefault(key, {})[vector.kind] = jnp.asarray(vector.value, wide)
-    drop = drop or (lambda layer, site, x: x)
 
-    def loss(leaves):
+    def __init__(self, config: ModelConfig, params, adapter: AdapterWeights, drop=None):
+        self.config, self.params, self.adapter = config, params, adapter
+        self.drop = drop or (lambda layer, site, x, key: x)
+        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
+
+    def __call__(self, token_ids, weights, key: int = 0):
+        """Loss, log-probabilities of the tokens after the first, and gradients by module.
+
+        Args:
+          key: of the example's dropout.
+        """
+        wide, adapter = self.params["embed"].dtype, self.adapter
+        leaves: dict = {}
+        for at, pair in adapter.pairs.items():
+            leaves[at] = {"a": jnp.asarray(pair.a, wide), "b": jnp.asarray(pair.b, wide)}
+        for at, vector in adapter.vectors.items():
+            leaves.setdefault(at, {})[vector.kind] = jnp.asarray(vector.value, wide)
+        padding = (0, LONGEST - len(token_ids))
+        ids, weights = np.pad(np.asarray(token_ids, np.int32), padding), np.pad(np.asarray(weights, wide), padding)
+        (value, logprob), gradients = self._gradient(leaves, self.params, ids, weights, np.int32(key))
+        return float(value), np.asarray(logprob)[: len(token_ids) - 1], jax.tree.map(np.asarray, gradients)
+
+    def _loss(self, leaves, params, ids, weights, key):
+        config, adapter = self.config, self.adapter
+
         def linear(site, p, x):
             outs, row = [], 0
             for member in SITES[site]:
                 rows = slice(row, row := row + member_dims(config)[member][1])
-                w, bias, key = p[site][rows], p.get(BIASES[site]), (p["index"], member)
-                outs.append(module(w, None if bias is None else bias[rows], x, key, leaves.get(key, {}), site))
+                w, bias, at = p[site][rows], p.get(BIASES[site]), (p["index"], member)
+                outs.append(module(w, None if bias is None else bias[rows], x, at, leaves.get(at, {}), site))
             return jnp.concatenate(outs, 1).astype(x.dtype)
 
-        def module(w, bias, x, key, leaf, site):
+        def module(w, bias, x, at, leaf, site):
             """One linear layer as PEFT writes it."""
             y = jnp.einsum("ti,oi->to", x * leaf["input_scale"][None] if "input_scale" in leaf else x, w)
             if "a" in leaf:
-                update = adapter.scaling[key] * jnp.einsum("or,ri->oi", leaf["b"], leaf["a"])
-                dropped = drop(key[0], site, x)
-                y = y + jnp.einsum("ti,oi->to", dropped, update)
+                update = adapter.scaling[at] * jnp.einsum("or,ri->oi", leaf["b"], leaf["a"])
+                y = y + jnp.einsum("ti,oi->to", self.drop(at[0], site, x, key), update)
             if "magnitude" in leaf:
                 length = jax.lax.stop_gradient(jnp.linalg.norm(w + update, axis=1))
                 y = y * (leaf["magnitude"] / length)[None]
@@ -229,18 +246,14 @@ def oracle(config: ModelConfig, params, adapter: AdapterWeights, token_ids, weig
             return y * leaf["output_scale"][None] if "output_scale" in leaf else y
 
         layers = [{**p, "index": i} for i, p in enumerate(params["layers"])]
-        ids = jnp.asarray(token_ids, jnp.int32)
         hidden, _ = decoder.forward(
-            {**params, "layers": layers}, ids, jnp.arange(len(token_ids), dtype=jnp.int32), config=config,
+            {**params, "layers": layers}, ids, jnp.arange(LONGEST, dtype=jnp.int32), config=config,
             lookup=decoder.plain_lookup, linear=linear, attend=decoder.plain_attend(config),
             kv=[None] * config.num_layers,
         )  # fmt: skip
         logits = decoder.logits(params, hidden, config)[:-1, : config.vocab_size]
-        logprob = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(len(token_ids) - 1), ids[1:]]
-        return -jnp.sum(logprob * jnp.asarray(weights, logprob.dtype)[1:]), logprob
-
-    (value, logprob), gradients = jax.jit(partial(jax.value_and_grad, has_aux=True)(loss))(leaves)
-    return float(value), np.asarray(logprob), jax.tree.map(np.asarray, gradients)
+        logprob = jax.nn.log_softmax(logits, axis=-1)[jnp.arange(LONGEST - 1), ids[1:]]
+        return -jnp.sum(logprob * weights[1:]), logprob
 
 
 def relative(found, expected) -> float:
@@ -253,4 +266,4 @@ def relative(found, expected) -> float:
     return worst
 
 
-__all__ = ["Trainer", "oracle", "random_adapter", "random_params", "relative"]
+__all__ = ["Oracle", "Trainer", "random_adapter", "random_params", "relative"]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny_adapters
 import tiny_models
-from test_finetune_parity import JOB, STEPS, examples, torch_losses
+from test_training_parity import JOB, STEPS, examples, torch_losses
 
 import jaxserve
 from jaxserve.adapters.peft_io import load_peft, save_peft

@@ -202,7 +202,7 @@ def test_all_methods_in_one_batch_are_as_alone(scaled_engine, biased, adapted):
 def sixteen():
     """An engine whose step holds 16 sequences and 16 adapters of ranks 4 to 64."""
     path = serving.model_dir()
-    engine = serving.engine(path, **serving.LARGE)
+    engine = serving.engine(path, **serving.LARGE | {"max_num_batched_tokens": 64})
     for i, rank in enumerate((4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60, 64)):
         engine.load_adapter(f"rank-{rank}", serving.adapter_dir(path, seed=i, rank=rank))
     return engine

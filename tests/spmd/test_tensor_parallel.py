@@ -100,7 +100,7 @@ def collectives(core):
     return Counter(found)
 
 
-@pytest.mark.parametrize("tensor_parallel", [2, 4, 8])
+@pytest.mark.parametrize("tensor_parallel", [2, pytest.param(4, marks=pytest.mark.slow), 8])
 def test_adapters_add_no_collective(path, tensor_parallel):
     with_lora = collectives(serving.core(path, tensor_parallel=tensor_parallel))
     without = collectives(serving.core(path, tensor_parallel=tensor_parallel, enable_lora=False))
