@@ -10,6 +10,8 @@ B sequences, M pages per sequence.
 """
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
@@ -70,8 +72,12 @@ def take_rows(
     """Reads the rows' finished sums and sets them back to zero. A page of A or more reads zero."""
 
     def take(pool_AKGC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows_WKC = pool_AKGC.at[page_W, :, offset_W].get(mode="fill", fill_value=0)
-        return rows_WKC, pool_AKGC.at[page_W, :, offset_W].set(0, mode="drop")
+        # XLA's CPU backend copies a pool that is written while it may still have to be read: rows are read once, and
+        # what is written depends on them
+        rows_WKC = lax.optimization_barrier(pool_AKGC.at[page_W, :, offset_W].get(mode="fill", fill_value=0))
+        never = rows_WKC == jnp.finfo(rows_WKC.dtype).max
+        zeros_WKC = jnp.where(never, -0.0, jnp.zeros_like(rows_WKC))
+        return rows_WKC, pool_AKGC.at[page_W, :, offset_W].set(zeros_WKC, mode="drop")
 
     (d_k_WKC, d_k), (d_v_WKC, d_v) = take(accumulators[0]), take(accumulators[1])
     return (d_k_WKC, d_v_WKC), (d_k, d_v)

@@ -1,21 +1,36 @@
 """What a window's forward and backward keep: it depends on the window, not on the sequence it is part of."""
 
+from functools import cache
+
+import jax
+import pytest
 import training
 
+from jaxserve.bench.hlo import copies
 from jaxserve.engine.step import step
 
 PAGES_PER_SEQ = 8
 
 
-def temporary_bytes(monkeypatch, pages_per_seq):
-    """Of the compiled step, beside its arguments: the pool of keys and values and the accumulators are among those."""
-    monkeypatch.setattr(training, "PAGES_PER_SEQ", pages_per_seq)
-    trainer = training.Trainer("llama", "float32", "attention")
-    ints, _, floats, _ = trainer.layout.empty()
-    compiled = step.lower(trainer.params, trainer.state, ints, floats, None, spec=trainer.spec).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+@cache
+def compiled(pages_per_seq):
+    """The step, and what it is of."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "PAGES_PER_SEQ", pages_per_seq)
+        trainer = training.Trainer("llama", "float32", "attention")
+        ints, _, floats, _ = trainer.layout.empty()
+        program = step.lower(trainer.params, trainer.state, ints, floats, None, spec=trainer.spec).compile()
+    return program, trainer
 
 
-def test_activations_do_not_grow_with_the_sequence(monkeypatch):
-    short, long = (temporary_bytes(monkeypatch, PAGES_PER_SEQ * times) for times in (1, 8))
+def test_activations_do_not_grow_with_the_sequence():
+    """The pool of keys and values and the accumulators are the step's arguments, not among its temporary arrays."""
+    programs = (compiled(PAGES_PER_SEQ * times)[0] for times in (1, 8))
+    short, long = (program.memory_analysis().temp_size_in_bytes for program in programs)
     assert long < 1.1 * short, f"{short} bytes at {PAGES_PER_SEQ * training.PAGE} tokens, {long} at eight times as many"
+
+
+def test_the_accumulators_are_added_to_in_place():
+    program, trainer = compiled(PAGES_PER_SEQ)
+    arrays = jax.tree.leaves((trainer.state.kv, trainer.state.train.acc))
+    assert not copies(program.as_text(), [(x.dtype.name, x.shape) for x in arrays])
