@@ -14,12 +14,10 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import target
 from pallas_kernels.numerics import map_rows
 from pallas_kernels.token_sampling import VocabShard, log_normaliser, pick
 
-CHUNK_ROWS = 64
-GPU_CHUNK_ROWS = 256  # each chunk reads the head twice: with fewer rows a GPU waits for memory
+CHUNK_ROWS = 256  # each chunk reads the head twice: with fewer rows a GPU waits for memory, a CPU's products are slow
 CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO = range(3)
 
 
@@ -67,8 +65,6 @@ def loss_and_gradient(
       head: [Q, D] -> this shard's logits [Q, V] in float32 or wider, padding of the vocabulary at -inf, and their
         vector-Jacobian product [Q, V] -> [Q, D] (this shard's part; the parts are summed here).
     """
-    device = target()
-    most = GPU_CHUNK_ROWS if device is not None and device.platform == "gpu" else CHUNK_ROWS
 
     def chunk(args):
         hidden_QD, rows = args
@@ -84,5 +80,5 @@ def loss_and_gradient(
         d_hidden_QD = shard.sum(pull(jnp.where(learns_Q[:, None], d_logits_QV, 0)))
         return jnp.where(learns_Q, loss_Q, 0), logprob_Q, jnp.where(learns_Q[:, None], d_hidden_QD, 0)
 
-    loss_W, logprob_W, d_hidden_WD = map_rows(chunk, most, (hidden_WD, rows))
+    loss_W, logprob_W, d_hidden_WD = map_rows(chunk, CHUNK_ROWS, (hidden_WD, rows))
     return loss_W, logprob_W, d_hidden_WD.astype(hidden_WD.dtype)
