@@ -3,6 +3,8 @@
 The oracle is written without any of the engine's slots: dense attention, LoRA as two einsums, jax.grad of the whole.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,7 @@ from sharding import make_mesh, named_sharding
 PAGE, BLOCK, W, CHUNK, DECODE, PAGES_PER_SEQ = 16, 8, 32, 64, 8, 8
 NUM_PAGES, TRAIN_SLOTS, NUM_SLOTS, STASH_BLOCKS = 64, 6, 4, 40
 LONGEST = 104  # tokens of a sequence that the oracle looks at
+QUICK: Any = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
 
 def random_params(config: ModelConfig, dtype: str, seed: int = 0, tp: int = 1):
@@ -114,6 +117,7 @@ class Trainer:
         self.pages, self.free_pages, self.free_acc = pages, list(range(NUM_PAGES)), list(range(40))
         self.free_blocks = list(range(STASH_BLOCKS if stashed else 0))
         self.steps = 0
+        self._quick: Any = None
 
     def lane(self, index: int, adapter: AdapterWeights) -> Lane:
         """Uploads an adapter and gives it a lane."""
@@ -140,8 +144,12 @@ class Trainer:
         """One step with these windows."""
         plan = StepPlan(index=self.steps, chunks=(), chunk_rows=0, finetune=FinetunePlan(grads, forwards))
         packed = self.packer.pack(plan, self.bucket, True)
-        scales = self.writer.scales
-        self.state, output = step(self.params, self.state, packed.ints, packed.floats, scales, spec=self.spec)
+        arguments = self.params, self.state, packed.ints, packed.floats, self.writer.scales
+        if self.dtype == "float64":  # whose bits nobody compares
+            self._quick = self._quick or step.lower(*arguments, spec=self.spec).compile(compiler_options=QUICK)
+            self.state, output = self._quick(*arguments)
+        else:
+            self.state, output = step(*arguments, spec=self.spec)
         self.steps += 1
         row = 0
         for w in grads:
@@ -203,7 +211,7 @@ class Oracle:
     def __init__(self, config: ModelConfig, params, adapter: AdapterWeights, drop=None):
         self.config, self.params, self.adapter = config, params, adapter
         self.drop = drop or (lambda layer, site, x, key: x)
-        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True))
+        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), compiler_options=QUICK)
 
     def __call__(self, token_ids, weights, key: int = 0):
         """Loss, log-probabilities of the tokens after the first, and gradients by module.

@@ -349,11 +349,11 @@ METHODS = {
 @pytest.mark.parametrize(
     ("family", "method", "stash"),  # tokens of it; None: the engine's own choice, which has one
     [
-        ("llama", "lora", None),
+        ("llama", "lora", None),  # the other tests' programs
         pytest.param("llama", "rslora", 0, marks=pytest.mark.slow),
         pytest.param("qwen2", "dora", 0, marks=pytest.mark.slow),
         pytest.param("llama", "dora", None, marks=pytest.mark.slow),
-        ("llama", "ia3", None),  # these two are compiled for the other tests already, but for the scales
+        pytest.param("llama", "ia3", None, marks=pytest.mark.slow),
         pytest.param("qwen2", "ia3", 0, marks=pytest.mark.slow),
         pytest.param("mistral", "lora", 0, marks=pytest.mark.slow),
         pytest.param("qwen2", "lora", None, marks=pytest.mark.slow),
