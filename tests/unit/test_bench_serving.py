@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -192,6 +193,12 @@ def test_host_time_of_a_full_batch_counts_only_steps_that_drew_a_token_for_every
     assert (full["running"], full["steps"]) == (2, 2)
     assert (full["median"], full["plan"]) == pytest.approx((20.0, 10.0))
     assert (full["send"], full["min"]) == pytest.approx((15.0, 7.5))  # without what is taken in afterwards
+
+
+def test_a_step_that_sends_nothing_is_not_the_quickest():
+    last = replace(step(2, 2, 0.001), pack_seconds=0.0)
+    full = metrics(replace(RUN, steps=[*RUN.steps, last]))["host_full_batch"]
+    assert full["min"] == pytest.approx(7.5)
 
 
 @pytest.mark.parametrize(
