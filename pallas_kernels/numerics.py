@@ -61,6 +61,11 @@ def apart(x: jax.Array, one: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, one, cpu=alone, default=lambda x, one: x)
 
 
+def never(x: jax.Array) -> jax.Array:
+    """False everywhere: x equals a value that is not there, as the compiler cannot know before it has x."""
+    return x == jnp.finfo(x.dtype).max
+
+
 def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
     """x, from which nothing can be computed before ``others`` are there; on a CPU just x.
 
@@ -71,8 +76,7 @@ def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
     def dependent(x: jax.Array, others: tuple[jax.Array, ...]) -> jax.Array:
         for other in others:
             first = lax.slice(other, (0,) * other.ndim, (1,) * other.ndim)
-            never = first == jnp.finfo(other.dtype).max  # of a value that is not there, as the compiler cannot know
-            x = jnp.where(never.reshape((1,) * x.ndim), jnp.zeros_like(x), x)
+            x = jnp.where(never(first).reshape((1,) * x.ndim), jnp.zeros_like(x), x)
         return x
 
     return lax.platform_dependent(x, tuple(others), cpu=lambda x, _: x, default=dependent)

@@ -10,9 +10,9 @@ kernel for another number of rows, and with it other last bits.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from math import ceil
 
 from jaxserve.engine.hashing import hashed_once
+from jaxserve.finetune.windows import rounded
 
 MIN_ROWS = 8
 PADDING = 1.03  # a size is worth a program if the next larger one has more than so many times the rows
@@ -121,7 +121,7 @@ class Buckets:
 
         kept = [most]
         for quarters in (4, 3, 2, 1):
-            size = _whole(_most_beside(most) * quarters / 4)
+            size = rounded(_most_beside(most) * quarters // 4, MIN_ROWS)
             if size < kept[-1] and rows(kept[-1]) > PADDING * rows(size):
                 kept.append(size)
         if chunk_rows and kept[-1] > self.decode_rows[0]:
@@ -163,12 +163,8 @@ class Buckets:
 
 
 def _most_beside(decode_rows: int) -> int:
-    return _whole(decode_rows * 3 / 8)
-
-
-def _whole(rows: float) -> int:
-    """Rounded up to whole ``MIN_ROWS``."""
-    return ceil(rows / MIN_ROWS) * MIN_ROWS
+    """3/8, in whole ``MIN_ROWS``."""
+    return rounded(-(-decode_rows * 3 // 8), MIN_ROWS)
 
 
 _one = lru_cache(maxsize=None)(Bucket)  # equal buckets are the same object: looking one up compares nothing

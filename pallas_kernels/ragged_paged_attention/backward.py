@@ -11,10 +11,10 @@ B sequences, M pages per sequence.
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
+from pallas_kernels.numerics import never
 from pallas_kernels.ragged_paged_attention import reference, xla_backward
 from pallas_kernels.ragged_paged_attention.kernel_limits import refuse
 from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
@@ -72,11 +72,9 @@ def take_rows(
     """Reads the rows' finished sums and sets them back to zero. A page of A or more reads zero."""
 
     def take(pool_AKGC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # XLA's CPU backend copies a pool that is written while it may still have to be read: rows are read once, and
-        # what is written depends on them
-        rows_WKC = lax.optimization_barrier(pool_AKGC.at[page_W, :, offset_W].get(mode="fill", fill_value=0))
-        never = rows_WKC == jnp.finfo(rows_WKC.dtype).max
-        zeros_WKC = jnp.where(never, -0.0, jnp.zeros_like(rows_WKC))
+        # what is written depends on what was read: XLA's CPU backend copies a pool that may be written before
+        rows_WKC = pool_AKGC.at[page_W, :, offset_W].get(mode="fill", fill_value=0)
+        zeros_WKC = jnp.where(never(rows_WKC), -0.0, jnp.zeros_like(rows_WKC))
         return rows_WKC, pool_AKGC.at[page_W, :, offset_W].set(zeros_WKC, mode="drop")
 
     (d_k_WKC, d_k), (d_v_WKC, d_v) = take(accumulators[0]), take(accumulators[1])

@@ -325,9 +325,7 @@ def torch_losses(path, start, job):
         optimizer.zero_grad()
         step_loss = 0.0
         for example in batch:
-            ids = torch.tensor(example.token_ids, dtype=torch.long)[None]
-            logprob = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            loss = -(logprob * torch.tensor(example.weights[1:])).sum() / total
+            loss = -(logprobs_of(model, example.token_ids.tolist()) * torch.tensor(example.weights[1:])).sum() / total
             loss.backward()
             step_loss += float(loss.detach())
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -393,7 +391,6 @@ def test_a_job_is_peft_step_for_step(tmp_path, family, method, stash):
     prompt = rng.integers(0, tiny_models.VOCAB_SIZE, 40).tolist()
     params = jaxserve.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
     output = engine.generate([prompt], params, adapter="a")[0]
-    ids = torch.tensor([prompt])
-    expected = served(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].detach().numpy()
+    expected = logprobs_of(served, prompt).detach().numpy()
     found = [entry[token] for entry, token in zip(output.prompt_logprobs[1:], prompt[1:], strict=True)]
     np.testing.assert_allclose(found, expected, atol=1e-4)
