@@ -70,6 +70,7 @@ class Trainer:
         self._lanes = list(range(shape.num_lanes))
         self.waiting: list[Training] = []
         self.trainings: dict[str, Training] = {}
+        self._ended: list[Training] = []  # with updates that the host had not read, and that may yet fail
         self.versions = Versions(self.trainings, sums, residency, store)
         self.sessions = Sessions(self.trainings, sums, self._publish)
         self.trained_tokens = 0
@@ -213,6 +214,8 @@ class Trainer:
         if training.lane is not None:
             self.sums.take(training)  # what is left of a batch that will not be finished
         self._leave_lane(training)
+        if training.unread:
+            self._ended.append(training)
         job.move(status, message, error)
         if training.saver is not None:
             training.saver.close_soon()
@@ -291,6 +294,7 @@ class Trainer:
                 seq.num_read += 1
                 batch.finite &= finite
         self.failures, self.held = 0, False
+        self._ended = [training for training in self._ended if not _has_come(training.now.masters)]
         for training in list(self.trainings.values()):
             while training.unread and training.unread[0].batch.read:
                 self._update_done(training, training.unread.pop(0))
@@ -374,6 +378,9 @@ class Trainer:
         self.sums.reset()
         for training in self.trainings.values():
             self._go_back(training)
+        for training in self._ended:
+            _rebind_unread(training)
+        self._ended = []
         self.failures += bool(blamed)
         if self.failures <= MAX_FAILURES:
             return
@@ -397,10 +404,19 @@ class Trainer:
         job.batch, training.now = None, training.read
         if training.loaded is not None and training.lane is not None:
             self.sums.write(training, training.loaded)
-        for version in {update.version for update in training.unread} | {training.version}:
-            if version is not None:  # nobody has seen a token of these yet: their steps were not read
-                cast(LiveWeights, version.weights).rebind(training.read.masters)
+        _rebind_unread(training)
         training.unread = []
+
+
+def _rebind_unread(training: Training) -> None:
+    """Gives what was read last to the versions whose steps were not: nobody has seen a token of these yet."""
+    for version in {update.version for update in training.unread} | {training.version}:
+        if version is not None:
+            cast(LiveWeights, version.weights).rebind(training.read.masters)
+
+
+def _has_come(arrays: Any) -> bool:
+    return all(array.is_ready() for array in jax.tree.leaves(arrays)) and _is_good(arrays)
 
 
 def _is_good(arrays: Any) -> bool:

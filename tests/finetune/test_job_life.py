@@ -17,6 +17,7 @@ import jaxserve
 from jaxserve import faults
 from jaxserve.adapters.peft_io import load_peft
 from jaxserve.engine import programs, saver, trainer
+from jaxserve.engine.lanes import weights_of
 from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.folder import read_events, read_job
 
@@ -386,6 +387,18 @@ def test_a_step_made_again_is_served_and_trained_on_as_it_was_made_the_second_ti
     assert len(failed) == 4
     assert (job.losses, job.validation_losses) == undisturbed[:2]
     assert content(engine, "a") == undisturbed[2]
+
+
+def test_a_version_of_a_cancelled_job_outlives_the_failure_of_its_unread_step(engine, monkeypatch, caplog):
+    job = engine.finetune(examples(1), adapter="a", **JOB)
+    training = engine.core.trainer.trainings[job.id]
+    until(engine, lambda: job.step >= 1 and training.unread)
+    with monkeypatch.context() as patch:
+        break_steps(patch, lambda number, bucket: number == 0)
+        job.cancel()
+        assert engine.generate([[1, 2, 3]], adapter="a")[0].adapter_version == training.version.version
+    read = weights_of(training.read.masters, training.job.start)
+    assert content(engine, "a") == as_bytes(read) != as_bytes(weights_of(training.now.masters, training.job.start))
 
 
 def test_a_job_whose_steps_always_fail_is_given_up_and_serving_goes_on(engine, monkeypatch, caplog):
