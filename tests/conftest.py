@@ -48,6 +48,20 @@ def _room_for_programs():
         gc.collect()
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """The module's programs compile in two thirds of the time, without optimization: not for tests of what optimized
+    code alone could get wrong, as whether its bits depend on the company of a row."""
+    import jax
+
+    before = jax.config.jax_disable_most_optimizations
+    jax.clear_caches()  # they do not tell the two kinds apart
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _no_config_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's JAXSERVE_SECTION__KEY variables are not part of a test."""

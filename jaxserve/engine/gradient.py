@@ -37,7 +37,7 @@ from jaxserve.engine.linear import Lanes, Linear, Linears
 from jaxserve.engine.stash import Kept, Stash, StashShape, Tape, take
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
 from jaxserve.models import decoder
-from jaxserve.models.config import LayerConfig, ModelConfig
+from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig
 from jaxserve.models.layers import rms_norm
 from pallas_kernels.cross_entropy import loss_and_gradient
 from pallas_kernels.numerics import after, apart, contract, wide_dtype
@@ -152,6 +152,7 @@ class GradientRows:
             remat = spec.train.remat
             self.tape = AutodiffTape(self) if remat == "none" else Tape(linears, self.W, remat)
         self.pull_layers: dict[LayerConfig, Callable] = {}  # the backward of each kind of layer, traced once
+        self.ropes: dict[RopeConfig, tuple[jax.Array, jax.Array]] = {}  # cos and sin, [W, C] each
         slots, W = spec.layout.all_slots, self.W
         self.slot_W = jnp.minimum(self.grad.rows.slot_T, slots - 1)
         self.position_W = self.grad.rows.position_T
@@ -213,6 +214,9 @@ class GradientRows:
             d_x_TD, d_lanes, acc = self.tape.pulls[index](jnp.pad(d_x_WD, ((0, T - self.W), (0, 0))))
             return d_x_TD[: self.W], d_lanes, acc
         layer_config = self.spec.config.layers[index]
+        if layer_config.rope not in self.ropes:
+            position_W = jnp.maximum(self.position_W, 0)
+            self.ropes[layer_config.rope] = decoder.rotary(self.spec.config, layer_config, position_W, d_x_WD.dtype)
         if layer_config not in self.pull_layers:
             self.pull_layers[layer_config] = jax.jit(partial(self._pull, layer_config))
         p = {**self.params["layers"][index], "index": jnp.int32(index)}
@@ -233,7 +237,7 @@ class GradientRows:
         else:
             x_WD, d_x_WD = lax.optimization_barrier((kept.x_WD, d_x_WD))
             products = {site: after(z_WO, [d_x_WD]) for site, z_WO in kept.products.items()}
-        rope = decoder.rotary(self.spec.config, layer_config, jnp.maximum(self.position_W, 0), x_WD.dtype)
+        rope = self.ropes[layer_config.rope]
 
         def run(x_WD, lanes, acc):
             def attend(q, k, v, kv, layer):

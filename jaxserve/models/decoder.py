@@ -19,6 +19,7 @@ from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig, member_
 from jaxserve.models.layers import accumulator, gated, matmul, rms_norm, soft_cap
 from jaxserve.models.params import BIASES, SITES
 from jaxserve.models.rope import cos_sin, rotate
+from pallas_kernels.numerics import apart
 
 __all__ = [
     "BIASES", "COLUMN", "ROW", "SITES", "forward", "head_name", "layer", "logits", "member_dims",
@@ -32,8 +33,13 @@ ROW = frozenset({"o_proj", "down_proj"})  # sites split over their inputs: their
 def rotary(
     config: ModelConfig, layer: LayerConfig, position_T: jax.Array, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """cos and sin, [T, C] each, of a layer's rope at these positions."""
-    return cos_sin(layer.rope, config.head_dim, position_T, dtype)
+    """cos and sin, [T, C] each, of a layer's rope at these positions.
+
+    On a CPU they are computed here and once: XLA would compute them anew for each head of each layer.
+    """
+    one = (position_T[0] > -2).astype(jnp.int32)  # all positions are; that only the run knows
+    cos_TC, sin_TC = apart(jnp.stack(cos_sin(layer.rope, config.head_dim, position_T, dtype)), one)
+    return cos_TC, sin_TC
 
 
 def layer(

@@ -8,6 +8,8 @@ import serving
 
 from jaxserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ADAPTERS = (None, "small", "middle", "large")
 
 

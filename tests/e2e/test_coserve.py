@@ -7,6 +7,8 @@ import tiny_models
 
 from jaxserve.cli import main
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):

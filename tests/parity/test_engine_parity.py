@@ -9,6 +9,8 @@ import serving
 import tiny_models
 from tiny_models import LLAMA3, YARN
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 CASES = {
     "llama": ("llama", {}),
     "llama-mqa-tied-llama3-rope": (

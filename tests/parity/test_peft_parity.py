@@ -6,6 +6,8 @@ import serving
 import tiny_adapters
 import tiny_models
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 

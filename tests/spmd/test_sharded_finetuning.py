@@ -7,6 +7,8 @@ from safetensors.numpy import load_file
 
 from jaxserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 EXAMPLES = [serving.prompt(length) for length in (40, 23, 31, 17)]
 TRAIN = {"max_finetune_jobs": 1, "finetune_window": 16, "finetune_stash_tokens": 64}
 SMALL = {"max_num_seqs": 2, "max_num_batched_tokens": 16, "max_model_len": 64, "num_kv_pages": 16}

@@ -11,6 +11,8 @@ import serving
 from jaxserve.engine.step import step
 from jaxserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 HEADS = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,

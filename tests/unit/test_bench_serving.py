@@ -11,6 +11,8 @@ from jaxserve.config import Config
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.outputs import Event
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TINY = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
