@@ -8,7 +8,7 @@ import serving
 
 from jaxserve.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 ADAPTERS = (None, "small", "middle", "large")
 

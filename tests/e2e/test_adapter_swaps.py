@@ -7,7 +7,7 @@ import serving
 
 from jaxserve.errors import AdapterError, AdapterNotFound
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 PROMPT = serving.prompt(50)
 PARAMS = serving.greedy(20)

@@ -7,7 +7,7 @@ import tiny_models
 
 from jaxserve.cli import main
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from jaxserve.engine.lanes import weights_of
 from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.folder import read_events, read_job
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 6, "dropout": 0.1}
 LIFE = {"max_finetune_jobs": 1, "finetune_window": 16, "finetune_stash_tokens": 0}

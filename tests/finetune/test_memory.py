@@ -9,7 +9,7 @@ import training
 from jaxserve.bench.hlo import copies
 from jaxserve.engine.step import step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 PAGES_PER_SEQ = 8
 

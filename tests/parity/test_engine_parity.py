@@ -9,7 +9,7 @@ import serving
 import tiny_models
 from tiny_models import LLAMA3, YARN
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 CASES = {
     "llama": ("llama", {}),

@@ -6,7 +6,7 @@ import serving
 import tiny_adapters
 import tiny_models
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")

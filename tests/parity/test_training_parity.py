@@ -12,7 +12,7 @@ from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.engine import programs
 from jaxserve.finetune.data import Cursor
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

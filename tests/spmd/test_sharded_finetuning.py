@@ -7,7 +7,7 @@ from safetensors.numpy import load_file
 
 from jaxserve.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 EXAMPLES = [serving.prompt(length) for length in (40, 23, 31, 17)]
 TRAIN = {"max_finetune_jobs": 1, "finetune_window": 16, "finetune_stash_tokens": 64}

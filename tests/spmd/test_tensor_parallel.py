@@ -11,7 +11,7 @@ import serving
 from jaxserve.engine.step import step
 from jaxserve.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 HEADS = {
     "num_attention_heads": 8,

@@ -11,7 +11,7 @@ from jaxserve.config import Config
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.outputs import Event
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],

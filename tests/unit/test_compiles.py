@@ -15,7 +15,7 @@ from jaxserve.engine.state import copy_pages, write_slot
 from jaxserve.engine.step import step
 from jaxserve.sampling import SamplingParams
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.quick_compiles
 
 ADAPTERS = (None, "rank-4", "rank-16", "rank-40", "rank-64", "rank-1")
 NUM_REQUESTS = 500
