@@ -24,7 +24,9 @@ def make_mesh(tensor_parallel: int = 1, devices: Sequence[Any] | None = None) ->
         devices = jax.devices()
     devices = list(devices)
     if not 1 <= tensor_parallel <= len(devices):
-        raise ValueError(f"tensor_parallel {tensor_parallel} must be between 1 and the {len(devices)} devices present")
+        message = f"tensor_parallel {tensor_parallel} must be between 1 and the {len(devices)} devices present"
+        whole_cpu = tensor_parallel > 1 == len(devices) and devices[0].platform == "cpu"
+        raise ValueError(message + "; a CPU is split only at JAX's first use in a process" * whole_cpu)
     return Mesh(np.array(devices[:tensor_parallel]), (AXIS,))
 
 

@@ -48,6 +48,11 @@ def test_a_mesh_of_other_sizes_is_refused(size):
         make_mesh(size)
 
 
+def test_a_cpu_that_is_in_use_is_not_split_and_the_error_says_why():
+    with pytest.raises(ValueError, match="the 1 devices present; a CPU is split only at JAX's first use in a process"):
+        make_mesh(2, jax.devices()[:1])
+
+
 @pytest.mark.parametrize(
     ("axes", "expected"),
     [
