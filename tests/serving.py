@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pack_audit
+import pytest
 import tiny_adapters
 import tiny_models
 
@@ -43,6 +44,26 @@ SIZES: dict[str, Any] = {
 }
 LARGE: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 128, "max_loras": 16}
 _FOLDER = tempfile.TemporaryDirectory(prefix="tiny")
+
+
+def count_compilations(monkeypatch: pytest.MonkeyPatch, core: EngineCore, *names: str) -> dict[str, int]:
+    """How many programs these methods compile, by name, from here on."""
+    counted = {}
+
+    def watch(name: str) -> None:
+        original = getattr(core, name)
+
+        def call(*args):
+            before = core.compiles.before_ready + core.compiles.after_ready
+            result = original(*args)
+            counted[name] = core.compiles.before_ready + core.compiles.after_ready - before
+            return result
+
+        monkeypatch.setattr(core, name, call)
+
+    for name in names:
+        watch(name)
+    return counted
 
 
 def model_dir(family: str = "llama", **options: Any) -> str:

@@ -24,7 +24,7 @@ from jaxserve.engine.bank_writer import BankWriter
 from jaxserve.engine.batch import PROMPT_LOGPROBS
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.compiles import CompileCounter
-from jaxserve.engine.gradient import empty_scale_lanes, empty_train_state, sums_alone
+from jaxserve.engine.gradient import TrainShape, empty_scale_lanes, empty_train_state, sums_alone
 from jaxserve.engine.job_programs import DeviceShapes, shapes_of
 from jaxserve.engine.lane_sums import LaneSums
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
@@ -124,6 +124,7 @@ class EngineCore:
         self.recovery = Recovery(self.scheduler, self.planner, self._rebuild)
         self._last_done = 0.0
         self.lock = threading.RLock()
+        self._enabling = threading.Lock()  # held while programs are made ready beside the loop; before ``lock``
         self.programs.add(buckets, extended=False)
 
     # start-up
@@ -157,15 +158,18 @@ class EngineCore:
     def _try_all(self, keys: Iterable[ProgramKey]) -> dict[str, float]:
         """Compiles programs and runs each a few times on nothing; the shortest run after the first is its time.
         Returns the seconds that each took to compile."""
-        seconds = {}
-        for (bucket, extended), compiling in self.programs.compile(keys, self._arrays()).items():
+        with self.lock:
+            arrays, seconds = shapes_of(self._arrays()), {}
+        for (bucket, extended), compiling in self.programs.compile(keys, arrays).items():
             ints, _, floats, _ = self.specs[bucket, extended].layout.empty()
             times = []
             for _ in range(1 + TIMED_RUNS):
-                start = self.clock()
-                jax.block_until_ready(self._run((bucket, extended), ints, floats, draws=True))
-                times.append(self.clock() - start)
-            self.planner.times.calibrate(bucket, extended, min(times[1:]))
+                with self.lock:  # for no longer: the loop may be serving
+                    start = self.clock()
+                    jax.block_until_ready(self._run((bucket, extended), ints, floats, draws=True))
+                    times.append(self.clock() - start)
+            with self.lock:
+                self.planner.times.calibrate(bucket, extended, min(times[1:]))
             seconds[f"{bucket} extended" if extended else str(bucket)] = compiling
         return seconds
 
@@ -206,33 +210,51 @@ class EngineCore:
                 f"finetuning needs tensor_parallel at most num_key_value_heads {self.model.num_kv_heads}; "
                 f"it is {self.mesh.size}"
             )
-        with self.lock, self.compiles.preparing():
-            rows = c.max_grad_rows // c.row_block * c.row_block
-            shape = train_shape(c, lanes)
-            empty = partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype)
-            self.trainer = Trainer(
-                self.model,
-                self.mesh,
-                LaneSums(shape, self.bank, self.mesh, empty, self._device_shapes),
-                self.pool,
-                self.residency,
-                store,
-                row_block=c.row_block,
-                max_window=rows,
-                clock=self.clock,
-            )
-            self.programs.train = shape
-            self.packer.train = shape
-            self.scheduler.reclaim = self.trainer.queue.give_way
+        with self._enabling, self.compiles.preparing():
+            if self.trainer is not None:
+                return {}
+            trainer = self._make_trainer(store, train_shape(c, lanes))
+            shape, rows = trainer.sums.shape, trainer.queue.max_window
             buckets = Buckets.make(
                 self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows, shape.stash_blocks > 0
             )
-            self.planner.set_buckets(buckets)
-            self.planner.finetuning = self.trainer
-            if self.programs.extras.scales:
-                self.trainer.sums.enable_scales()
-            new = self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets)
+            self._compile_training_ahead(trainer, buckets)
+            with self.lock:
+                self.trainer = self.planner.finetuning = trainer
+                self.programs.train = self.packer.train = shape
+                self.scheduler.reclaim = trainer.queue.give_way
+                self.planner.set_buckets(buckets)
+                new = self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets)
             return self._try_all(new) if self.compiles.ready else {}
+
+    def _make_trainer(self, store: AdapterStore, shape: TrainShape) -> Trainer:
+        c = self.config
+        assert self.bank is not None
+        empty = partial(empty_train_state, shape, self.bank, self.model, self.mesh, c.page_size, c.dtype)
+        trainer = Trainer(
+            self.model,
+            self.mesh,
+            LaneSums(shape, self.bank, self.mesh, empty, self._device_shapes),
+            self.pool,
+            self.residency,
+            store,
+            row_block=c.row_block,
+            max_window=c.max_grad_rows // c.row_block * c.row_block,
+            clock=self.clock,
+        )
+        if self.programs.extras.scales:
+            trainer.sums.enable_scales()
+        return trainer
+
+    def _compile_training_ahead(self, trainer: Trainer, buckets: Buckets) -> None:
+        """Compiles from shapes, on the caller's thread, what ``enable_training`` then finds compiled."""
+        with self.lock:
+            if not self.compiles.ready:
+                return
+            programs, arrays = self.programs.knowing(self.programs.extras), shapes_of(self._arrays())
+        programs.train = trainer.sums.shape
+        new = programs.add(buckets, extended=False) + programs.add_extended(buckets)
+        programs.compile(new, arrays._replace(train=shapes_of(trainer.sums.state)))
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
@@ -247,18 +269,22 @@ class EngineCore:
     def enable(self, *, scales: bool = False, dropout: bool = False) -> dict[str, float]:
         """Compiles the programs that know scales (of (IA)3 and DoRA adapters) or dropout, once either is asked for.
         Returns seconds by program."""
-        self._compile_ahead(scales, dropout)
-        with self.lock, self.compiles.preparing():
-            had, extras = self.programs.extras, self._extras(scales, dropout)
-            if self.writer is None or extras == had:
-                return {}
-            if extras.scales and not had.scales:
-                self.writer.enable_scales()
-                self._warm_up_writer()
-                if self.trainer is not None:
-                    self.trainer.sums.enable_scales()
-            self.programs.extras = extras
-            return self._try_all(self.programs.add_extended(self.planner.buckets))
+        if self._extras(scales, dropout) == self.programs.extras:  # a reload may ask, in the loop
+            return {}
+        with self._enabling, self.compiles.preparing():
+            self._compile_ahead(scales, dropout)
+            with self.lock:
+                had, extras = self.programs.extras, self._extras(scales, dropout)
+                if self.writer is None or extras == had:
+                    return {}
+                if extras.scales and not had.scales:
+                    self.writer.enable_scales()
+                    self._warm_up_writer()
+                    if self.trainer is not None:
+                        self.trainer.sums.enable_scales()
+                self.programs.extras = extras
+                new = self.programs.add_extended(self.planner.buckets)
+            return self._try_all(new)
 
     def _extras(self, scales: bool, dropout: bool) -> Extras:
         had = self.programs.extras
@@ -271,14 +297,13 @@ class EngineCore:
             if self.writer is None or extras == self.programs.extras or not self.compiles.ready:
                 return
             programs, arrays = self.programs.knowing(extras), shapes_of(self._arrays())
-        with self.compiles.preparing():
-            if extras.scales and arrays.scales is None:
-                arrays = arrays._replace(scales=shapes_of(ScalesShape(self.writer.shape).empty(self.mesh)))
-                self.writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
-                if programs.train is not None and arrays.train is not None:
-                    lanes = empty_scale_lanes(programs.train, self.writer.shape, self.mesh)
-                    arrays = arrays._replace(train=replace(arrays.train, scale_lanes=shapes_of(lanes)))
-            programs.compile(programs.add_extended(self.planner.buckets), arrays)
+        if extras.scales and arrays.scales is None:
+            arrays = arrays._replace(scales=shapes_of(ScalesShape(self.writer.shape).empty(self.mesh)))
+            self.writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
+            if programs.train is not None and arrays.train is not None:
+                lanes = empty_scale_lanes(programs.train, self.writer.shape, self.mesh)
+                arrays = arrays._replace(train=replace(arrays.train, scale_lanes=shapes_of(lanes)))
+        programs.compile(programs.add_extended(self.planner.buckets), arrays)
 
     def _warm_up_writer(self) -> None:
         assert self.writer is not None

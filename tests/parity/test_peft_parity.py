@@ -150,21 +150,7 @@ def scaled_engine(biased):
 
 
 def test_the_first_adapter_with_scales_compiles_nothing_in_the_loop(scaled_engine, biased, tmp_path, monkeypatch):
-    core, compiled = scaled_engine.core, {}
-
-    def watch(name):
-        original = getattr(core, name)
-
-        def counted(*args):
-            before = core.compiles.before_ready + core.compiles.after_ready
-            result = original(*args)
-            compiled[name] = core.compiles.before_ready + core.compiles.after_ready - before
-            return result
-
-        monkeypatch.setattr(core, name, counted)
-
-    watch("_warm_up_writer")
-    watch("_try_all")
+    compiled = serving.count_compilations(monkeypatch, scaled_engine.core, "_warm_up_writer", "_try_all")
     config = tiny_adapters.ia3_config()
     tensors = tiny_adapters.random_tensors(config, serving.model_config(biased))
     scaled_engine.load_adapter("first", tiny_adapters.write_files(tmp_path / "first", config, tensors))

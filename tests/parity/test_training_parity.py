@@ -5,6 +5,7 @@ import itertools
 
 import numpy as np
 import pytest
+import serving
 import tiny_models
 
 import jaxserve
@@ -39,8 +40,27 @@ def path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(path):
-    return jaxserve.Engine.from_pretrained(path, **SIZES)
+def prepared(path):
+    """An engine that is asked to finetune when it is running, and what it compiled then in the way of its loop."""
+    engine = jaxserve.Engine.from_pretrained(path, **SIZES | {"max_finetune_jobs": 0})
+    with pytest.MonkeyPatch.context() as patch:
+        compiled = serving.count_compilations(patch, engine.core, "_try_all")
+        engine.prepare_finetuning()
+    return engine, compiled
+
+
+@pytest.fixture(scope="module")
+def engine(prepared):
+    return prepared[0]
+
+
+def test_the_first_job_of_a_running_engine_compiles_nothing_in_the_loop(prepared):
+    engine, compiled = prepared
+    assert compiled == {"_try_all": 0}
+    assert engine.stats()["recompiles"] == 0
+    trainer = engine.core.trainer  # as of two first jobs at a time, each on a thread
+    assert engine.core.enable_training(engine.adapters, 1) == {}
+    assert engine.core.trainer is trainer
 
 
 @pytest.fixture
