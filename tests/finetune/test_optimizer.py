@@ -12,6 +12,8 @@ from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.optimizer import apply_gradients, hyperparameters, init_state, make_optimizer
 from jaxserve.finetune.schedule import learning_rate
 
+pytestmark = pytest.mark.quick_compiles
+
 STEPS = 50
 LAYERS = 6  # more than a rank: a rule that took the stack for a matrix would show
 SHAPES = {"a": (LAYERS, 4, 12), "b": (LAYERS, 12, 4), "row": (LAYERS, 1, 9), "scale": (LAYERS, 7)}

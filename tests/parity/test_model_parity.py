@@ -14,6 +14,8 @@ from jaxserve.models import decoder
 from jaxserve.models.loader import load_config, load_params
 from sharding import make_mesh
 
+pytestmark = pytest.mark.quick_compiles
+
 NUM_TOKENS = 40  # longer than every window below
 CASES = {
     "llama-gqa": ("llama", {}),
