@@ -24,9 +24,10 @@ def make_mesh(tensor_parallel: int = 1, devices: Sequence[Any] | None = None) ->
         devices = jax.devices()
     devices = list(devices)
     if not 1 <= tensor_parallel <= len(devices):
-        message = f"tensor_parallel {tensor_parallel} must be between 1 and the {len(devices)} devices present"
-        whole_cpu = tensor_parallel > 1 == len(devices) and devices[0].platform == "cpu"
-        raise ValueError(message + "; a CPU is split only at JAX's first use in a process" * whole_cpu)
+        whole_cpu = tensor_parallel > 1 and [device.platform for device in devices] == ["cpu"]
+        hint = "; a CPU is split only at JAX's first use in a process" if whole_cpu else ""
+        present = f"{len(devices)} devices present{hint}"
+        raise ValueError(f"tensor_parallel {tensor_parallel} must be between 1 and the {present}")
     return Mesh(np.array(devices[:tensor_parallel]), (AXIS,))
 
 

@@ -158,9 +158,8 @@ class EngineCore:
     def _try_all(self, keys: Iterable[ProgramKey]) -> dict[str, float]:
         """Compiles programs and runs each a few times on nothing; the shortest run after the first is its time.
         Returns the seconds that each took to compile."""
-        with self.lock:
-            arrays, seconds = shapes_of(self._arrays()), {}
-        for (bucket, extended), compiling in self.programs.compile(keys, arrays).items():
+        seconds = {}
+        for (bucket, extended), compiling in self.programs.compile(keys, self._shapes()).items():
             ints, _, floats, _ = self.specs[bucket, extended].layout.empty()
             times = []
             for _ in range(1 + TIMED_RUNS):
@@ -176,6 +175,11 @@ class EngineCore:
     def _arrays(self) -> Arrays:
         train = self.trainer.sums.state if self.trainer is not None else None
         return Arrays(self.params, self.state, train, self.writer.scales if self.writer is not None else None)
+
+    def _shapes(self) -> Any:
+        """The same with shapes in place of the arrays, some of which the next step takes."""
+        with self.lock:
+            return shapes_of(self._arrays())
 
     def _run(
         self,
@@ -218,7 +222,8 @@ class EngineCore:
             buckets = Buckets.make(
                 self.scheduler.config.max_chunk_rows, c.max_num_seqs, c.row_block, rows, shape.stash_blocks > 0
             )
-            self._compile_training_ahead(trainer, buckets)
+            if self.compiles.ready:
+                self._compile_training_ahead(trainer, buckets)
             with self.lock:
                 self.trainer = self.planner.finetuning = trainer
                 self.programs.train = self.packer.train = shape
@@ -248,13 +253,10 @@ class EngineCore:
 
     def _compile_training_ahead(self, trainer: Trainer, buckets: Buckets) -> None:
         """Compiles from shapes, on the caller's thread, what ``enable_training`` then finds compiled."""
-        with self.lock:
-            if not self.compiles.ready:
-                return
-            programs, arrays = self.programs.knowing(self.programs.extras), shapes_of(self._arrays())
+        programs = self.programs.knowing(self.programs.extras)
         programs.train = trainer.sums.shape
         new = programs.add(buckets, extended=False) + programs.add_extended(buckets)
-        programs.compile(new, arrays._replace(train=shapes_of(trainer.sums.state)))
+        programs.compile(new, self._shapes()._replace(train=shapes_of(trainer.sums.state)))
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
@@ -272,11 +274,12 @@ class EngineCore:
         if self._extras(scales, dropout) == self.programs.extras:  # a reload may ask, in the loop
             return {}
         with self._enabling, self.compiles.preparing():
-            self._compile_ahead(scales, dropout)
+            had, extras = self.programs.extras, self._extras(scales, dropout)
+            if self.writer is None or extras == had:
+                return {}
+            if self.compiles.ready:
+                self._compile_ahead(self.writer, extras)
             with self.lock:
-                had, extras = self.programs.extras, self._extras(scales, dropout)
-                if self.writer is None or extras == had:
-                    return {}
                 if extras.scales and not had.scales:
                     self.writer.enable_scales()
                     self._warm_up_writer()
@@ -290,18 +293,14 @@ class EngineCore:
         had = self.programs.extras
         return Extras(had.scales or scales, had.dropout or dropout)
 
-    def _compile_ahead(self, scales: bool, dropout: bool) -> None:
+    def _compile_ahead(self, writer: BankWriter, extras: Extras) -> None:
         """Compiles from shapes, on the caller's thread, what ``enable`` then finds compiled: the loop serves on."""
-        with self.lock:
-            extras = self._extras(scales, dropout)
-            if self.writer is None or extras == self.programs.extras or not self.compiles.ready:
-                return
-            programs, arrays = self.programs.knowing(extras), shapes_of(self._arrays())
+        programs, arrays = self.programs.knowing(extras), self._shapes()
         if extras.scales and arrays.scales is None:
-            arrays = arrays._replace(scales=shapes_of(ScalesShape(self.writer.shape).empty(self.mesh)))
-            self.writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
+            arrays = arrays._replace(scales=shapes_of(ScalesShape(writer.shape).empty(self.mesh)))
+            writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
             if programs.train is not None and arrays.train is not None:
-                lanes = empty_scale_lanes(programs.train, self.writer.shape, self.mesh)
+                lanes = empty_scale_lanes(programs.train, writer.shape, self.mesh)
                 arrays = arrays._replace(train=replace(arrays.train, scale_lanes=shapes_of(lanes)))
         programs.compile(programs.add_extended(self.planner.buckets), arrays)
 
