@@ -89,6 +89,13 @@ def peft(bench: Bench) -> Iterator[Figure]:
         raise RuntimeError(done.stderr.strip()[-500:])
 
 
+class FewBuckets(Buckets):
+    """One size of decode rows beside other rows: what padding they are is little beside compiling more."""
+
+    def decodes_beside(self, chunk_rows: int, grad_rows: int = 0) -> tuple[int, ...]:
+        return self.decode_rows[-1:] if chunk_rows or grad_rows else self.decode_rows
+
+
 @contextmanager
 def few_buckets(buckets: Buckets) -> Iterator[None]:
     """Engines that are made meanwhile compile these shapes alone."""
@@ -96,7 +103,7 @@ def few_buckets(buckets: Buckets) -> Iterator[None]:
 
     def chosen(cls, max_chunk_rows, max_num_seqs, row_block, max_grad_rows=0, stashed=False) -> Buckets:
         grad_rows = buckets.grad_rows if max_grad_rows else ()
-        return Buckets(buckets.chunk_rows, buckets.decode_rows, grad_rows, stashed)
+        return FewBuckets(buckets.chunk_rows, buckets.decode_rows, grad_rows, stashed, row_block)
 
     setattr(Buckets, "make", classmethod(chosen))  # noqa: B010  (a type checker takes it for a method)
     try:
@@ -112,15 +119,16 @@ def start(bench: Bench) -> Iterator[Figure]:
     most = _most_rows(bench)
     sizes: dict[str, Any] = {
         "max_num_seqs": most,
-        "max_num_batched_tokens": 1024,
+        "max_num_batched_tokens": 2048,
         "max_model_len": 8704,
         "max_loras": 1 + most // 2,
-        "finetune_window": 4096,
-        "finetune_stash_tokens": 8704,
+        "finetune_window": 2048,
+        "finetune_stash_tokens": 16896,  # a sequence of 8,192 goes forward while another goes backward
         "gpu_memory_utilization": 0.85,
     }
-    # a long window for finetuning alone, and one for a step with requests
-    buckets = Buckets(chunk_rows=(1024,), decode_rows=(most,) if bench.few else (64, most), grad_rows=(1024, 4096))
+    # a long window for finetuning alone, and a short one for steps with requests
+    rows, sizes_of_windows = (64, most)[bench.few :], (1024, 2048)
+    buckets = Buckets(chunk_rows=sizes_of_windows, decode_rows=rows, grad_rows=sizes_of_windows)
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
         small = {"max_num_batched_tokens": 32, "max_model_len": 256, "max_loras": 5, "finetune_stash_tokens": 256}
