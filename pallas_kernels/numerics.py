@@ -70,14 +70,15 @@ def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
     """x, from which nothing can be computed before ``others`` are there; on a CPU just x.
 
     A dependency that no compiler takes away, as XLA does with ``lax.optimization_barrier`` before it puts instructions
-    in order.
+    in order. It costs a copy of x, so x is small, or is read once.
     """
 
     def dependent(x: jax.Array, others: tuple[jax.Array, ...]) -> jax.Array:
+        impossible = jnp.zeros((), bool)
         for other in others:
             first = lax.slice(other, (0,) * other.ndim, (1,) * other.ndim)
-            x = jnp.where(never(first).reshape((1,) * x.ndim), jnp.zeros_like(x), x)
-        return x
+            impossible |= never(first).reshape(())
+        return jnp.where(impossible, jnp.zeros_like(x), x)
 
     return lax.platform_dependent(x, tuple(others), cpu=lambda x, _: x, default=dependent)
 

@@ -182,12 +182,10 @@ class GradientRows:
         hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), self._last())
         loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, head, spec.shard)
         (d_x_WD,) = pull_norm(d_hidden_WD)
-        acc = list(self.train.acc)
+        acc, lanes = list(self.train.acc), dict[str, Lanes]()
         for index in reversed(range(spec.config.num_layers)):
-            d_x_WD, lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index])
+            d_x_WD, lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index], jax.tree.leaves(lanes))
             self.train = _with_lanes(self.train, lanes, index)  # the next layer's sums are read there: no copy of any
-            # nothing else waits for the sums, and what they are of would be kept until the end
-            d_x_WD = after(d_x_WD, jax.tree.leaves(lanes))
         return replace(self.train, acc=acc), loss_W, logprob_W
 
     def _last(self) -> Float[Array, "W D"]:
@@ -208,9 +206,11 @@ class GradientRows:
         assert self.grad.stash_block_N is not None, "a step whose gradient rows run forward in it"
         return self.grad.stash_block_N
 
-    def _pull_layer(self, index: int, d_x_WD, kv):
+    def _pull_layer(self, index: int, d_x_WD, kv, last_sums: list[jax.Array]):
+        """The backward of one layer, after the one behind it has added to its sums: nothing else waits for them, and
+        what they are of would be kept until the end."""
         if isinstance(self.tape, AutodiffTape):
-            T = self.spec.layout.bucket.rows
+            T, d_x_WD = self.spec.layout.bucket.rows, after(d_x_WD, last_sums)
             d_x_TD, d_lanes, acc = self.tape.pulls[index](jnp.pad(d_x_WD, ((0, T - self.W), (0, 0))))
             return d_x_TD[: self.W], d_lanes, acc
         layer_config = self.spec.config.layers[index]
@@ -219,7 +219,7 @@ class GradientRows:
             self.ropes[layer_config.rope] = decoder.rotary(self.spec.config, layer_config, position_W, d_x_WD.dtype)
         if layer_config not in self.pull_layers:
             self.pull_layers[layer_config] = jax.jit(partial(self._pull, layer_config))
-        p = {**self.params["layers"][index], "index": jnp.int32(index)}
+        p = {**self.params["layers"][index], "index": after(jnp.int32(index), last_sums)}
         lanes, acc = self.lanes_of(index), self.train.acc[index]
         kept = self._stash.layers[index] if self.tape is None else self.tape.kept[index]
         return self.pull_layers[layer_config](p, kept, d_x_WD, kv, lanes, acc)
@@ -232,7 +232,7 @@ class GradientRows:
         """
         # nothing of a layer is to be read or run again before its turn: all layers at once would be kept at one time
         if self.tape is None:
-            kept = take(kept, after(self._block_N, [d_x_WD]))
+            kept = take(kept, after(self._block_N, [d_x_WD, p["index"].astype(jnp.float32)]))
             x_WD, products = kept.x_WD, kept.products
         else:
             x_WD, d_x_WD = lax.optimization_barrier((kept.x_WD, d_x_WD))

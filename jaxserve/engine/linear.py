@@ -146,11 +146,11 @@ class Linear:
         return d_x_WI, lanes
 
     def _base_backward(self, w_OI, x_WI, d_z_WO, lanes: "Lanes") -> tuple[jax.Array, "Lanes"]:
-        """W^T dz, in float32 or wider, through the input scales."""
+        """W^T dz, through the input scales; in float32 or wider where there are any."""
         wide, scales = wide_dtype(x_WI.dtype), self.scales
-        d_x_WI = contract(d_z_WO, w_OI, wide)
         if scales is None:
-            return d_x_WI, lanes
+            return contract(d_z_WO, w_OI, x_WI.dtype), lanes  # summed in float32 all the same, and rounded once
+        d_x_WI = contract(d_z_WO, w_OI, wide)
         if scales.input_TMI.shape[1] == 1:
             lanes = lanes.add_inputs((d_x_WI * x_WI.astype(wide))[:, None], self.lane_N)
             return d_x_WI * scales.input_TMI[:, 0], lanes

@@ -229,6 +229,8 @@ class EngineCore:
                 self.programs.train = self.packer.train = shape
                 self.scheduler.reclaim = trainer.queue.give_way
                 self.planner.set_buckets(buckets)
+                if not self.compiles.ready:
+                    self.programs.forget()  # buckets without a stash have no use any more
                 new = self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets)
             return self._try_all(new) if self.compiles.ready else {}
 

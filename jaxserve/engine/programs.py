@@ -98,6 +98,11 @@ class Programs:
         }
         return new
 
+    def forget(self) -> None:
+        """Takes back what has been declared; before anything is compiled."""
+        for declared in (self.specs, self.layouts, self.draws):
+            declared.clear()
+
     def add_extended(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
         """Declares programs that know all extras which are enabled; where nothing is finetuned there is no dropout to
         know."""

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from jaxserve.engine.linear import Linears
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import SITES, param_specs
+from pallas_kernels.block_write import block_write
 from pallas_kernels.numerics import after, wide_dtype
 from sharding import partition_spec, zeros
 
@@ -94,12 +95,16 @@ class StashShape:
 
 
 def put(stash: Any, rows: Any, block_N: Int[Array, "N"]) -> Any:
-    """Arrays of the stash with the rows of N blocks written to these of its blocks; one out of range is dropped."""
-
-    def write(pool, new):
-        return pool.at[block_N].set(new.reshape(block_N.shape[0], *pool.shape[1:]), mode="drop")
-
-    return jax.tree.map(write, stash, rows)
+    """Arrays of the stash with the first N * Q rows written to these of its blocks; one out of range is dropped."""
+    pools, tree = jax.tree.flatten(stash)
+    new = jax.tree.leaves(rows)
+    for dtype in {pool.dtype: None for pool in pools}:
+        mine = [i for i, pool in enumerate(pools) if pool.dtype == dtype]
+        flat = [pools[i].reshape(*pools[i].shape[:2], -1) for i in mine]
+        written = block_write(flat, [new[i].reshape(new[i].shape[0], -1) for i in mine], block_N)
+        for i, pool in zip(mine, written, strict=True):
+            pools[i] = pool.reshape(pools[i].shape)
+    return jax.tree.unflatten(tree, pools)
 
 
 def take(stash: Any, block_N: Int[Array, "N"]) -> Any:
@@ -116,10 +121,11 @@ class Tape:
     """Notes what the layers' forward leaves of their first rows; filled while a step is traced, inside ``shard_map``.
 
     Args:
+      rows: how many of the first rows are noted; None: all.
       remat: see ``engine.gradient``.
     """
 
-    def __init__(self, linears: Linears, rows: int, remat: str):
+    def __init__(self, linears: Linears, rows: int | None, remat: str):
         self.linears, self.rows, self.remat = linears, rows, remat
         self.kept: list[Kept] = []
         self.last_WD: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
@@ -136,17 +142,20 @@ class Tape:
             return y_TD, kv, kept
 
         def noted(p, x_TD, kv):
-            y_TD, kv, kept = run(p, x_TD, kv)
-            y_TD = self.keep(kept, y_TD)
+            y_TD, kv, kept = run(self.begin(p), x_TD, kv)
+            self.keep(kept)
             self.last_WD = y_TD[: self.rows]
             return y_TD, kv
 
         return noted
 
-    def keep(self, kept: Kept, y_TD: jax.Array) -> jax.Array:
-        """Takes what a layer leaves; returns its output."""
+    def begin(self, p: dict) -> dict:
+        """The parameters that the next layer is to run with."""
+        return p
+
+    def keep(self, kept: Kept) -> None:
+        """Takes what a layer leaves."""
         self.kept.append(kept)
-        return y_TD
 
     def attended(self, out_THC: jax.Array, lse_TH: jax.Array) -> None:
         """Notes what attention gave."""
@@ -171,15 +180,17 @@ class StashTape(Tape):
     """
 
     def __init__(self, linears: Linears, stash: Stash, block_N: Int[Array, "N"]):
-        super().__init__(linears, block_N.shape[0] * stash.last_NQD.shape[1], "elementwise")
+        super().__init__(linears, None, "elementwise")  # a slice would be a copy of what is written
         self.stash, self._block_N, self._layers = stash, block_N, list[Kept]()
 
-    def keep(self, kept: Kept, y_TD: jax.Array) -> jax.Array:
+    def begin(self, p: dict) -> dict:
+        # nothing else waits for the writes, and what they write would be kept until the end
+        return {**p, "index": after(p["index"], jax.tree.leaves(self._layers[-1:]))}
+
+    def keep(self, kept: Kept) -> None:
         place = self.stash.layers[len(self._layers)]
         kept = replace(kept, products={site: kept.products[site] for site in place.products})
         self._layers.append(put(place, kept, self._block_N))
-        # nothing else waits for the writes, and what they write would be kept until the end
-        return after(y_TD, jax.tree.leaves(self._layers[-1]))
 
     def written(self) -> Stash:
         """The stash after the last layer."""
