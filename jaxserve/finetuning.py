@@ -118,7 +118,9 @@ def make_start(engine: "TrainingEngine", adapter: str, config: FinetuneConfig) -
         raise ConfigError([f"remat is {config.remat!r}; this engine's steps are compiled with {compiled!r}"])
     weights = _start(engine, config)
     _check_rank(weights.rank, engine.config.max_lora_rank)
-    return replace(weights, base_digest=engine.base_digest)
+    start = replace(weights, base_digest=engine.base_digest)
+    start.digest  # noqa: B018  computed here, for the caller: the loop would stand still for it
+    return start
 
 
 def check_start(config: FinetuneConfig, model: ModelConfig, max_lora_rank: int, loaded: Collection[str]) -> None:

@@ -18,7 +18,8 @@ from pallas_kernels import mosaic
 from pallas_kernels.block_write import tile_columns
 from pallas_kernels.mosaic import plgpu
 
-TILE_BYTES = 64 << 10  # of the tiles that a core has under way at a time: three of its kind run beside each other
+TILE_BYTES = 64 << 10  # of the tiles that a block has under way at a time: three such blocks share a core
+MAX_TOGETHER = 16  # each has a barrier, of which a block has 32
 
 
 @partial(jax.jit, static_argnames=("interpret",))  # traced once for all layers
@@ -27,7 +28,7 @@ def run(
 ) -> tuple[jax.Array, ...]:
     (S, Q, _), dtype = pools[0].shape, pools[0].dtype
     width = tile_columns([pool.shape[2] for pool in pools], dtype.itemsize)
-    together = max(TILE_BYTES // (Q * width * dtype.itemsize), 1)
+    together = min(max(TILE_BYTES // (Q * width * dtype.itemsize), 1), MAX_TOGETHER)
     tiles = [pool.shape[2] // width for pool in pools]
     parts = [-(-count // together) for count in tiles]
 
