@@ -5,7 +5,7 @@ of keys over the rows that see them, all query heads of the kv head, and adds dK
 key belongs to one thread block. Both recompute probabilities from the saved log-sum-exp (FlashAttention-2, Dao 2023,
 algorithm 2).
 
-Compiled ahead of time for an H200 as in ``mosaic_forward``: no spills, 168 registers, 131,072 (dQ) and 150,528 (dK, dV)
+Compiled ahead of time for an H200 as in ``mosaic_forward``: no spills, 168 registers, 131,072 (dQ) and 199,680 (dK, dV)
 bytes of shared memory; the accumulators are written where they are.
 
 Shapes: W rows, H query heads, K kv heads, C head dim, P pages, A accumulator pages, G tokens per page, B sequences,
@@ -49,9 +49,14 @@ class BackwardShape(KernelShape):
         return 1 if self.head_dim <= 128 else 2
 
     @property
-    def tile_keys(self) -> int:
-        """Keys per tile of the dK, dV kernel, which two warpgroups share."""
-        return 2 * WARPGROUP_ROWS // self.halves
+    def turns(self) -> int:
+        """Warpgroups that take turns with the units of the dK, dV kernel."""
+        return 2 // self.halves
+
+    @property
+    def sum_columns(self) -> int:
+        """Of dK or dV, that go through shared memory at a time."""
+        return 64 if self.halves == 1 and self.head_dim % 64 == 0 else 32
 
     def weights(
         self, score: jax.Array, lse: jax.Array, axis: int, seen: jax.Array | None = None
@@ -130,7 +135,7 @@ def _pull(
     )
     pools = k_PKGC, v_PKGC, layout.page_table_BM
     by_rows = block_work(layout, window=window, group=shape.group, block_keys=shape.block_keys)
-    by_keys = key_work(layout, window=window, page_size=shape.page_size, tile_keys=shape.tile_keys)
+    by_keys = key_work(layout, window=window, page_size=shape.page_size, tile_keys=WARPGROUP_ROWS)
     d_q_WHC = mosaic_d_queries.d_queries(rows, *pools, by_rows, shape, interpret=interpret)
     accumulators = mosaic_d_keys.add_d_keys(
         rows, *pools, acc_table_BM, accumulators, by_keys, shape, workers=cores, interpret=interpret
