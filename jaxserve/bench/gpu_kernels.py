@@ -12,9 +12,11 @@ import numpy as np
 from jax import lax
 
 from jaxserve.bench.gpu import Bench, Figure
+from pallas_kernels import block_write as blocks
 from pallas_kernels import lora_matmul as lora
 from pallas_kernels import paged_kv_write as write
 from pallas_kernels import ragged_paged_attention as attention
+from pallas_kernels.block_write import cases as block_cases
 from pallas_kernels.dispatch import MOSAIC
 from pallas_kernels.lora_matmul import cases as lora_cases
 from pallas_kernels.paged_kv_write import cases as write_cases
@@ -118,6 +120,8 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
     few = slice(1) if bench.smoke else slice(None)
     for case in write_cases.CASES[few]:
         yield f"write {case}", partial(_write_error, case, kernel(bench))
+    for case in block_cases.CASES[few]:
+        yield f"block write {case}", partial(_block_write_error, case, kernel(bench))
     for case in attention_cases.KERNEL_CASES[few]:
         yield f"attention {case}", partial(_attention_error, case, kernel(bench))
         if case.chunks:
@@ -132,6 +136,12 @@ def _write_error(case, name: str) -> float:
     args = case.make(jnp.bfloat16)
     got = jax.jit(partial(write.paged_kv_write, implementation=name))(*args)
     return apart(got, oracle(write.reference.paged_kv_write, *args))
+
+
+def _block_write_error(case, name: str) -> float:
+    args = case.make(jnp.bfloat16)
+    got = jax.jit(partial(blocks.block_write, implementation=name))(*args)
+    return apart(got, oracle(blocks.reference.block_write, *args))
 
 
 def _attention_error(case, name: str) -> float:
@@ -220,6 +230,10 @@ def _timed(bench: Bench) -> Iterator[Timed]:
     for case in write_cases.CASES[:1] if bench.smoke else write_cases.BENCH_CASES:
         *pools, k, v, page, offset = case.make(jnp.bfloat16)
         yield Timed(f"write {case}", floor(0, 4 * k.nbytes), _put, tuple(pools), (k, v, page, offset))
+    for case in block_cases.CASES[:1] if bench.smoke else block_cases.BENCH_CASES:
+        pools, rows, place = case.make(jnp.bfloat16)
+        moved = 4 * case.blocks * case.row_block * sum(case.dims)
+        yield Timed(f"block write {case}", floor(0, moved), _put_blocks, pools, (rows, place))
 
 
 def _attend(case, q, k, v, layout, *, implementation: str):
@@ -239,3 +253,7 @@ def _multiply(y, x, a, members, plan, *, implementation: str):
 
 def _put(pools, *rows, implementation: str):
     return write.paged_kv_write(*pools, *rows, implementation=implementation)
+
+
+def _put_blocks(pools, *blocks_of_rows, implementation: str):
+    return blocks.block_write(pools, *blocks_of_rows, implementation=implementation)

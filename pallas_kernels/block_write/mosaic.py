@@ -71,4 +71,3 @@ def run(
         interpret=interpret,
     )(*rows, block_N, *pool_refs)
     return tuple(jax.freeze(ref) for ref in pool_refs)
-

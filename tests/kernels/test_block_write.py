@@ -55,7 +55,7 @@ def test_it_lowers_for_cuda_at_production_shapes_in_place(case):
 @needs_mosaic
 def test_what_it_cannot_copy_is_refused_by_name():
     pools, rows, block_N = BlockWriteCase(name="odd", blocks=1, dims=(20,)).make(jnp.bfloat16)
-    with pytest.raises(NoImplementation, match="multiples of 16 bytes, rows have .20. elements of 2"):
+    with pytest.raises(NoImplementation, match=r"multiples of 16 bytes, rows have \[20\] elements of 2"):
         block_write(pools, rows, block_N, implementation=MOSAIC)
     other = pools[0].astype(jnp.float32)
     with pytest.raises(NoImplementation, match="one dtype, these have bfloat16 and float32"):
