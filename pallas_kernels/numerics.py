@@ -83,6 +83,12 @@ def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
     return lax.platform_dependent(x, tuple(others), cpu=lambda x, _: x, default=dependent)
 
 
+def stored(x: jax.Array) -> jax.Array:
+    """x, computed once where several products read it; on a CPU just x. XLA compiles what comes before a product into
+    the product, and then tunes that against computing x and multiplying, though x is there anyway."""
+    return lax.platform_dependent(x, cpu=lambda x: x, default=lax.optimization_barrier)
+
+
 def map_rows(function: Callable[[Any], Any], most: int, arrays: Any) -> Any:
     """``function`` of arrays with the same rows, [R, ...], at most ``most`` rows at a time, padded with zeros."""
     R = jax.tree.leaves(arrays)[0].shape[0]

@@ -30,7 +30,7 @@ from jaxserve.models import decoder
 from jaxserve.models.layers import accumulator, matmul
 from jaxserve.models.params import BIASES
 from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
-from pallas_kernels.numerics import contract, wide_dtype
+from pallas_kernels.numerics import contract, stored, wide_dtype
 from sharding import AXIS
 
 
@@ -72,6 +72,8 @@ class Linear:
 
     def before_scaling(self, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """z: the base and the adapter, summed over shards."""
+        if self.bank is not None and self.plan is not None:
+            x_TI = stored(x_TI)  # the adapters' kernel reads it as well
         z_TO = self.base(p[self.site], x_TI)
         if self.bank is not None and self.plan is not None:
             dropped_TI, bank = x_TI if self.drop is None else self.drop(x_TI), self.bank
