@@ -129,7 +129,7 @@ def start(bench: Bench) -> Iterator[Figure]:
     }
     # long windows for finetuning alone, and short ones for steps with requests
     rows = (64, most)[bench.few :]
-    buckets = Buckets(chunk_rows=(1024, 2048), decode_rows=rows, grad_rows=(768, 2048))
+    buckets = Buckets(chunk_rows=(1024, 2048), decode_rows=rows, grad_rows=(1024, 2048))
     if bench.smoke:
         buckets = Buckets(chunk_rows=(32,), decode_rows=(4,), grad_rows=(32,))
         small = {"max_num_batched_tokens": 32, "max_model_len": 256, "max_loras": 5, "finetune_stash_tokens": 256}
