@@ -78,7 +78,9 @@ def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
         for other in others:
             first = lax.slice(other, (0,) * other.ndim, (1,) * other.ndim)
             impossible |= never(first).reshape(())
-        return jnp.where(impossible, jnp.zeros_like(x), x)
+        impossible = lax.optimization_barrier(impossible)  # one kernel's: no other reads ``others`` once more, and late
+        other_x = (x == 0).astype(x.dtype)  # never x itself: a constant would not wait
+        return jnp.where(impossible, other_x, x)
 
     return lax.platform_dependent(x, tuple(others), cpu=lambda x, _: x, default=dependent)
 

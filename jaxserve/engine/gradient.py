@@ -43,9 +43,10 @@ from pallas_kernels.cross_entropy import loss_and_gradient
 from pallas_kernels.numerics import after, apart, contract, wide_dtype
 from pallas_kernels.ragged_paged_attention import (
     AttentionLayout,
+    clear_rows,
     ragged_paged_attention,
     ragged_paged_attention_backward,
-    take_rows,
+    read_rows,
 )
 from pallas_kernels.token_sampling import VocabShard
 from sharding import ArraySpec, named_sharding, partition_spec, zeros
@@ -182,10 +183,12 @@ class GradientRows:
         hidden_WD, pull_norm = jax.vjp(lambda x: rms_norm(x, self.params["final_norm"], spec.config), self._last())
         loss_W, logprob_W, d_hidden_WD = loss_and_gradient(hidden_WD, self.grad.loss, head, spec.shard)
         (d_x_WD,) = pull_norm(d_hidden_WD)
-        acc, lanes = list(self.train.acc), dict[str, Lanes]()
+        acc, last_sums = list(self.train.acc), []
         for index in reversed(range(spec.config.num_layers)):
-            d_x_WD, lanes, acc[index] = self._pull_layer(index, d_x_WD, kv[index], jax.tree.leaves(lanes))
-            self.train = _with_lanes(self.train, lanes, index)  # the next layer's sums are read there: no copy of any
+            d_x_WD, lanes, sums = self._pull_layer(index, d_x_WD, kv[index], last_sums)
+            acc[index] = clear_rows(sums, self.acc_page_W, self.acc_offset_W, jax.tree.leaves(lanes))
+            last_sums = jax.tree.leaves((lanes, acc[index]))
+            self.train = _with_lanes(self.train, lanes, index)  # the next layer adds to them there: no copy of any
         return replace(self.train, acc=acc), loss_W, logprob_W
 
     def _last(self) -> Float[Array, "W D"]:
@@ -211,8 +214,9 @@ class GradientRows:
         what they are of would be kept until the end."""
         if isinstance(self.tape, AutodiffTape):
             T, d_x_WD = self.spec.layout.bucket.rows, after(d_x_WD, last_sums)
-            d_x_TD, d_lanes, acc = self.tape.pulls[index](jnp.pad(d_x_WD, ((0, T - self.W), (0, 0))))
-            return d_x_TD[: self.W], d_lanes, acc
+            d_x_TD = jnp.pad(d_x_WD, ((0, T - self.W), (0, 0)))
+            d_x_TD, lanes, acc = self.tape.pulls[index]((d_x_TD, self.lanes_of(index)))
+            return d_x_TD[: self.W], lanes, acc
         layer_config = self.spec.config.layers[index]
         if layer_config.rope not in self.ropes:
             position_W = jnp.maximum(self.position_W, 0)
@@ -240,6 +244,8 @@ class GradientRows:
         rope = self.ropes[layer_config.rope]
 
         def run(x_WD, lanes, acc):
+            left = dict[str, Lanes]()
+
             def attend(q, k, v, kv, layer):
                 return self.attention(q, k, v, acc, kv, layer, kept.attended), kv
 
@@ -247,20 +253,21 @@ class GradientRows:
                 linear, known = self.linears.of_gradient_rows(site, p["index"]), products.get(site)
                 if self.tape is None and known is None and linear.scales is None:
                     known = jnp.zeros_like(x_WD)  # down_proj's, which nothing looks at
-                return self.linear(linear, p, x, lanes[site], known)
+                y_WO, left[site] = self.linear(linear, p, x, lanes[site], known)
+                return y_WO
 
             y_WD, _ = decoder.layer(
                 p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv
             )
-            return y_WD
+            return y_WD, left
 
         _, pull = jax.vjp(run, x_WD, lanes, acc)
-        return pull(d_x_WD)
+        return pull((d_x_WD, lanes))
 
     # the differentiable slots
 
     def lanes_of(self, index: int) -> dict[str, Lanes]:
-        """One layer's gradient sums, by site."""
+        """The sums that one layer adds to, by site: of the factors all layers', of the scales its own."""
         L, train = self.spec.config.num_layers, self.train
 
         def of_layer(lane: jax.Array) -> jax.Array:
@@ -268,10 +275,12 @@ class GradientRows:
             return lane[0, index * rows : (index + 1) * rows]
 
         scales = dict.fromkeys(SITE_NAMES) if train.scale_lanes is None else train.scale_lanes
-        return {site: jax.tree.map(of_layer, Lanes(train.lanes[site], scales[site])) for site in SITE_NAMES}
+        factors = jax.tree.map(lambda lane: lane[0], train.lanes)
+        return {site: Lanes(factors[site], jax.tree.map(of_layer, scales[site])) for site in SITE_NAMES}
 
     def linear(self, linear: Linear, p: dict, x, lanes: Lanes, known=None):
-        """``linear``, differentiable in x's first W rows. The cotangent of ``lanes`` is not a gradient but the sums as
+        """``linear``, differentiable in x's first W rows, and ``lanes``, which the forward passes on unread. Their
+        cotangents are not gradients but sums: those of the second result as these rows find them, those of ``lanes`` as
         these rows leave them.
 
         Args:
@@ -283,14 +292,14 @@ class GradientRows:
             return linear.before_scaling(p, x) if known is None else known
 
         def run(x, lanes):
-            return linear.finish(p, before_scaling(x))
+            return linear.finish(p, before_scaling(x)), lanes
 
         def run_forward(x, lanes):
             z = before_scaling(x)
-            return linear.finish(p, z), (x[:W], z[:W] if linear.scales is not None else None, lanes)
+            return (linear.finish(p, z), lanes), (x[:W], z[:W] if linear.scales is not None else None)
 
-        def run_backward(kept, d_y):
-            x_WI, z_WO, lanes = kept
+        def run_backward(kept, cotangents):
+            (x_WI, z_WO), (d_y, lanes) = kept, cotangents
             d_y_WO = apart(d_y[:W], self.linears.batch.flags[flags.ALWAYS])
             d_x_WI, lanes = rows.backward(p, x_WI, z_WO, d_y_WO, lanes)
             return jnp.pad(d_x_WI, ((0, d_y.shape[0] - W), (0, 0))), lanes
@@ -300,7 +309,7 @@ class GradientRows:
     def attention(self, q, k, v, acc, kv, layer: LayerConfig, known):
         """Attention over pools that hold this step's keys already, differentiable in q, k and v of the first W rows.
 
-        The cotangent of ``acc`` is not a gradient but the accumulators as this window leaves them.
+        The cotangent of ``acc`` is not a gradient but the accumulators with this window's added; its rows' are read.
         """
         W, table_BM = self.W, self.grad.acc_table_BM
         settings: dict[str, Any] = {**self.settings, "window": layer.window}
@@ -324,7 +333,7 @@ class GradientRows:
             (q_WHC, out_WHC, lse_WH, acc), (k_PKGC, v_PKGC) = kept, kv
             arrays = d_out[:W], q_WHC, out_WHC, lse_WH, k_PKGC, v_PKGC, self.layout, acc, table_BM
             d_q_WHC, acc = ragged_paged_attention_backward(*arrays, **settings, implementation=self.spec.attention)
-            (d_k_WKC, d_v_WKC), acc = take_rows(acc, self.acc_page_W, self.acc_offset_W)
+            d_k_WKC, d_v_WKC = read_rows(acc, self.acc_page_W, self.acc_offset_W)
             rest = ((0, d_out.shape[0] - W), (0, 0), (0, 0))
             pads = (jnp.pad(d.astype(d_out.dtype), rest) for d in (d_q_WHC, d_k_WKC, d_v_WKC))
             return (*pads, acc)
@@ -356,20 +365,25 @@ class AutodiffTape(Tape):
         layer_config = config.layers[index]
 
         def run(x_TD, lanes, acc):
+            left = dict[str, Lanes]()
+
             def attend_rows(q, k, v, kv, layer):
                 out, lse, kv = attend(*lax.stop_gradient((q, k, v)), kv, layer)  # attention has the gradient
                 return gradient.attention(q, k, v, acc, kv, layer, (out, lse)), kv
 
             def linear_rows(site, p, x):
-                return gradient.linear(self.linears.of_all_rows(site, p["index"]), p, x, lanes[site])
+                linear = self.linears.of_all_rows(site, p["index"])
+                y_TO, left[site] = gradient.linear(linear, p, x, lanes[site])
+                return y_TO
 
-            return decoder.layer(
+            y_TD, new_kv = decoder.layer(
                 p, x_TD, config=config, layer=layer_config, rope=rope(layer_config),
                 linear=linear_rows, attend=attend_rows, kv=kv,
             )  # fmt: skip
+            return (y_TD, left), new_kv
 
         lanes, acc = gradient.lanes_of(index), gradient.train.acc[index]
-        y_TD, pull, kv = jax.vjp(run, x_TD, lanes, acc, has_aux=True)
+        (y_TD, _), pull, kv = jax.vjp(run, x_TD, lanes, acc, has_aux=True)
         self.pulls.append(pull)
         return y_TD, kv
 
@@ -399,12 +413,12 @@ def _with_vjp(function: Callable, forward: Callable, backward: Callable) -> Call
 
 
 def _with_lanes(train: TrainState, lanes: dict[str, Lanes], index: int) -> TrainState:
-    """The lanes with one layer's sums replaced, in place."""
+    """``train`` with the sums as the backward of one layer leaves them, in place."""
 
     def put(whole: jax.Array, new: jax.Array) -> jax.Array:
         return whole.at[0, index * new.shape[0] : (index + 1) * new.shape[0]].set(new)
 
-    factors = {site: jax.tree.map(put, train.lanes[site], lane.factors) for site, lane in lanes.items()}
+    factors = {site: jax.tree.map(lambda whole: whole[None], lane.factors) for site, lane in lanes.items()}
     scales = train.scale_lanes
     if scales is not None:
         scales = {site: jax.tree.map(put, scales[site], lane.scales) for site, lane in lanes.items()}

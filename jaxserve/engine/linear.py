@@ -68,6 +68,8 @@ class Linear:
     implementation: str | None = None
     drop: Callable[[jax.Array], jax.Array] | None = None  # of the adapters' input
     lane_page_J: Int[Array, "J"] | None = None  # of gradient rows: the lane page of each adapter work item
+    first_lane_page: Int[Array, ""] | int = 0  # the layer's, in the lanes of all layers
+    num_lane_pages: int | None = None  # the layer's
     lane_N: Int[Array, "N"] | None = None  # the lane whose scales each row block trains
 
     def before_scaling(self, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
@@ -127,66 +129,68 @@ class Linear:
         assert self.bank is not None, "gradient rows train an adapter"
         assert self.plan is not None, "gradient rows train an adapter"
         assert self.lane_page_J is not None, "gradient rows have lanes"
-        d_z_WO = d_y_WO
+        d_z_WO, sums = d_y_WO, lanes.scales
         if self.scales is not None:
             bias_O = p.get(BIASES[self.site])
             scaled_WO = z_WO if bias_O is None else z_WO + self.scales.bias_T[:, None].astype(z_WO.dtype) * bias_O[None]
-            lanes = lanes.add_outputs(_wide_product(d_y_WO, scaled_WO), self.member_rows(), self.lane_N)
+            sums = _add_outputs(sums, _wide_product(d_y_WO, scaled_WO), self.member_rows(), self.lane_N)
             d_z_WO = scaled(d_y_WO, self.scales.output_TO)
-        d_base_WI, lanes = self._base_backward(p[self.site], x_WI, d_z_WO, lanes)
+        d_base_WI, sums = self._base_backward(p[self.site], x_WI, d_z_WO, sums)
         d_base_WI = d_base_WI.astype(x_WI.dtype)
         d_x_WI, factors = lora_matmul_backward(
             x_WI if self.drop is None else self.drop(x_WI), d_z_WO, self.bank.a_PRD, self.bank.members, self.plan,
             self.lane_page_J, (lanes.factors.a_PRD, lanes.factors.members),
+            first_page=self.first_lane_page, num_pages=self.num_lane_pages,
             add_to=d_base_WI if self.drop is None else None, implementation=self.implementation,
         )  # fmt: skip
         if self.drop is not None:
             d_x_WI = d_base_WI + self.drop(d_x_WI)  # a diagonal map is its own transpose
-        lanes = replace(lanes, factors=SiteBank(*factors))
         if self.site in decoder.COLUMN and self.parallel:
             d_x_WI = lax.psum(d_x_WI, AXIS)
-        return d_x_WI, lanes
+        return d_x_WI, Lanes(SiteBank(*factors), sums)
 
-    def _base_backward(self, w_OI, x_WI, d_z_WO, lanes: "Lanes") -> tuple[jax.Array, "Lanes"]:
+    def _base_backward(self, w_OI, x_WI, d_z_WO, sums: SiteScales | None) -> tuple[jax.Array, SiteScales | None]:
         """W^T dz, through the input scales; in float32 or wider where there are any."""
         wide, scales = wide_dtype(x_WI.dtype), self.scales
         if scales is None:
-            return contract(d_z_WO, w_OI, x_WI.dtype), lanes  # summed in float32 all the same, and rounded once
+            return contract(d_z_WO, w_OI, x_WI.dtype), sums  # summed in float32 all the same, and rounded once
         d_x_WI = contract(d_z_WO, w_OI, wide)
         if scales.input_TMI.shape[1] == 1:
-            lanes = lanes.add_inputs((d_x_WI * x_WI.astype(wide))[:, None], self.lane_N)
-            return d_x_WI * scales.input_TMI[:, 0], lanes
+            sums = _add_inputs(sums, (d_x_WI * x_WI.astype(wide))[:, None], self.lane_N)
+            return d_x_WI * scales.input_TMI[:, 0], sums
 
-        def by_member(w_OI, d_z_WO, d_x_WI, lanes):
+        def by_member(w_OI, d_z_WO, d_x_WI, sums):
             inner_WMI = jnp.stack([contract(d_z_WO[:, r], w_OI[r], wide) for r in self.member_rows()], axis=1)
-            lanes = lanes.add_inputs(inner_WMI * x_WI[:, None].astype(wide), self.lane_N)
+            sums = _add_inputs(sums, inner_WMI * x_WI[:, None].astype(wide), self.lane_N)
             d_scaled_WI = jnp.sum(inner_WMI * scales.input_TMI, axis=1)
-            return jnp.where(scales.has_inputs_T[:, None], d_scaled_WI, d_x_WI), lanes
+            return jnp.where(scales.has_inputs_T[:, None], d_scaled_WI, d_x_WI), sums
 
-        def together(w_OI, d_z_WO, d_x_WI, lanes):
-            return d_x_WI, lanes
+        def together(w_OI, d_z_WO, d_x_WI, sums):
+            return d_x_WI, sums
 
-        return lax.cond(scales.fused_inputs > 0, by_member, together, w_OI, d_z_WO, d_x_WI, lanes)
+        return lax.cond(scales.fused_inputs > 0, by_member, together, w_OI, d_z_WO, d_x_WI, sums)
 
 
 @struct.dataclass
 class Lanes:
-    """One layer's gradient sums at one site. Row blocks are added one after another, so the bits of a sum depend on the
-    order of its blocks and not on how they were dealt to steps."""
+    """Gradient sums at one site. Row blocks are added one after another: the bits of a sum depend on the order of its
+    blocks and not on how they were dealt to steps."""
 
-    factors: SiteBank
-    scales: SiteScales | None
+    factors: SiteBank  # of all layers: each adds to its own pages, in place
+    scales: SiteScales | None  # of one layer
 
-    def add_outputs(self, value_WO: jax.Array, member_rows: list[slice], lane_N: jax.Array | None) -> "Lanes":
-        assert self.scales is not None
-        pairs = zip(self.scales.outputs, member_rows, strict=True)
-        outputs = tuple(_add_blocks(sums, value_WO[:, rows], lane_N) for sums, rows in pairs)
-        return replace(self, scales=replace(self.scales, outputs=outputs))
 
-    def add_inputs(self, value_WMI: jax.Array, lane_N: jax.Array | None) -> "Lanes":
-        assert self.scales is not None
-        inputs = _add_blocks(self.scales.input_PMD, value_WMI, lane_N)
-        return replace(self, scales=replace(self.scales, input_PMD=inputs))
+def _add_outputs(
+    sums: SiteScales | None, value_WO: jax.Array, member_rows: list[slice], lane_N: jax.Array | None
+) -> SiteScales:
+    assert sums is not None, "scales are trained in lanes"
+    pairs = zip(sums.outputs, member_rows, strict=True)
+    return replace(sums, outputs=tuple(_add_blocks(pool, value_WO[:, rows], lane_N) for pool, rows in pairs))
+
+
+def _add_inputs(sums: SiteScales | None, value_WMI: jax.Array, lane_N: jax.Array | None) -> SiteScales:
+    assert sums is not None, "scales are trained in lanes"
+    return replace(sums, input_PMD=_add_blocks(sums.input_PMD, value_WMI, lane_N))
 
 
 def _add_blocks(sums: jax.Array, value_W: jax.Array, lane_N: jax.Array | None) -> jax.Array:
@@ -255,7 +259,14 @@ class Linears:
         grad, at = self.batch.grad, SITE_NAMES.index(site)
         assert grad is not None, "a step without gradient rows"
         linear = self._linear(site, layer, self._grad_plans.get(site), grad.rows)
-        return replace(linear, lane_page_J=grad.lane_SJ[at], lane_N=grad.lane_N)
+        count = self.spec.train.lane_pages
+        return replace(
+            linear,
+            lane_page_J=grad.lane_SJ[at],
+            first_lane_page=layer * count,
+            num_lane_pages=count,
+            lane_N=grad.lane_N,
+        )
 
     def _linear(self, site: str, layer, plan: LoraPlan | None, rows: Rows) -> Linear:
         """Args: plan: of layer 0."""

@@ -95,6 +95,8 @@ def lora_matmul_backward(
     lane_J: Int[Array, "J"],
     lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
     *,
+    first_page: Int[Array, ""] | int = 0,
+    num_pages: int | None = None,
     add_to: Float[Array, "W D"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
@@ -106,16 +108,19 @@ def lora_matmul_backward(
 
     Args:
       plan: of rows that all stand in row blocks; those that are in no item are finite.
-      lane_J: the lane page each work item's gradient belongs to, the same for all items of a page; Y or more is
-        dropped.
+      lane_J: the lane page each work item's gradient belongs to, counted from first_page, the same for all items of a
+        page; num_pages or more is dropped.
       lanes: sums so far, in float32 or wider.
+      first_page, num_pages: of the lanes, those that may be added to, by default all: a layer's own in an array of all
+        layers, so that nobody cuts them out of it or puts them back.
       add_to: of x's dtype, what dx is added to; a kernel does it in place, and rounds but once.
       implementation: a name of BACKWARD_IMPLEMENTATIONS, or None for the best that runs here.
     """
     assert plan.chunk_rows == x_WD.shape[0], f"{plan.chunk_rows=} {x_WD.shape=}"
     facts = {**_facts(x_WD, members, plan), "lanes": lanes}
+    num_pages = lanes[0].shape[0] if num_pages is None else num_pages
     chosen = choose("lora_matmul_backward", BACKWARD_IMPLEMENTATIONS, implementation, **facts)
-    return chosen.function(x_WD, d_y_WE, a_PRD, members, plan, lane_J, lanes, add_to)
+    return chosen.function(x_WD, d_y_WE, a_PRD, members, plan, lane_J, lanes, add_to, first_page, num_pages)
 
 
 def _facts(x: jax.Array, members: tuple[jax.Array, ...], plan: LoraPlan) -> dict[str, Any]:

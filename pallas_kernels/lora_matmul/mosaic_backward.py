@@ -3,8 +3,8 @@
 A lane page's gradient has one owner per 64 of its columns, who adds its items one after another to what the lane holds:
 no atomics, and the same bits however the items were dealt to steps.
 
-Shapes: W gradient rows, D in, E out, P bank pages, Y lane pages, R ranks per page (of all members together in A),
-J items, Q rows per block.
+Shapes: W gradient rows, D in, E out, P bank pages, Y lane pages, Z of them that items may have, R ranks per page (of
+all members together in A), J items, Q rows per block.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,10 +26,11 @@ STAGES = 4  # items on their way to an owner
 
 
 class ByLane(NamedTuple):
-    """The items lane by lane, in order; those of lane page y are item_J[first[y] : first[y + 1]]."""
+    """The items lane by lane, in order; those of lane page first_page + z are item_J[first[z] : first[z + 1]]."""
 
     item_J: Int[Array, "J"]
-    first_Y1: Int[Array, "Y1"]
+    first_Z1: Int[Array, "Z1"]
+    first_page_1: Int[Array, "1"]
 
 
 def run(
@@ -40,7 +41,9 @@ def run(
     plan: LoraPlan,
     lane_J: Int[Array, "J"],
     lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
-    add_to: Float[Array, "W D"] | None = None,
+    add_to: Float[Array, "W D"] | None,
+    first_page: Int[Array, ""] | int,
+    num_pages: int,
     *,
     interpret: bool,
 ) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
@@ -51,21 +54,21 @@ def run(
     h_JQR = shrink_blocks(x_WD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
     d_h_JQR = shrink_blocks(d_y_WE, members, plan, first_N1, part, interpret, rank_major=False)
     expand_blocks(d_h_JQR, (a_PRD,), plan, first_N1, part, d_x_ref, interpret, rank_major=True)
-    by_lane = _by_lane(plan, lane_J, lanes[0].shape[0])
+    by_lane = ByLane(*_by_lane(plan, lane_J, num_pages), jnp.reshape(jnp.int32(first_page), 1))
     _add_products(x_WD, _of_items(d_h_JQR, plan), plan, by_lane, part, [d_a_ref], interpret, rank_major=True)
     _add_products(d_y_WE, _of_items(h_JQR, plan), plan, by_lane, part, d_b_refs, interpret, rank_major=False)
     return jax.freeze(d_x_ref), (jax.freeze(d_a_ref), tuple(map(jax.freeze, d_b_refs)))
 
 
-def _by_lane(plan: LoraPlan, lane_J: Int[Array, "J"], num_lane_pages: int) -> ByLane:
+def _by_lane(plan: LoraPlan, lane_J: Int[Array, "J"], num_pages: int) -> tuple[Int[Array, "J"], Int[Array, "Z1"]]:
     """A stable counting sort: it makes two small fusions, and the layers of a step share them."""
-    lane_J = jnp.where(plan.real_J(), jnp.minimum(lane_J, num_lane_pages), num_lane_pages)
+    lane_J = jnp.where(plan.real_J(), jnp.minimum(lane_J, num_pages), num_pages)
     index_J = jnp.arange(lane_J.shape[0], dtype=jnp.int32)
     earlier_JJ = (lane_J[:, None] == lane_J[None]) & (index_J[:, None] < index_J[None])
     place_J = jnp.sum((lane_J[:, None] < lane_J[None]) | earlier_JJ, axis=0, dtype=jnp.int32)
     item_J = jnp.sum(jnp.where(place_J[None] == index_J[:, None], index_J[None], 0), axis=1, dtype=jnp.int32)
-    lane_Y1 = jnp.arange(num_lane_pages + 1, dtype=jnp.int32)
-    return ByLane(item_J, jnp.sum(lane_J[None] < lane_Y1[:, None], axis=1, dtype=jnp.int32))
+    lane_Z1 = jnp.arange(num_pages + 1, dtype=jnp.int32)
+    return item_J, jnp.sum(lane_J[None] < lane_Z1[:, None], axis=1, dtype=jnp.int32)
 
 
 def _of_items(h_JQR: Float[Array, "J Q R"], plan: LoraPlan) -> Float[Array, "J Q R"]:
@@ -91,7 +94,6 @@ def _add_products(
     Args:
       lane_refs: [Y, R, D] if ``rank_major``; else [Y, D', 16] of each member, and the members' D' side by side are D.
     """
-    Y = lane_refs[0].shape[0]
     dims = [ref.shape[2 if rank_major else 1] for ref in lane_refs]
     R = lane_refs[0].shape[1 if rank_major else 2]
     Q, dtype = part.block_rows, x_WD.dtype
@@ -100,16 +102,16 @@ def _add_products(
     columns = RANK_COLUMNS if rank_major else R  # of h that take part
     swizzle = {} if rank_major else {"filled": R}  # both operands in one
 
-    def add_products(x_ref, h_ref, block_ref, from_ref, to_ref, item_ref, first_ref, *refs):
+    def add_products(x_ref, h_ref, block_ref, from_ref, to_ref, item_ref, first_ref, page_ref, *refs):
         lanes, (x_sm, h_sm, sum_sm, sum_full, full) = refs[: len(lane_refs)], refs[len(lane_refs) :]
         tile, lane = lax.axis_index("tile"), lax.axis_index("lane")
-        begin, end = first_ref[lane], first_ref[lane + 1]
+        begin, end, page = first_ref[lane], first_ref[lane + 1], page_ref[0] + lane
         ranks = pl.ds(0 if rank_major else tiles.member_of(tile) * PAGE_RANK, columns)
         filled_sm = sum_sm.at[pl.ds(0, R)] if rank_major else sum_sm
 
         def each_place(do: Callable[[Any], None]) -> None:
             tiles.each(
-                tile, lambda member, at: do(lanes[member].at[(lane, slice(None), at) if rank_major else (lane, at)])
+                tile, lambda member, at: do(lanes[member].at[(page, slice(None), at) if rank_major else (page, at)])
             )
 
         def fetch(place):
@@ -151,7 +153,7 @@ def _add_products(
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
-        grid={"tile": tiles.count, "lane": Y},
+        grid={"tile": tiles.count, "lane": by_lane.first_Z1.shape[0] - 1},
         threads=1,
         interpret=interpret,
     )(x_WD, h_JQR, plan.block_J, plan.first_J, plan.stop_J, *by_lane, *lane_refs)

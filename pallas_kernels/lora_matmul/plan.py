@@ -34,6 +34,13 @@ class Part(NamedTuple):
         return self.first_row + self.num_blocks * self.block_rows
 
 
+def among_all(
+    lane_J: Int[Array, "J"], first_page: Int[Array, ""] | int, num_pages: int, all_pages: int
+) -> Int[Array, "J"]:
+    """Items' lane pages, counted from the first of all; those of dropped items are past the last."""
+    return jnp.where(lane_J < num_pages, first_page + lane_J, all_pages)
+
+
 class SharedPages(NamedTuple):
     """The pages that all rows of a plan's main part go through, if they do."""
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lora_matmul.plan import LoraPlan
+from pallas_kernels.lora_matmul.plan import LoraPlan, among_all
 from pallas_kernels.numerics import wide_dtype
 
 
@@ -37,10 +37,13 @@ def lora_matmul_backward(
     plan: LoraPlan,
     lane_J: Int[Array, "J"],
     lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
-    add_to: Float[Array, "W D"] | None = None,
+    add_to: Float[Array, "W D"] | None,
+    first_page: Int[Array, ""] | int,
+    num_pages: int,
 ) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
     rank, wide = a_PRD.shape[1] // len(members), wide_dtype(x_WD.dtype)
     d_x_WD, (d_a_YRD, d_bs) = jnp.zeros(x_WD.shape, wide), lanes
+    lane_J = among_all(lane_J, first_page, num_pages, d_a_YRD.shape[0])
     for item in range(plan.block_J.shape[0]):
         mine_W1 = _rows_of(plan, item, x_WD.shape[0])[:, None]
         x, d_y, page, lane = jnp.where(mine_W1, x_WD, 0), jnp.where(mine_W1, d_y_WE, 0), plan.page_J[item], lane_J[item]

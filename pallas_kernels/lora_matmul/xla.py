@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.lora_matmul.plan import LoraPlan, Part, SharedPages
+from pallas_kernels.lora_matmul.plan import LoraPlan, Part, SharedPages, among_all
 from pallas_kernels.numerics import contract, wide_dtype
 
 SPAN_ITEMS = 16  # work items per turn of the span loop
@@ -151,9 +151,11 @@ def lora_matmul_backward(
     plan: LoraPlan,
     lane_J: Int[Array, "J"],
     lanes: tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]],
-    add_to: Float[Array, "W D"] | None = None,
+    add_to: Float[Array, "W D"] | None,
+    first_page: Int[Array, ""] | int,
+    num_pages: int,
 ) -> tuple[Float[Array, "W D"], tuple[Float[Array, "Y R D"], tuple[Float[Array, "Y E R"], ...]]]:
-    wide = wide_dtype(x_WD.dtype)
+    wide, lane_J = wide_dtype(x_WD.dtype), among_all(lane_J, first_page, num_pages, lanes[0].shape[0])
     start_WD = jnp.zeros(x_WD.shape, wide) if add_to is None else add_to.astype(wide)
     d_x_WD, *new_lanes = lax.platform_dependent(
         x_WD, d_y_WE, a_PRD, members, plan, lane_J, (start_WD, *lanes),

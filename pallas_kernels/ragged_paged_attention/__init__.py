@@ -8,8 +8,9 @@ from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
 from pallas_kernels.ragged_paged_attention import reference, xla
 from pallas_kernels.ragged_paged_attention.backward import (
     BACKWARD_IMPLEMENTATIONS,
+    clear_rows,
     ragged_paged_attention_backward,
-    take_rows,
+    read_rows,
 )
 from pallas_kernels.ragged_paged_attention.kernel_limits import refuse
 from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
@@ -18,9 +19,10 @@ __all__ = [
     "BACKWARD_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
     "AttentionLayout",
+    "clear_rows",
     "ragged_paged_attention",
     "ragged_paged_attention_backward",
-    "take_rows",
+    "read_rows",
 ]
 
 IMPLEMENTATIONS = (

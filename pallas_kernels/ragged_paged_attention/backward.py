@@ -11,10 +11,11 @@ B sequences, M pages per sequence.
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
-from pallas_kernels.numerics import never
+from pallas_kernels.numerics import after, never
 from pallas_kernels.ragged_paged_attention import reference, xla_backward
 from pallas_kernels.ragged_paged_attention.kernel_limits import refuse
 from pallas_kernels.ragged_paged_attention.layout import Accumulators, AttentionLayout
@@ -66,16 +67,34 @@ def ragged_paged_attention_backward(
     return chosen.function(*arrays, scale=scale, softcap=softcap, window=window)
 
 
-def take_rows(
+def read_rows(
     accumulators: Accumulators, page_W: Int[Array, "W"], offset_W: Int[Array, "W"]
-) -> tuple[tuple[Float[Array, "W K C"], Float[Array, "W K C"]], Accumulators]:
-    """Reads the rows' finished sums and sets them back to zero. A page of A or more reads zero."""
+) -> tuple[Float[Array, "W K C"], Float[Array, "W K C"]]:
+    """The rows' finished sums. A page of A or more reads zero."""
+    d_k, d_v = (pool.at[page_W, :, offset_W].get(mode="fill", fill_value=0) for pool in accumulators)
+    return d_k, d_v
 
-    def take(pool_AKGC: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # what is written depends on what was read: XLA's CPU backend copies a pool that may be written before
-        rows_WKC = pool_AKGC.at[page_W, :, offset_W].get(mode="fill", fill_value=0)
-        zeros_WKC = jnp.where(never(rows_WKC), -0.0, jnp.zeros_like(rows_WKC))
-        return rows_WKC, pool_AKGC.at[page_W, :, offset_W].set(zeros_WKC, mode="drop")
 
-    (d_k_WKC, d_k), (d_v_WKC, d_v) = take(accumulators[0]), take(accumulators[1])
-    return (d_k_WKC, d_v_WKC), (d_k, d_v)
+def clear_rows(
+    accumulators: Accumulators, page_W: Int[Array, "W"], offset_W: Int[Array, "W"], made_of_them: list[jax.Array]
+) -> Accumulators:
+    """Sets the rows that were read back to zero.
+
+    A pool that may be written before it was read is copied. So what is written depends on what was read, or, where a
+    fusion would read it once more for that, on ``made_of_them``.
+    """
+    read = read_rows(accumulators, page_W, offset_W)
+
+    def on_cpu(read, _):
+        return tuple(jnp.where(never(rows_WKC), -0.0, jnp.zeros_like(rows_WKC)) for rows_WKC in read)
+
+    def elsewhere(read, made_of_them):
+        zero = after(jnp.zeros((), read[0].dtype), made_of_them)
+        return tuple(jnp.broadcast_to(zero, rows_WKC.shape) for rows_WKC in read)
+
+    zeros = lax.platform_dependent(read, made_of_them, cpu=on_cpu, default=elsewhere)
+    d_k, d_v = (
+        pool.at[page_W, :, offset_W].set(zeros_WKC, mode="drop")
+        for pool, zeros_WKC in zip(accumulators, zeros, strict=True)
+    )
+    return d_k, d_v

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from one_by_one import one_by_one, one_by_one_backward
+from one_by_one import PAGES_BEFORE, among_others, one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import NoImplementation
 from pallas_kernels.lora_matmul import PAGE_RANK, lora_matmul, lora_matmul_backward, xla
@@ -139,11 +139,11 @@ def test_the_result_is_added_to_what_is_given(implementation):
     np.testing.assert_array_equal(out[alone_T], base_TE[alone_T])
 
 
-def backward(implementation, case, make=lambda *args: args, dtype=jnp.float32, lanes=None):
+def backward(implementation, case, make=lambda *args: args, dtype=jnp.float32, lanes=None, **pages):
     x_WD, a_PRD, members, plan = make(*case.make(dtype))
     lane_J, lanes = jnp.asarray(case.lane_items()), lanes or case.make_lanes()
-    op = jax.jit(partial(lora_matmul_backward, implementation=implementation))
-    return op(x_WD, case.make_cotangent(dtype), a_PRD, members, plan, lane_J, lanes, add_to=2 * x_WD)
+    op = jax.jit(partial(lora_matmul_backward, implementation=implementation), static_argnames="num_pages")
+    return op(x_WD, case.make_cotangent(dtype), a_PRD, members, plan, lane_J, lanes, add_to=2 * x_WD, **pages)
 
 
 @pytest.mark.parametrize("implementation", NAMES)
@@ -162,6 +162,15 @@ def test_a_lanes_bits_do_not_depend_on_how_its_items_were_dealt_to_calls():
     for start, stop in ((0, 3), (3, 4), (4, 100)):
         lanes = backward("xla", LONG, lambda *args, span=(start, stop): only(span, *args), lanes=lanes)[1]
     jax.tree.map(np.testing.assert_array_equal, lanes, at_once)
+
+
+@pytest.mark.parametrize("implementation", NAMES)
+@pytest.mark.parametrize("case", [*BACKWARD_CASES, LONG], ids=str)
+def test_a_layer_adds_to_its_own_pages_in_the_lanes_of_all_layers(implementation, case):
+    d_x_WD, lanes = backward(implementation, case)
+    pages = {"first_page": jnp.int32(PAGES_BEFORE), "num_pages": case.num_lane_pages}
+    out = backward(implementation, case, lanes=among_others(case.make_lanes()), **pages)
+    jax.tree.map(np.testing.assert_array_equal, out, (d_x_WD, among_others(lanes)))
 
 
 SHARED_CASES = [

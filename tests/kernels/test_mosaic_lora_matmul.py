@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from mosaic_checks import OLD_JAX, ON_DEVICE, TOLERANCE, needs_mosaic
-from one_by_one import one_by_one, one_by_one_backward
+from one_by_one import PAGES_BEFORE, among_others, one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import INTERPRETED, MOSAIC, NoImplementation, choose, explain
 from pallas_kernels.lora_matmul import (
@@ -33,7 +33,8 @@ pytestmark = [pytest.mark.filterwarnings("ignore::DeprecationWarning"), pytest.m
 
 @lru_cache
 def jitted(op, implementation):
-    return jax.jit(partial(op, implementation=implementation))
+    static = "num_pages" if op is lora_matmul_backward else None
+    return jax.jit(partial(op, implementation=implementation), static_argnames=static)
 
 
 def near(got, expected, dtype="bfloat16"):
@@ -51,11 +52,11 @@ def base_of(case: LoraCase, dtype="bfloat16"):
     return jnp.asarray(values, np.dtype(getattr(ml_dtypes, dtype, dtype)))
 
 
-def backward(implementation, case, dtype="bfloat16", change=lambda *args: args, lanes=None):
+def backward(implementation, case, dtype="bfloat16", change=lambda *args: args, lanes=None, **pages):
     x_WD, a_PRD, members, plan = change(*make(case, dtype))
     lane_J, lanes = jnp.asarray(case.lane_items()), lanes or case.make_lanes()
     op = jitted(lora_matmul_backward, implementation)
-    return op(x_WD, case.make_cotangent(x_WD.dtype), a_PRD, members, plan, lane_J, lanes, add_to=x_WD)
+    return op(x_WD, case.make_cotangent(x_WD.dtype), a_PRD, members, plan, lane_J, lanes, add_to=x_WD, **pages)
 
 
 @needs_mosaic
@@ -153,6 +154,15 @@ def test_a_lanes_bits_do_not_depend_on_how_its_items_were_dealt_to_calls(impleme
         op = jitted(lora_matmul_backward, implementation)
         _, lanes = op(x_WD, d_y_WE, a_PRD, members, some, lane_J[items], lanes)
     jax.tree.map(np.testing.assert_array_equal, lanes, backward(implementation, LONG)[1])
+
+
+@needs_mosaic
+@pytest.mark.parametrize("implementation", [INTERPRETED, ON_DEVICE])
+def test_a_layer_adds_to_its_own_pages_in_the_lanes_of_all_layers(implementation):
+    d_x_WD, lanes = backward(implementation, LONG)
+    pages = {"first_page": jnp.int32(PAGES_BEFORE), "num_pages": LONG.num_lane_pages}
+    out = backward(implementation, LONG, lanes=among_others(LONG.make_lanes()), **pages)
+    jax.tree.map(np.testing.assert_array_equal, out, (d_x_WD, among_others(lanes)))
 
 
 PRODUCTION = [
