@@ -177,10 +177,10 @@ def _engine_metrics(run: Run) -> dict[str, Any]:
 
 def _host(steps: Sequence[StepRecord]) -> dict[str, float]:
     """Median host time of these steps in ms, whole and by part, and the least of what comes before the device."""
+    steps = [step for step in steps if step.pack_seconds > 0]  # the last ones of a run send nothing
     parts = {part: [getattr(s, f"{part}_seconds") for s in steps] for part in ("host", "send", *HOST_PARTS)}
     found = {("median" if part == "host" else part): summary(v)["median"] * 1000 for part, v in parts.items()}
-    sent = [step.send_seconds for step in steps if step.pack_seconds > 0]  # the last steps of a run send nothing
-    return {"steps": len(steps), **found, "min": min(sent, default=0.0) * 1000}
+    return {"steps": len(steps), **found, "min": min(parts["send"], default=0.0) * 1000}
 
 
 def _peak_tokens(done: Sequence[RequestRecord]) -> int:

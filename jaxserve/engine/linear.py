@@ -74,14 +74,15 @@ class Linear:
 
     def before_scaling(self, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """z: the base and the adapter, summed over shards."""
-        if self.bank is not None and self.plan is not None:
-            x_TI = stored(x_TI)  # the adapters' kernel reads it as well
-        z_TO = self.base(p[self.site], x_TI)
-        if self.bank is not None and self.plan is not None:
-            dropped_TI, bank = x_TI if self.drop is None else self.drop(x_TI), self.bank
+        w_OI, bank = p[self.site], self.bank
+        if bank is None or self.plan is None:
+            z_TO = self.base(w_OI, x_TI)
+        else:
+            x_TI = stored(x_TI)
             z_TO = lora_matmul(
-                dropped_TI, bank.a_PRD, bank.members, self.plan, add_to=z_TO, implementation=self.implementation
-            )
+                x_TI if self.drop is None else self.drop(x_TI), bank.a_PRD, bank.members, self.plan,
+                add_to=self.base(w_OI, x_TI), implementation=self.implementation,
+            )  # fmt: skip
         if self.site in decoder.ROW and self.parallel:
             z_TO = lax.psum(z_TO, AXIS)
         return z_TO

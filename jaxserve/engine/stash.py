@@ -97,7 +97,7 @@ class StashShape:
 def put(stash: Any, rows: Any, block_N: Int[Array, "N"]) -> Any:
     """Arrays of the stash with the first N * Q rows written to these of its blocks; one out of range is dropped."""
     pools, tree = jax.tree.flatten(stash)
-    new = jax.tree.leaves(rows)
+    new = tree.flatten_up_to(rows)
     for dtype in {pool.dtype: None for pool in pools}:
         mine = [i for i, pool in enumerate(pools) if pool.dtype == dtype]
         flat = [pools[i].reshape(*pools[i].shape[:2], -1) for i in mine]

@@ -197,10 +197,10 @@ def test_host_time_of_a_full_batch_counts_only_steps_that_drew_a_token_for_every
     assert (full["send"], full["min"]) == pytest.approx((15.0, 7.5))  # without what is taken in afterwards
 
 
-def test_a_step_that_sends_nothing_is_not_the_quickest():
+def test_a_step_that_sends_nothing_does_not_count():
     last = replace(step(2, 2, 0.001), pack_seconds=0.0)
     full = metrics(replace(RUN, steps=[*RUN.steps, last]))["host_full_batch"]
-    assert full["min"] == pytest.approx(7.5)
+    assert full == metrics(RUN)["host_full_batch"]
 
 
 @pytest.mark.parametrize(
