@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-MOSAIC_VERSION = (0, 11, 2)  # of JAX; before it Mosaic kernels are written another way
+MOSAIC_VERSION, UNKNOWN_VERSION = (0, 11, 2), (0, 12)  # of JAX: Mosaic kernels are written for those between
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 MOSAIC, INTERPRETED = "mosaic", "mosaic_interpreted"
 CORES = 132  # multiprocessors of an H100 or H200, where the device does not say
@@ -88,10 +88,10 @@ def mosaic_pair(module: str, refuse: Callable[..., str | None]) -> tuple[Impleme
         return lambda *args, **settings: import_module(module).run(*args, **settings, interpret=interpret)
 
     def refuse_hardware(*, forced: bool, **facts: Any) -> str | None:
-        return _old_jax() or _not_hopper(target(), forced) or refuse(**facts)
+        return _other_jax() or _not_hopper(target(), forced) or refuse(**facts)
 
     def refuse_interpreter(*, forced: bool, **facts: Any) -> str | None:
-        return _old_jax() or (None if forced else "the interpreter is for tests, which name it") or refuse(**facts)
+        return _other_jax() or (None if forced else "the interpreter is for tests, which name it") or refuse(**facts)
 
     return (
         Implementation(MOSAIC, run(interpret=False), refuse_hardware),
@@ -99,10 +99,11 @@ def mosaic_pair(module: str, refuse: Callable[..., str | None]) -> tuple[Impleme
     )
 
 
-def _old_jax() -> str | None:
-    if jax.__version_info__ < MOSAIC_VERSION:
-        return f"Pallas Mosaic GPU kernels need jax {'.'.join(map(str, MOSAIC_VERSION))}, this is {jax.__version__}"
-    return None
+def _other_jax() -> str | None:
+    if MOSAIC_VERSION <= jax.__version_info__ < UNKNOWN_VERSION:
+        return None
+    least, beyond = (".".join(map(str, version)) for version in (MOSAIC_VERSION, UNKNOWN_VERSION))
+    return f"Pallas Mosaic GPU kernels need jax {least} or later, before {beyond}; this is {jax.__version__}"
 
 
 def _not_hopper(target: Target | None, forced: bool) -> str | None:
