@@ -330,7 +330,7 @@ def _is_past(deadline: float) -> bool:
 
 
 def profile(bench: Bench) -> Iterator[Figure]:
-    """The kernels that steps spend their time in. The profiler runs them without CUDA graphs."""
+    """The kernels that steps spend their time in."""
     engine = _engine(bench)
     buckets = engine.core.planner.buckets
     most, rows = _most_rows(bench), buckets.chunk_rows[-1]

@@ -71,8 +71,9 @@ def test_requests_and_jobs_do_not_change_each_others_bits(engine):
 
 def test_a_job_learns_and_its_versions_answer_at_once(engine):
     data = [{"prompt": "hello", "completion": " and the other thing"}] * 6
-    job = engine.finetune(data, adapter="a", **{**JOB, "max_steps": 12}).wait()
-    assert job.losses[-1] < 0.5 * job.losses[0]
+    job = engine.finetune(data, adapter="a", **{**JOB, "max_steps": 12})
+    assert "digest" in vars(job._job.start)  # hashed by the caller: for the loop it would be a gap
+    assert job.wait().losses[-1] < 0.5 * job.losses[0]
     prompt = jaxserve.SamplingParams(max_tokens=4, temperature=0.0)
     tuned, base = engine.generate(["hello"] * 2, prompt, adapter=["a", None])
     assert tuned.adapter_version == 13  # the start and one per step
@@ -136,6 +137,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_happens(engine):
 
 
 def test_training_compiles_no_step_once_the_engine_is_ready(engine):
+    assert {bucket for bucket, _ in engine.core.specs} == set(engine.core.planner.buckets)  # nor one that never runs
     engine.finetune(examples(1), adapter="a", **JOB).wait()
     before = engine.stats()["recompiles"]
     job = engine.finetune(examples(8), adapter="b", **JOB)
