@@ -118,36 +118,33 @@ def correctness(bench: Bench) -> Iterator[Figure]:
 
 def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
     few = slice(1) if bench.smoke else slice(None)
+
+    def check(op: Callable[..., Any], make: Callable[..., Any], **settings: Any) -> Callable[[], float]:
+        return partial(_error, partial(op, **settings), make, kernel(bench))
+
     for case in write_cases.CASES[few]:
-        yield f"write {case}", partial(_write_error, case, kernel(bench))
+        yield f"write {case}", check(write.paged_kv_write, partial(case.make, jnp.bfloat16))
     for case in block_cases.CASES[few]:
-        yield f"block write {case}", partial(_block_write_error, case, kernel(bench))
+        yield f"block write {case}", check(blocks.block_write, partial(case.make, jnp.bfloat16))
     for case in attention_cases.KERNEL_CASES[few]:
-        yield f"attention {case}", partial(_attention_error, case, kernel(bench))
+        yield (
+            f"attention {case}",
+            check(attention.ragged_paged_attention, partial(case.make, jnp.bfloat16), **case.settings),
+        )
         if case.chunks:
-            yield f"attention backward {case}", partial(_attention_backward_error, case, kernel(bench))
+            make = partial(_backward_args, replace(case, decodes=()))
+            yield f"attention backward {case}", check(attention.ragged_paged_attention_backward, make, **case.settings)
     for case in lora_cases.KERNEL_CASES[few]:
-        yield f"adapters {case}", partial(_lora_error, case, kernel(bench))
+        yield f"adapters {case}", check(lora.lora_matmul, partial(case.make, jnp.bfloat16))
     for case in [case for case in lora_cases.KERNEL_CASES if case.chunks and not case.singles][few]:
-        yield f"adapters backward {case}", partial(_lora_backward_error, case, kernel(bench))
+        yield f"adapters backward {case}", check(lora.lora_matmul_backward, partial(_lora_backward_args, case))
 
 
-def _write_error(case, name: str) -> float:
-    args = case.make(jnp.bfloat16)
-    got = jax.jit(partial(write.paged_kv_write, implementation=name))(*args)
-    return apart(got, oracle(write.reference.paged_kv_write, *args))
-
-
-def _block_write_error(case, name: str) -> float:
-    args = case.make(jnp.bfloat16)
-    got = jax.jit(partial(blocks.block_write, implementation=name))(*args)
-    return apart(got, oracle(blocks.reference.block_write, *args))
-
-
-def _attention_error(case, name: str) -> float:
-    args = case.make(jnp.bfloat16)
-    run = partial(attention.ragged_paged_attention, **case.settings, implementation=name)
-    return apart(jax.jit(run)(*args), oracle(attention.reference.ragged_paged_attention, *args, **case.settings))
+def _error(op: Callable[..., Any], make: Callable[[], tuple[Any, ...]], name: str) -> float:
+    """Of the implementation of that name, beside the definition."""
+    args = make()
+    got = jax.jit(partial(op, implementation=name))(*args)
+    return apart(got, oracle(partial(op, implementation="reference"), *args))
 
 
 def _backward_args(case) -> tuple[Any, ...]:
@@ -159,25 +156,9 @@ def _backward_args(case) -> tuple[Any, ...]:
     return d_out, q, out, lse, k, v, layout, sums, layout.page_table_BM
 
 
-def _attention_backward_error(case, name: str) -> float:
-    case = replace(case, decodes=())
-    args = _backward_args(case)
-    run = partial(attention.ragged_paged_attention_backward, **case.settings, implementation=name)
-    expected = oracle(attention.reference.ragged_paged_attention_backward, *args, **case.settings)
-    return apart(jax.jit(run)(*args), expected)
-
-
-def _lora_error(case, name: str) -> float:
-    args = case.make(jnp.bfloat16)
-    got = jax.jit(partial(lora.lora_matmul, implementation=name))(*args)
-    return apart(got, oracle(lora.reference.lora_matmul, *args))
-
-
-def _lora_backward_error(case, name: str) -> float:
+def _lora_backward_args(case) -> tuple[Any, ...]:
     x, a, members, plan = case.make(jnp.bfloat16)
-    args = (x, case.make_cotangent(jnp.bfloat16), a, members, plan, jnp.asarray(case.lane_items()), case.make_lanes())
-    got = jax.jit(partial(lora.lora_matmul_backward, implementation=name))(*args)
-    return apart(got, oracle(partial(lora.lora_matmul_backward, implementation="reference"), *args))
+    return x, case.make_cotangent(jnp.bfloat16), a, members, plan, jnp.asarray(case.lane_items()), case.make_lanes()
 
 
 # fast
@@ -233,7 +214,7 @@ def _timed(bench: Bench) -> Iterator[Timed]:
     for case in block_cases.CASES[:1] if bench.smoke else block_cases.BENCH_CASES:
         pools, rows, place = case.make(jnp.bfloat16)
         moved = 4 * case.blocks * case.row_block * sum(case.dims)
-        yield Timed(f"block write {case}", floor(0, moved), _put_blocks, pools, (rows, place))
+        yield Timed(f"block write {case}", floor(0, moved), blocks.block_write, pools, (rows, place))
 
 
 def _attend(case, q, k, v, layout, *, implementation: str):
@@ -253,7 +234,3 @@ def _multiply(y, x, a, members, plan, *, implementation: str):
 
 def _put(pools, *rows, implementation: str):
     return write.paged_kv_write(*pools, *rows, implementation=implementation)
-
-
-def _put_blocks(pools, *blocks_of_rows, implementation: str):
-    return blocks.block_write(pools, *blocks_of_rows, implementation=implementation)

@@ -7,18 +7,15 @@ import jax
 from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.block_write import reference, xla
-from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
+from pallas_kernels.dispatch import COPY_BYTES, COPY_SIDE, Implementation, choose, mosaic_pair
 
 __all__ = ["IMPLEMENTATIONS", "block_write", "tile_columns"]
-
-COPY_BYTES = 16  # what a bulk copy moves is a multiple of it
-MAX_SIDE = 256  # elements of one axis of a bulk copy
 
 
 def tile_columns(dims: Sequence[int], itemsize: int) -> int:
     """Columns of a tile that every array is cut into; 0: there is no such number."""
     step = max(COPY_BYTES // itemsize, 1)
-    widths = range(MAX_SIDE // step * step, 0, -step)
+    widths = range(COPY_SIDE // step * step, 0, -step)
     return next((width for width in widths if all(dim % width == 0 for dim in dims)), 0)
 
 
@@ -27,8 +24,8 @@ def _refuse(*, pools: Sequence[jax.Array], **_: Any) -> str | None:
     other = next((pool.dtype for pool in pools if pool.dtype != dtype), None)
     if other is not None:
         return f"the kernel takes arrays of one dtype, these have {dtype} and {other}"
-    if rows > MAX_SIDE:
-        return f"the kernel takes blocks of at most {MAX_SIDE} rows, these have {rows}"
+    if rows > COPY_SIDE:
+        return f"the kernel takes blocks of at most {COPY_SIDE} rows, these have {rows}"
     dims = [pool.shape[2] for pool in pools]
     if not tile_columns(dims, dtype.itemsize):
         return f"the kernel copies multiples of {COPY_BYTES} bytes, rows have {dims} elements of {dtype.itemsize}"

@@ -5,13 +5,11 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
+from pallas_kernels.dispatch import COPY_BYTES, COPY_SIDE, Implementation, choose, mosaic_pair
 from pallas_kernels.paged_kv_write import reference, xla
 
 __all__ = ["IMPLEMENTATIONS", "paged_kv_write"]
 
-COPY_BYTES = 16  # what a bulk copy moves is a multiple of it
-MAX_SIDE = 256  # elements of one axis of a bulk copy
 ROW_BYTES = 64 << 10  # of a row's keys, as of its values: both stand in shared memory
 
 
@@ -21,8 +19,8 @@ def _refuse(*, k_TKC: jax.Array, k_PKGC: jax.Array, **_: Any) -> str | None:
         return "there are no rows"
     if C * k_PKGC.dtype.itemsize % COPY_BYTES:
         return f"the kernel copies multiples of {COPY_BYTES} bytes, a head has {C * k_PKGC.dtype.itemsize}"
-    if max(K, C) > MAX_SIDE:
-        return f"the kernel takes at most {MAX_SIDE} kv heads and head dims, there are {K} and {C}"
+    if max(K, C) > COPY_SIDE:
+        return f"the kernel takes at most {COPY_SIDE} kv heads and head dims, there are {K} and {C}"
     if K * C * k_PKGC.dtype.itemsize > ROW_BYTES:
         return f"the kernel takes rows of at most {ROW_BYTES} bytes, these have {K * C * k_PKGC.dtype.itemsize}"
     return None

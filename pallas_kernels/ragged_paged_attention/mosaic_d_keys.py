@@ -96,9 +96,9 @@ def _kernel(shape: Any, workers: int):
             """Of this worker's (tile, head) pair i among all."""
             return i * workers + jnp.where(lax.rem(i, 2) == 0, worker, workers - 1 - worker)
 
-        rounds = lax.div(tiles_ref[0] * K + workers - 1, workers)
-        mine = rounds - (place(jnp.maximum(rounds - 1, 0)) >= tiles_ref[0] * K).astype(jnp.int32)
-        mine = jnp.minimum(mine, rounds)
+        pairs = tiles_ref[0] * K
+        rounds = lax.div(pairs + workers - 1, workers)
+        mine = rounds - (place(rounds - 1) >= pairs).astype(jnp.int32)
 
         def pair(i):
             return lax.div(place(i), K), lax.rem(place(i), K)
