@@ -186,10 +186,10 @@ class Fields:
             raise ModelError(f"{self.where}: {key} {_show(value)} is not supported; supported: {', '.join(choices)}")
         return choices[value]
 
-    def ids(self, key: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
+    def ids(self, key: str, nothing: int | None = None) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing, which may be written as the id ``nothing``."""
         value = self.get(key, [])
-        ids = value if isinstance(value, list) else [value]
+        ids = value if isinstance(value, list) else [] if value == nothing else [value]
         if not all(type(i) is int and 0 <= i < 2**31 for i in ids):
             raise ModelError(f"{self.where}: {key} {_show(value)} must be a token id or a list of token ids")
         return tuple(ids)
@@ -239,13 +239,13 @@ def dimensions(fields: Fields, **defaults: Any) -> dict[str, Any]:
 def token_ids(*sources: Fields) -> dict[str, Any]:
     """bos, eos and pad ids from the first source that names them."""
 
-    def first(key: str) -> tuple[int, ...]:
-        return next((ids for ids in (source.ids(key) for source in sources) if ids), ())
+    def first(key: str, nothing: int | None = None) -> tuple[int, ...]:
+        return next((ids for ids in (source.ids(key, nothing) for source in sources) if ids), ())
 
     return {
         "bos_token_id": next(iter(first("bos_token_id")), None),
         "eos_token_ids": first("eos_token_id"),
-        "pad_token_id": next(iter(first("pad_token_id")), None),
+        "pad_token_id": next(iter(first("pad_token_id", -1)), None),  # early conversions of Llama have -1
     }
 
 

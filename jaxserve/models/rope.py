@@ -33,6 +33,7 @@ _KEYS = {
         "mscale",
         "mscale_all_dim",
         "truncate",
+        "finetuned",  # of YaRN's authors: says that there was training at the new length, and changes nothing
     },
 }
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}

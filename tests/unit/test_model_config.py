@@ -91,6 +91,12 @@ def test_gemma3_multimodal_takes_defaults_and_ids_from_both_levels():
     assert config.embedding_scale == math.sqrt(64)
 
 
+def test_a_pad_id_of_minus_one_is_none():
+    assert parse("llama", pad_token_id=-1).pad_token_id is None
+    with pytest.raises(ModelError, match="eos_token_id -1 must be a token id"):
+        parse("llama", eos_token_id=-1)
+
+
 def test_rope_scaling_keeps_short_wavelengths_and_stretches_long_ones():
     plain = inverse_frequencies(RopeConfig(theta=1e4), 64, np.float64)
     for scaling in (LLAMA3, YARN):
@@ -99,6 +105,11 @@ def test_rope_scaling_keeps_short_wavelengths_and_stretches_long_ones():
         np.testing.assert_allclose(ratio[0], 1.0)
         np.testing.assert_allclose(ratio[-1], scaling["factor"])
         assert (np.diff(ratio) > -1e-12).all()
+
+
+def test_a_rope_of_yarns_authors_is_read_like_any_other():
+    published = {key: value for key, value in YARN.items() if key != "rope_type"} | {"type": "yarn", "finetuned": True}
+    assert parse(rope_scaling=published) == parse(rope_scaling=YARN)
 
 
 def test_dynamic_rope_is_the_plain_one_up_to_the_length_it_was_trained_for():
