@@ -67,12 +67,13 @@ class LiveRequest:
     def _text(self, index: int, token: int, reason: str | None) -> tuple[str, str | int | None, str | None]:
         """New text of a token, what stopped the choice, and why it ends, if it does."""
         stream = self.streams[index]
-        if reason == "stop":  # a stop token is no part of the text
-            return stream.finish(), token, "stop"
+        stop = token if reason == "stop" else None
+        if stop is not None and not self.request.params.include_stop_str_in_output:
+            return stream.finish(), stop, reason
         text, hit = stream.push(token)
         if hit is not None:
             return text, hit, "stop"
-        return (text + stream.finish(), None, reason) if reason else (text, None, None)
+        return (text + stream.finish(), stop, reason) if reason else (text, None, None)
 
     def end(self, index: int, reason: str, *, stop_reason=None, error: str | None = None, **new: Any) -> Event:
         """Closes a choice."""

@@ -1,5 +1,7 @@
 """Text in, text out, through the public API and a tiny tokenizer."""
 
+import dataclasses
+
 import pytest
 import serving
 import tiny_models
@@ -114,6 +116,18 @@ def test_the_models_own_end_is_no_part_of_the_text(engine):
     assert output.token_ids[4:] == [tiny_models.EOS]
     assert (output.finish_reason, output.stop_reason) == ("stop", tiny_models.EOS)
     assert output.text == text_of(engine, output.token_ids[:4])
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_token_is_part_of_the_text_where_stops_are_included(engine, include):
+    (free,) = engine.generate("hello world", GREEDY)
+    stop = free.token_ids[9]
+    end = free.token_ids.index(stop)
+    params = dataclasses.replace(GREEDY, stop_token_ids=[stop], include_stop_str_in_output=include)
+    (output,) = engine.generate("hello world", params)
+    assert output.token_ids == free.token_ids[: end + 1]
+    assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+    assert output.text == text_of(engine, output.token_ids[: end + include])
 
 
 def test_special_tokens_show_when_asked_for(engine):
