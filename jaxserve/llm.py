@@ -208,6 +208,7 @@ class Engine(TrainingEngine):
         """
         params = params or SamplingParams()
         params.validate(self.model.vocab_size, max_logprobs=self.config.max_logprobs)
+        _check_options(priority, request_id=request_id or "", tenant=tenant, salt=salt, slo_class=slo_class)
         text, ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size)
         objectives = self.core.config.objectives
         if slo_class not in objectives:
@@ -257,7 +258,9 @@ class Engine(TrainingEngine):
             ended = self.core.abort(request_id)
             for seq in ended:
                 live = self._live[seq.request.id]
-                self._aborted.append(live.end(seq.index, "abort"))
+                event = live.end(seq.index, "abort")
+                if not live.collect:
+                    self._aborted.append(event)
                 self._forget_if_over(live)
         return bool(ended)
 
@@ -287,7 +290,7 @@ class Engine(TrainingEngine):
         if event is not None and isinstance(event.stop_reason, str):
             self.core.finish(seq, "stop")
         self._forget_if_over(live)
-        return event
+        return None if live.collect else event
 
     def _forget_if_over(self, live: LiveRequest) -> None:
         if live.open:
@@ -305,7 +308,7 @@ class Engine(TrainingEngine):
         *,
         adapter: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput]:
-        """Runs a batch of prompts to the end, in order.
+        """Runs a batch of prompts to the end, in order; the next ``step`` has what other requests said meanwhile.
 
         Args:
           prompts: texts or lists of token ids, or one of them.
@@ -317,19 +320,21 @@ class Engine(TrainingEngine):
         """
         every = as_list(prompts)
         each = zip(every, spread("params", params, every), spread("adapter", adapter, every), strict=True)
-        todo, ids = deque(each), []
+        todo, ids, others = deque(each), [], []
         try:
             while todo or not all(i in self._finished for i in ids):
                 while todo and self._queue_has_room(todo[0][1]):
                     prompt, param, name = todo.popleft()
                     ids.append(self.add_request(prompt, param, adapter=name))
                     self._live[ids[-1]].collect = True
-                self.step()
+                others += self.step()
         except BaseException:
             for request_id in ids:
                 self.abort(request_id)
                 self._finished.pop(request_id, None)
             raise
+        finally:
+            self._keep(others)
         return [self._finished.pop(i) for i in ids]
 
     def _queue_has_room(self, params: SamplingParams | None) -> bool:
@@ -355,15 +360,26 @@ class Engine(TrainingEngine):
 
     def drive(self) -> None:
         """One step on behalf of something that waits; events of requests are kept for the next ``step``."""
-        events = self.step()
+        self._keep(self.step())
+
+    def _keep(self, events: Sequence[Event]) -> None:
+        """Events that the next ``step`` returns, before any that came since."""
         with self.core.lock:
-            self._aborted.extend(events)
+            self._aborted.extendleft(reversed(events))
 
     # numbers
 
     def stats(self) -> dict[str, Any]:
         """Counters and gauges, of the engine's life so far."""
         return {**self.core.stats(), **self._totals, "adapters": len(self.adapters.list())}
+
+
+def _check_options(priority: Any, **texts: Any) -> None:
+    """Refuses what could not be compared or hashed in the middle of the scheduler's work."""
+    kinds = [("priority", priority, int, "an integer"), *((*text, str, "a string") for text in texts.items())]
+    for name, value, kind, wanted in kinds:
+        if not isinstance(value, kind):
+            raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)
 
 
 def _base_digest(model: ModelConfig, weights: bytes) -> bytes:

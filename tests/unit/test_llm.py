@@ -1,5 +1,6 @@
 """The public engine on the host's side: what it refuses, counts and hands out."""
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -49,6 +50,17 @@ def test_a_bad_prompt_is_refused_by_what_is_wrong_with_it(engine, prompt, messag
     with pytest.raises(InvalidRequest, match=message) as caught:
         engine.add_request(prompt, ONE)
     assert caught.value.param in ("prompt", "max_tokens")
+    serving.check_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("priority", None), ("priority", float("nan")), ("tenant", None), ("salt", 3), ("request_id", 7)],
+)
+def test_an_option_of_another_kind_is_refused_by_name(engine, option, value):
+    with pytest.raises(InvalidRequest, match=f"{option} is .*; it must be an? (integer|string)") as caught:
+        engine.add_request([1], ONE, **{option: value})
+    assert caught.value.param == option
     serving.check_idle(engine)
 
 
@@ -167,17 +179,22 @@ def test_a_bad_prompt_among_others_leaves_nothing_running(engine):
         engine.generate([[1], [2], [999], [3]], SamplingParams(max_tokens=50))
     with pytest.raises(AdapterNotFound, match="'nobody' is not loaded"):
         engine.generate([[1], [2]], ONE, adapter=[None, "nobody"])
-    events = serving.drain(engine)
-    assert {event.finish_reason for event in events} <= {"abort"}
     serving.check_idle(engine)
 
 
 def test_generate_beside_streamed_requests_takes_only_its_own(engine):
-    streamed = engine.add_request([4, 5], SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True))
-    (output,) = engine.generate([[1]], ONE)
-    assert output.request_id != streamed
-    assert engine.has_work()
-    serving.drain(engine)
+    params = SamplingParams(max_tokens=30, temperature=0.0, ignore_eos=True)
+    (alone,) = engine.generate([[4, 5]], params)
+    streamed, aborted = (engine.add_request([4, 5], params) for _ in range(2))
+    (output,) = engine.generate([[1]], dataclasses.replace(params, max_tokens=10))
+    assert output.request_id not in (streamed, aborted)
+    with pytest.raises(InvalidRequest, match="prompt is empty"):
+        engine.generate([[2], []], ONE)
+    engine.abort(aborted)
+    events = serving.drain(engine)
+    assert [token for event in events if event.request_id == streamed for token in event.token_ids] == alone.token_ids
+    assert [event.finish_reason for event in events if event.request_id == aborted][-1] == "abort"
+    assert {event.request_id for event in events} == {streamed, aborted}
     assert engine._finished == {}
 
 
