@@ -59,9 +59,11 @@ def check(config: Config) -> None:
 
 
 def write_result(config: Config, result: dict[str, Any]) -> None:
-    """To the result file, where there is to be one."""
+    """To the result file, where there is to be one; its folder is made if need be."""
     if config.bench.result_file is not None:
-        Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        file = Path(config.bench.result_file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class BenchSection(Section):
     lora_assignment: Literal["round-robin", "random", "tenant"] = "round-robin"
     """Who gets which adapter: in turn, at random, or one for each tenant."""
     goodput: Annotated[
-        tuple[Annotated[str, Field(pattern=r"^(ttft|tpot|itl|e2el):[0-9.]+$")], ...], Field(strict=False)
+        tuple[Annotated[str, Field(pattern=r"^(ttft|tpot|itl|e2el):[0-9]+(\.[0-9]*)?$")], ...], Field(strict=False)
     ] = ()
     """Objectives a good request meets, in ms, as ttft:500 or tpot:50."""
     against: Literal["none", "transformers", "base", "peft"] = "none"

@@ -266,6 +266,12 @@ def result(tmp_path, **bench) -> dict:
     return json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
 
 
+def test_the_result_files_folder_is_made(tmp_path):
+    file = tmp_path / "new" / "folder" / "r.json"
+    serving.write_result(config(tmp_path, result_file=str(file)), {"completed": 3})
+    assert json.loads(file.read_text(encoding="utf-8")) == {"completed": 3}
+
+
 def test_a_trace_is_replayed_and_its_numbers_are_printed_and_written(tmp_path, capsys):
     path = tmp_path / "trace.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,4\n0.1,40,3\n0.2,6,2\n", encoding="utf-8")

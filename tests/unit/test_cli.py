@@ -143,6 +143,7 @@ def test_a_config_file_and_overrides(engines, tmp_path):
         (["config", "show", "--format", "toml"], "toml"),
         (["frobnicate"], "No such command"),
         (["bench", "serving", "m", "--goodput", "speed:3"], "--goodput: bench.goodput = 'speed:3'"),
+        (["bench", "serving", "m", "--goodput", "ttft:1.2.3"], "--goodput: bench.goodput = 'ttft:1.2.3'"),
     ],
 )
 def test_wrong_usage_is_status_2_and_says_why(engines, capsys, argv, complaint):
