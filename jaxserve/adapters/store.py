@@ -8,7 +8,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from jaxserve.adapters.fields import MAX_RANK, show
@@ -204,6 +204,7 @@ class AdapterStore:
             entry = self._entries.get(name)
             if entry is not None and entry.info.digest == digest and entry.version is not None:
                 self._entries.move_to_end(name)
+                entry.info = replace(entry.info, path=path or entry.info.path)
                 return entry.version
             if entry is None and len(self._entries) >= self._max_adapters:
                 raise AdapterError(

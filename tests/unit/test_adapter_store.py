@@ -266,6 +266,18 @@ def test_saved_weights_of_a_job_can_be_evicted(tmp_path):
     assert not infos(store)["job"].loaded
 
 
+def test_the_same_content_from_another_directory_is_read_again_from_there(tmp_path):
+    store = AdapterStore(TINY, max_host_adapters=1)
+    for place in ("before", "after"):
+        save_peft(weights(0), tmp_path / place)
+    made = store.put("a", weights(0))
+    assert store.load("a", tmp_path / "before") is store.load("a", tmp_path / "after") is made
+    shutil.rmtree(tmp_path / "before")
+    store.put("b", weights(1), tmp_path / "b")
+    assert not infos(store)["a"].loaded
+    assert store.get("a") == made
+
+
 def test_a_new_version_of_a_held_name_needs_no_room(dirs):
     store = AdapterStore(TINY, max_host_adapters=1)
     for seed in range(5):
