@@ -20,6 +20,7 @@ TITLES = {
 }
 HOST_PARTS = ("plan", "pack", "dispatch", "commit")
 WIDTH = 50
+MAX_REASONS = 5  # why requests failed
 
 
 @dataclass(kw_only=True)
@@ -209,6 +210,12 @@ def detail(run: Run) -> dict[str, Any]:
         "errors": [r.error or "" for r in requests],
         "steps": [vars(step) for step in run.steps],
     }
+
+
+def failures(run: Run) -> list[str]:
+    """Why requests failed, the commonest reasons first."""
+    reasons = Counter(r.error for r in run.requests if r.error is not None)
+    return [f"{count} failed: {reason}" for reason, count in reasons.most_common(MAX_REASONS)]
 
 
 def text_block(numbers: Mapping[str, Any]) -> str:

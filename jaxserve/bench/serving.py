@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.bench.compare import Comparison, against_base, against_transformers, fastest
 from jaxserve.bench.peers import TransformersPeer, require_transformers, write_dummy_checkpoint
 from jaxserve.bench.random_adapters import check_targets, random_adapter
-from jaxserve.bench.report import Run, detail, metrics, text_block
+from jaxserve.bench.report import Run, detail, failures, metrics, text_block
 from jaxserve.bench.runner import GREEDY, Runner
 from jaxserve.bench.workload import Row, Workload, make_workload, random_rows, read_trace, rescale
 from jaxserve.config import Config
@@ -110,7 +110,7 @@ def measure(config: Config, path: str) -> dict[str, Any]:
     run_load(config, engine, warm_up_load(workload, engine.config.max_num_seqs))
     ours, (lines, comparison) = run_sides(config, engine, workload, path)
     numbers = metrics(fastest(ours), config.bench.goodput)
-    print("\n".join([text_block(numbers), *lines]))
+    print("\n".join([text_block(numbers), *failures(fastest(ours)), *lines]))
     details = detail(fastest(ours)) if config.bench.save_detailed else {}
     return {**circumstances(config, workload), **numbers, **comparison, **details}
 

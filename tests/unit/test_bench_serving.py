@@ -4,7 +4,17 @@ from dataclasses import replace
 import pytest
 
 from jaxserve.bench import serving
-from jaxserve.bench.report import RequestRecord, Run, StepRecord, detail, is_good, metrics, objectives, text_block
+from jaxserve.bench.report import (
+    RequestRecord,
+    Run,
+    StepRecord,
+    detail,
+    failures,
+    is_good,
+    metrics,
+    objectives,
+    text_block,
+)
 from jaxserve.bench.runner import Runner
 from jaxserve.bench.workload import BenchRequest, Workload
 from jaxserve.config import Config
@@ -124,6 +134,7 @@ def test_a_refused_request_fails_alone():
     assert [r.error for r in found.requests] == [None, "prompt is too long"]
     numbers = metrics(found)
     assert (numbers["completed"], numbers["failed"], numbers["total_input_tokens"]) == (1, 1, 3)
+    assert failures(found) == ["1 failed: prompt is too long"]
 
 
 def test_each_step_knows_what_the_parts_of_the_host_took():
