@@ -8,6 +8,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -376,7 +377,7 @@ class Engine(TrainingEngine):
 
 def _check_options(priority: Any, **texts: Any) -> None:
     """Refuses what could not be compared or hashed in the middle of the scheduler's work."""
-    kinds = [("priority", priority, int, "an integer"), *((*text, str, "a string") for text in texts.items())]
+    kinds = [("priority", priority, Integral, "an integer"), *((*text, str, "a string") for text in texts.items())]
     for name, value, kind, wanted in kinds:
         if not isinstance(value, kind):
             raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)

@@ -64,6 +64,12 @@ def test_an_option_of_another_kind_is_refused_by_name(engine, option, value):
     serving.check_idle(engine)
 
 
+def test_a_priority_may_be_any_integer(engine):
+    engine.abort(engine.add_request([1], ONE, priority=np.int64(3)))
+    serving.drain(engine)
+    serving.check_idle(engine)
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array, np.uint8, np.int64])
 def test_token_ids_come_in_any_sequence(engine, kind):
     """Lists, tuples, numpy arrays of any integer type."""
