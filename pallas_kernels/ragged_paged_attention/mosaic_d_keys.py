@@ -192,6 +192,9 @@ def _kernel(shape: Any, workers: int):
                     pl.when(there)(partial(plgpu.copy_gmem_to_smem, part_ref, part_sm, own_sum_full))
                     pl.when(~there)(lambda: plgpu.barrier_arrive(own_sum_full))
                 plgpu.barrier_wait(own_sum_full)
+                # rows that are not finite reach no key past them, which nobody would clear
+                there_SC = index(0, part_SC.shape) + key <= pages.last
+                part_SC = jnp.where(there_SC, part_SC, jnp.zeros_like(part_SC))
                 own_sum_sm[...] = plgpu.load(own_sum_sm, layout=plgpu.Layout.WGMMA) + part_SC
                 plgpu.commit_smem()
                 for part_ref, part_sm, there in parts:

@@ -147,8 +147,10 @@ def _all_blocks(
             d_score_NKRS = d_score_NKRS * (1 - (capped_NKRS / softcap) ** 2)
         d_score_NKRS = (d_score_NKRS * scale).astype(q_NKRC.dtype)
         d_q_NKRC = d_q_NKRC + weighted_sum(d_score_NKRS, k_NKSC, wide)
-        d_k_NKBSC = _dot_parts(d_score_NKRS, q_NKRC, parts, wide)
-        d_v_NKBSC = _dot_parts(weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC, parts, wide)
+        d_k_NKBSC, d_v_NKBSC = (  # rows that are not finite reach no key past them, which nobody would clear
+            jnp.where(in_range_NS[:, :, None], _dot_parts(x_NKRS, y_NKRC, parts, wide), 0)
+            for x_NKRS, y_NKRC in ((d_score_NKRS, q_NKRC), (weight_NKRS.astype(d_out_NKRC.dtype), d_out_NKRC))
+        )
         return d_q_NKRC, _scatter(d_k_AKGC, acc_NJ, d_k_NKBSC), _scatter(d_v_AKGC, acc_NJ, d_v_NKBSC)
 
     spans = jnp.max(position_NR) // span + 1

@@ -118,7 +118,8 @@ def test_float16_keeps_its_precision(implementation):
 @needs_mosaic
 @pytest.mark.parametrize("implementation", [INTERPRETED, ON_DEVICE])
 def test_what_lies_past_a_sequence_or_in_other_pages_changes_no_bit(implementation):
-    """NaN in every place that no row may see; the backward's other pages stay as they are."""
+    """NaN in every place that no row may see; the backward's other pages stay as they are, and what lies past a
+    sequence does whatever its gradients are."""
     q, k, v, layout = SMALL.make(jnp.bfloat16)
     unseen_PG = np.ones((k.shape[0], SMALL.page_size), bool)
     for sequence, length in enumerate(SMALL.lengths):
@@ -143,6 +144,13 @@ def test_what_lies_past_a_sequence_or_in_other_pages_changes_no_bit(implementati
     (d_k_before, _), acc_table = sums
     others = np.setdiff1d(np.arange(len(d_k_before)), acc_table)
     np.testing.assert_array_equal(poisoned[1][0][others], d_k_before[others])
+
+    _, sick_sums = pull(d_out.at[0].set(jnp.nan), q, out, lse, k, v, layout, *sums)
+    last_page, offset = divmod(case.lengths[0], case.page_size)
+    for new, old in zip(sick_sums, sums[0], strict=True):
+        assert not np.isfinite(new).all()
+        page = acc_table[0, last_page]
+        np.testing.assert_array_equal(new[page, :, offset:], old[page, :, offset:])
 
 
 @needs_mosaic

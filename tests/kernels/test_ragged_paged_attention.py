@@ -145,6 +145,20 @@ def test_the_backward_is_that_of_dense_attention(implementation, case):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", NAMES)
+def test_a_gradient_that_is_not_finite_leaves_the_rest_of_its_last_page_alone(implementation):
+    """Nobody reads and clears what lies past a sequence, and other sequences get the page."""
+    case = dataclasses.replace(MIXED, decodes=())
+    d_out, *args, sums, acc_table = backward_inputs(case, np.float32)
+    pull = jitted_backward(**case.settings, implementation=implementation)
+    last_page, offset = divmod(case.lengths[0], case.page_size)
+    page = acc_table[0, last_page]
+    _, after = pull(d_out.at[0].set(jnp.nan), *args, sums, acc_table)
+    for new, old in zip(after, sums, strict=True):
+        assert not np.isfinite(new).all()
+        np.testing.assert_array_equal(new[page, :, offset:], old[page, :, offset:])
+
+
 def test_chunk_rows_come_in_whole_blocks():
     index = jnp.zeros(4, jnp.int32)
     with pytest.raises(ValueError, match="chunk_rows 4 must be a multiple of row_block 3"):
