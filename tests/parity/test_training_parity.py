@@ -297,7 +297,11 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
             for sums in ([-1.0], -1.0, [0, float("nan")], "ab", [1, 2, 3])
         ),
         (lambda: engine.optim_step("a", learning_rate=float("nan")), "learning_rate is nan"),
+        (lambda: engine.optim_step("a", learning_rate=1e39), "learning_rate is 1e.39; .* from 0, at most 3.4e.38"),
+        (lambda: engine.optim_step("a", eps=0), "eps is 0; it must be a number from 1.18e-38"),
+        (lambda: engine.optim_step("a", max_grad_norm=0.0), "max_grad_norm is 0.0; it must be a number from 1.18e-38"),
         (lambda: engine.optim_step("a", beta1=1.0), "beta1 is 1.0; it must be a number from 0, below 1"),
+        (lambda: engine.optim_step("a", beta1=1 - 1e-9), "beta1 is 0.999999999; it must be a number from 0, below 1"),
         (lambda: engine.optim_step("a", beta2=2), "beta2 is 2; it must be a number from 0, below 1"),
         (lambda: engine.optim_step("a", momentum=True), "momentum is True"),
         (lambda: engine.optim_step("a", lr=1.0), "optim_step has no 'lr'"),
