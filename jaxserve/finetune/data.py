@@ -144,7 +144,7 @@ def load_dataset(
     examples = tuple(loader.examples(source))
     loader.problems.check()
     if not examples:
-        raise DataError(["training data: no examples"])
+        raise _no_examples()
     return Dataset(examples, config.seed, config.shuffle, loader.num_truncated)
 
 
@@ -154,13 +154,19 @@ def check_file(path: str | os.PathLike[str]) -> None:
     Raises:
       DataError: the first ten problems, each by its line and its reason.
     """
-    problems = Problems()
+    problems, number = Problems(), 0
     for number, line in read_lines(path, problems):
         try:
             parse_line(line)
         except ValueError as error:
             problems.add(f"line {number}", str(error))
     problems.check()
+    if not number:
+        raise _no_examples()
+
+
+def _no_examples() -> DataError:
+    return DataError(["training data: no examples"])
 
 
 class _Loader:

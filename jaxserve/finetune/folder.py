@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 JOB, EVENTS, CHECKPOINTS, ADAPTER = "job.json", "events.jsonl", "checkpoints", "adapter"
 FORMAT = 1
+READ = ("id", "adapter", "status", "step", "total_steps", "loss", "validation_loss", "updated_at", "config")
 
 
 class JobFolder:
@@ -162,18 +163,28 @@ def read_job(root: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{JOB}: not JSON: {error}", "storage") from None
     if not isinstance(described, dict) or described.get("format") != FORMAT:
         raise CheckpointError(f"{JOB}: format {described!r:.40}, this version reads {FORMAT}", "newer_format")
+    missing = [key for key in READ if key not in described]
+    if missing:
+        raise CheckpointError(f"{JOB}: {missing[0]!r} is missing", "storage")
     return described
 
 
 def read_events(root: str | os.PathLike[str]) -> list[JobEvent]:
-    """events.jsonl of a job's directory, up to the first line that is not whole; [] where there is none."""
+    """events.jsonl of a job's directory, up to the first line that is not whole; [] where there is none.
+
+    Raises:
+      CheckpointError: ``storage``, not readable.
+    """
     events: list[JobEvent] = []
-    with suppress(FileNotFoundError, ValueError, TypeError), open(Path(root) / EVENTS, "rb") as file:
-        for line in file:
-            event = JobEvent(**json.loads(line))
-            if event.number != len(events):
-                break
-            events.append(event)
+    try:
+        with suppress(FileNotFoundError, ValueError, TypeError), open(Path(root) / EVENTS, "rb") as file:
+            for line in file:
+                event = JobEvent(**json.loads(line))
+                if event.number != len(events):
+                    break
+                events.append(event)
+    except OSError as error:
+        raise CheckpointError(f"{EVENTS}: {error.strerror}", "storage", error.errno) from None
     return events
 
 

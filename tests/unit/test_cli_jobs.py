@@ -9,7 +9,7 @@ from jaxserve.cli import jobs, main
 from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.finetune.control import CONTROL, Controls, ask, is_held, is_taken
 from jaxserve.finetune.durable import LOCK
-from jaxserve.finetune.folder import CHECKPOINTS, JOB
+from jaxserve.finetune.folder import CHECKPOINTS, EVENTS, JOB
 
 DESCRIBED = {
     "format": 1, "id": "ftjob-1", "adapter": "pirate", "tenant": "", "status": "running", "error": None, "step": 3,
@@ -136,10 +136,19 @@ def test_a_directory_that_is_not_there_is_wrong_usage(tmp_path, capsys):
     assert capsys.readouterr().err == f"error: {tmp_path / 'typo'}: no such directory\n"
 
 
-def test_an_unreadable_job_is_listed_as_that(root, capsys):
-    (root / JOB).write_text("{")
+@pytest.mark.parametrize("content", ["{", '{"format": 1}', json.dumps(DESCRIBED).replace('"step"', '"stop"')])
+def test_an_unreadable_job_is_listed_as_that(root, capsys, content):
+    (root / JOB).write_text(content)
     assert _run(["jobs", str(root)]) == 0
     assert "unreadable" in capsys.readouterr().out
+    assert _run(["jobs", "show", str(root)]) == 1
+    assert f"error: {JOB}: " in capsys.readouterr().err
+
+
+def test_events_that_cannot_be_read_are_told(root, capsys):
+    (root / EVENTS).mkdir()
+    assert _run(["jobs", "events", str(root)]) == 1
+    assert capsys.readouterr().err == f"error: {EVENTS}: Is a directory\n"
 
 
 def test_a_directory_without_a_job_has_nothing_to_show(tmp_path, capsys):
@@ -154,11 +163,16 @@ def _run(argv: list[str]) -> int:
 
 
 def test_data_that_cannot_be_trained_on_are_refused_before_anything_is_loaded(tmp_path, capsys):
-    good, bad = tmp_path / "good.jsonl", tmp_path / "bad.jsonl"
+    good, bad, empty = (tmp_path / f"{name}.jsonl" for name in ("good", "bad", "empty"))
     good.write_text('{"text": "a"}\n')
     bad.write_text('{"text": "a"}\n{"text": 5}\n')
+    empty.write_text("\n")
     told = [
         (["finetune", "no-model", str(bad), "--adapter", "a", "--output-dir", "x"], "error: line 2: text must be"),
+        (
+            ["finetune", "no-model", str(empty), "--adapter", "a", "--output-dir", "x"],
+            "error: training data: no examples",
+        ),
         (
             ["finetune", "no-model", str(good), "--adapter", "a", "--output-dir", "x", "--validation-data", "missing"],
             "error: validation_data: data file: No such file",
