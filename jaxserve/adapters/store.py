@@ -55,6 +55,16 @@ class _Entry:
     version: AdapterVersion | None  # None: evicted
 
 
+def check_name(name: str, base_names: Collection[str] = ()) -> None:
+    """Raises InvalidRequest unless ``name`` can be an adapter's, beside a base model of these names."""
+    if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
+        raise InvalidRequest(
+            f"adapter name {show(name)} must be 1 to 64 letters, digits, '.', '_', '-', first a letter or digit", "name"
+        )
+    if name in base_names:
+        raise InvalidRequest(f"adapter name {name!r} is the base model's", "name")
+
+
 class AdapterStore:
     """Thread-safe host store of the adapters of one base model.
 
@@ -172,13 +182,7 @@ class AdapterStore:
 
     def check_name(self, name: str) -> None:
         """Raises InvalidRequest unless ``name`` can be an adapter's."""
-        if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
-            raise InvalidRequest(
-                f"adapter name {show(name)} must be 1 to 64 letters, digits, '.', '_', '-', first a letter or digit",
-                "name",
-            )
-        if name in self._base_names:
-            raise InvalidRequest(f"adapter name {name!r} is the base model's", "name")
+        check_name(name, self._base_names)
 
     def _read_weights(self, name: str, path: Path) -> Weights:
         try:

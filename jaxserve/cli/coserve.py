@@ -99,6 +99,8 @@ def check(config: Config) -> list[Planned]:
     if not config.lora.enable_lora and config.coserve.jobs:
         wrong.append("coserve.jobs: lora.enable_lora is off")
     jobs = []
+    if any(entry.adapter == BASE for entry in config.coserve.jobs):
+        wrong.append(f"coserve.jobs: {BASE!r} is the base model, not an adapter")
     for entry in config.coserve.jobs:
         try:
             jobs.append(plan(config, entry.adapter, entry.data, entry.settings))
@@ -128,12 +130,15 @@ def check_data(job: Planned) -> None:
 
 
 def check_adapters(config: Config, jobs: Sequence[Planned], room: Mapping[str, Any]) -> None:
-    """Raises AdapterError or InvalidRequest for adapters that the engine, with this room, could not train."""
+    """Raises AdapterError or InvalidRequest for adapters that the engine, with this room, could not train or name."""
+    from jaxserve.adapters.store import check_name
     from jaxserve.finetuning import check_start
     from jaxserve.models.loader import load_config
 
-    model, limit = load_config(model_path(config)), options_of(config, room)["max_lora_rank"]
+    path = model_path(config)
+    model, limit = load_config(path), options_of(config, room)["max_lora_rank"]
     for job in jobs:
+        check_name(job.adapter, [Path(path).resolve().name])
         check_start(job.config, model, limit, [module.name for module in config.lora.modules])
 
 

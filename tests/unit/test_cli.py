@@ -173,6 +173,20 @@ def test_an_adapter_that_cannot_be_trained_is_refused_before_a_model_is_loaded(
     assert not engines
 
 
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("a/b", "adapter name 'a/b' must be 1 to 64 letters"),
+        ("storyteller", "adapter name 'storyteller' is the base model's"),
+        ("base", "coserve.jobs: 'base' is the base model, not an adapter"),
+    ],
+)
+def test_a_name_that_no_adapter_can_have_is_refused_before_a_model_is_loaded(engines, capsys, name, complaint):
+    assert run("coserve", "demo:storyteller", "--finetune-jobs", f"{name}=demo:pirate") == 2
+    assert complaint in capsys.readouterr().err
+    assert not engines
+
+
 def test_a_start_of_another_rank_is_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
     model = ModelConfig.from_dict(json.loads((Path(locate("demo:storyteller")) / "config.json").read_text()))
     weights = lora.initial(lora.new_config(rank=8, alpha=8, target_modules=["q_proj"]), model, np.random.default_rng(0))
