@@ -239,10 +239,13 @@ class TrainingCalls:
     def load_state(self, name: str, directory: Any) -> None:
         session = self.at_rest(name)
         with self.engine.core.lock:
-            like = self.trainer.sessions.state_of(session)
-            found = load_latest(directory, like=like, expect=self._identity(session))
+            like, passed_over = self.trainer.sessions.state_of(session), []
+            found = load_latest(
+                directory, like=like, expect=self._identity(session), on_event=lambda _, why: passed_over.append(why)
+            )
             if found is None:
-                raise InvalidRequest(f"there is no saved state in {str(directory)!r}", "directory")
+                why = "".join(f"; {each}" for each in passed_over)
+                raise InvalidRequest(f"there is no saved state in {str(directory)!r}{why}", "directory")
             self.trainer.sessions.set_state(session, found.state, **found.meta)
 
     def _identity(self, session: Session) -> dict[str, Any]:

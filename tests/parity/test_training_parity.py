@@ -227,6 +227,12 @@ def test_a_saved_state_goes_on_bit_by_bit(engine, tmp_path):
         engine.load_state("b", tmp_path / "state")
     with pytest.raises(jaxserve.InvalidRequest, match="no saved state"):
         engine.load_state("b", tmp_path / "nothing")
+    (saved,) = (tmp_path / "state").glob("step-*/job.json")
+    saved.write_bytes(saved.read_bytes()[:-1])
+    with pytest.raises(
+        jaxserve.InvalidRequest, match=r"no saved state.*; checkpoint 1 is passed over: 'job.json' is not"
+    ):
+        engine.load_state("b", tmp_path / "state")
     engine.close_adapter("b")
 
 
