@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels import lowered
+
 MOSAIC_VERSION, UNKNOWN_VERSION = (0, 11, 2), (0, 12)  # of JAX: Mosaic kernels are written for those between
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 MOSAIC, INTERPRETED = "mosaic", "mosaic_interpreted"
@@ -85,8 +87,11 @@ def mosaic_pair(module: str, refuse: Callable[..., str | None]) -> tuple[Impleme
       refuse: the kernel's own reasons; takes the op's facts.
     """
 
-    def run(interpret: bool) -> Callable[..., Any]:
-        return lambda *args, **settings: import_module(module).run(*args, **settings, interpret=interpret)
+    def on_gpu(*args: Any, **settings: Any) -> Any:
+        return lowered.call(import_module(module).run, *args, **settings, interpret=False)
+
+    def in_interpreter(*args: Any, **settings: Any) -> Any:
+        return import_module(module).run(*args, **settings, interpret=True)
 
     def refuse_hardware(*, forced: bool, **facts: Any) -> str | None:
         return _other_jax() or _not_hopper(target(), forced) or refuse(**facts)
@@ -95,8 +100,8 @@ def mosaic_pair(module: str, refuse: Callable[..., str | None]) -> tuple[Impleme
         return _other_jax() or (None if forced else "the interpreter is for tests, which name it") or refuse(**facts)
 
     return (
-        Implementation(MOSAIC, run(interpret=False), refuse_hardware),
-        Implementation(INTERPRETED, run(interpret=True), refuse_interpreter),
+        Implementation(MOSAIC, on_gpu, refuse_hardware),
+        Implementation(INTERPRETED, in_interpreter, refuse_interpreter),
     )
 
 
