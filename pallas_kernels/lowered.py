@@ -1,11 +1,11 @@
 """Kernels that are lowered once, not once for every program that calls them.
 
-A step of 32 layers has some 45 kernels, each of which Mosaic takes a tenth to a half of a second of Python to lower, and
-an engine has dozens of such programs. JAX keeps compiled programs on disk, but to find one it has to lower it first. So
-an op is exported (``jax.export``) for each set of shapes, a program gets what was exported, and where JAX keeps its
-programs the exported ones are kept as well: the next start lowers no kernel at all.
+A step has some 45 kernels, each takes Mosaic a tenth to a half of a second of Python to lower, and an engine has dozens
+of such programs. JAX keeps compiled programs on disk, but to find one it has to lower it first. So an op is exported
+(``jax.export``) for each set of shapes, programs get what was exported, and where JAX keeps its programs the exported
+ops are kept too: the next start lowers no kernel at all.
 
-Exported ops have the same custom calls and aliases as traced ones, and compile to the same programs.
+An exported op has the custom calls and aliases of a traced one, and what it is part of compiles to the same program.
 """
 
 import hashlib
@@ -13,17 +13,20 @@ import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax import export
 
 logger = logging.getLogger(__name__)
 
 CUSTOM_CALLS = ("mosaic_gpu_v2",)  # of Mosaic's kernels: JAX promises nothing of them, so the files name its version
-KEPT_BYTES = 256 << 20  # on disk, at most
+OPTIONS = ("jax_enable_x64", "jax_default_matmul_precision")  # of JAX, under which an op is another one
+SUFFIX = ".jax_export"
+KEPT_BYTES = 512 << 20  # on disk, at most
 _exported: dict[Any, export.Exported] = {}
 
 
@@ -33,9 +36,9 @@ def call(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
     fixed = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
     shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
-    mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=jax.sharding.get_abstract_mesh().abstract_device)
-    config = jax.config.jax_enable_x64, jax.config.jax_default_matmul_precision
-    key = f"{function.__module__}.{function.__qualname__}", tree, fixed, shapes, mesh.abstract_device, config
+    name = f"{function.__module__}.{function.__qualname__}"
+    options = tuple(jax.config.values[option] for option in OPTIONS)
+    key = name, tree, fixed, shapes, jax.sharding.get_abstract_mesh(), options
 
     def on_arrays(*arrays: jax.Array) -> Any:
         array = iter(arrays)
@@ -46,10 +49,9 @@ def call(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
         path = _path(key)
         if (kept := path and _read(path)) is None:
             checks = [export.DisabledSafetyCheck.custom_call(name) for name in CUSTOM_CALLS]
-            with jax.sharding.use_abstract_mesh(mesh):
-                kept = export.export(jax.jit(on_arrays), platforms=["cuda"], disabled_checks=checks)(*shapes)
+            kept = export.export(jax.jit(on_arrays), platforms=["cuda"], disabled_checks=checks)(*shapes)
             if path:
-                _write(path, kept.serialize())
+                _write(path, kept)
         _exported[key] = kept
     return _exported[key].call(*arrays)
 
@@ -63,11 +65,13 @@ def _is_array(leaf: Any) -> bool:
 
 def _path(key: Any) -> Path | None:
     """Where an op of this key is kept, if JAX keeps its programs in a directory of this machine."""
-    directory = jax.config.jax_compilation_cache_dir
-    if not jax.config.jax_enable_compilation_cache or not directory or "://" in directory:
+    directory, on = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
+    if (
+        not on or not directory or "://" in directory or find_spec("flatbuffers") is None
+    ):  # which jax.export writes with
         return None
-    versions = jax.__version__, jaxlib.__version__, _sources()
-    return Path(directory) / "kernels" / f"{hashlib.sha256(repr((versions, key)).encode()).hexdigest()}.jax_export"
+    made_by = version("jax"), version("jaxlib"), _sources()
+    return Path(directory) / "kernels" / f"{hashlib.sha256(repr((made_by, key)).encode()).hexdigest()}{SUFFIX}"
 
 
 @cache
@@ -91,18 +95,19 @@ def _read(path: Path) -> export.Exported | None:
     return kept
 
 
-def _write(path: Path, content: bytes | bytearray) -> None:
+def _write(path: Path, op: export.Exported) -> None:
     """Whole or not at all; the ones that were used least recently make room."""
+    content = op.serialize()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        others = sorted(path.parent.glob("*.jax_export"), key=lambda other: other.stat().st_mtime)
+        others = sorted(path.parent.glob(f"*{SUFFIX}"), key=lambda other: other.stat().st_mtime)
         excess = sum(other.stat().st_size for other in others) + len(content) - KEPT_BYTES
         for other in others:
             if excess <= 0:
                 break
             excess -= other.stat().st_size
             other.unlink()
-        partial = path.with_suffix(f".{os.getpid()}")
+        partial = path.with_suffix(f".{os.getpid()}{SUFFIX}")
         partial.write_bytes(content)
         partial.replace(path)
     except OSError as error:

@@ -29,6 +29,7 @@ from jaxserve.models.params import param_specs
 from sharding import AXIS, named_sharding
 
 DUMP = "MOSAIC_GPU_DUMP_TO"  # a variable that Pallas reads: where to write what it knows of each kernel
+KEEP = "jax_enable_compilation_cache"
 NOT_HERE = (
     "no compiler for CUDA here: compiling for a GPU that need not be there takes an environment with '.[cuda13]' "
     "(Python 3.12 or newer)"
@@ -129,13 +130,16 @@ def local_bytes(tree: Any) -> int:
 @contextmanager
 def dumping() -> Iterator[Path]:
     """A folder that says what Pallas kernels need which are compiled meanwhile, for the first time in this process;
-    they take several times as long."""
+    they take several times as long. None comes from disk."""
+    kept = jax.config.values[KEEP]
     with tempfile.TemporaryDirectory(prefix="jaxserve-plan-") as folder:
         os.environ[DUMP] = folder
+        jax.config.update(KEEP, False)
         try:
             yield Path(folder)
         finally:
             del os.environ[DUMP]
+            jax.config.update(KEEP, kept)
 
 
 def compile_step(params: Any, state: Any, spec: StepSpec) -> Program:

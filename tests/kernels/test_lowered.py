@@ -98,3 +98,9 @@ def test_a_directory_that_cannot_be_written_keeps_nothing(exports, kept_in):
     kept_in.write_text("a file")
     assert program()
     assert kept_in.read_text() == "a file"
+
+
+def test_without_flatbuffers_nothing_is_kept(exports, kept_in, monkeypatch):
+    monkeypatch.setattr(lowered, "find_spec", lambda name: None)
+    assert program()
+    assert not kept_in.exists()
