@@ -193,23 +193,24 @@ def _add_rows(x_WD, d_y_WE, mine_W, page, lane, weights, row_block: int, d_x_WD,
     (a_PRD, members), (d_a_YRD, d_bs) = weights, lanes
     rank, wide, mine_W1 = a_PRD.shape[1] // len(members), wide_dtype(x_WD.dtype), mine_W[:, None]
 
-    def plus_blocks(sums_YXZ, left_WX, right_WZ):
-        """The lane's sums + left^T right."""
+    def plus_blocks(sum_XZ, left_WX, right_WZ):
+        """sum + left^T right; a product of few rows X and many columns Z is the fast one."""
         left_NQX, right_NQZ = (x.reshape(-1, row_block, x.shape[1]) for x in (left_WX, right_WZ))
         added_NXZ = _sum_rows(left_NQX, right_NQZ, wide)
-        N, sum_XZ = added_NXZ.shape[0], sums_YXZ.at[lane].get(mode="clip")
-        sum_XZ = lax.fori_loop(0, N, lambda n, sum_XZ: sum_XZ + added_NXZ[n], sum_XZ, unroll=min(N, UNROLLED))
-        return sums_YXZ.at[lane].set(sum_XZ, mode="drop")
+        N = added_NXZ.shape[0]
+        return lax.fori_loop(0, N, lambda n, sum_XZ: sum_XZ + added_NXZ[n], sum_XZ, unroll=min(N, UNROLLED))
 
     a_RD = lax.dynamic_index_in_dim(a_PRD, page, keepdims=False)
     h_WR = jnp.where(mine_W1, _dot(x_WD, a_RD, wide), 0).astype(x_WD.dtype)
     d_h, new_bs = [], []
     for i, (b_PER, d_y_We) in enumerate(zip(members, jnp.split(d_y_WE, _splits(members), axis=1), strict=True)):
         d_h.append(contract(d_y_We, lax.dynamic_index_in_dim(b_PER, page, keepdims=False), wide))
-        new_bs.append(plus_blocks(d_bs[i], d_y_We, h_WR[:, i * rank : (i + 1) * rank]))
+        d_b_RE = plus_blocks(d_bs[i].at[lane].get(mode="clip").T, h_WR[:, i * rank : (i + 1) * rank], d_y_We)
+        new_bs.append(d_bs[i].at[lane].set(d_b_RE.T, mode="drop"))
     d_h_WR = jnp.where(mine_W1, jnp.concatenate(d_h, axis=1), 0).astype(x_WD.dtype)
     d_x_WD = d_x_WD + jnp.where(mine_W1, contract(d_h_WR, a_RD, wide), 0)
-    return d_x_WD, plus_blocks(d_a_YRD, d_h_WR, x_WD), tuple(new_bs)
+    d_a_RD = plus_blocks(d_a_YRD.at[lane].get(mode="clip"), d_h_WR, x_WD)
+    return d_x_WD, d_a_YRD.at[lane].set(d_a_RD, mode="drop"), tuple(new_bs)
 
 
 def _splits(members: tuple[jax.Array, ...]) -> list[int]:
