@@ -10,7 +10,7 @@ A advantage):
     importance_sampling  -w exp(p - q) A
     ppo                  -w min(r A, clip(r) A), r = exp(p - q)    (Schulman et al. 2017, eq. 7)
     dpo                  -log sigmoid(beta ((p_c - p_r) - (q_c - q_r))), p and q sums over the chosen and the rejected
-                         answer, q under a reference model            (Rafailov et al. 2023, eq. 7)
+                         answer, q under a reference model            (Rafailov et al. 2023, eq. 7); without dropout
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -121,7 +121,7 @@ class TrainingCalls:
         return self.run(name, self.examples(batch, policy=False), Purpose.FORWARD, Loss())
 
     def dpo(self, name: str, batch: Iterable[Any], beta: float, reference: str | None) -> BatchResult:
-        """One forward for the sums, then cross entropy whose weights are the loss's slope."""
+        """One forward for the sums, then cross entropy whose weights are the loss's slope; both without dropout."""
         if not isinstance(beta, Real) or not 0 < beta < np.inf:
             raise InvalidRequest(f"beta is {beta!r}; it must be a number above 0", "beta")
         pairs = _items(batch)
@@ -141,7 +141,7 @@ class TrainingCalls:
             Example(e.token_ids, (e.weights * s).astype(np.float32), e.index)
             for e, s in zip(examples, np.stack([slope_P, -slope_P], 1).reshape(-1), strict=True)
         ]
-        logprobs = self.run(name, weighted, Purpose.ACCUMULATE, Loss()).logprobs
+        logprobs = self.run(name, weighted, Purpose.ACCUMULATE, Loss(dropout=False)).logprobs
         loss_P = np.logaddexp(0, -margin_P)
         metrics = {"accuracy": float((margin_P > 0).mean()), "margin": float(margin_P.mean() / beta)}
         return BatchResult([np.array([loss], np.float32) for loss in loss_P], logprobs, metrics)

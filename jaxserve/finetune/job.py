@@ -68,6 +68,7 @@ class Loss:
 
     kind: int = CROSS_ENTROPY
     clip: tuple[float, float] = (0.8, 1.2)  # of PPO's ratio
+    dropout: bool = True  # the job's, if it has any
 
 
 @dataclass(eq=False)

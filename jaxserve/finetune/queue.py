@@ -193,7 +193,7 @@ class FinetuneQueue:
             fixed=config.deterministic,
             alone=not config.packing,
             forward_only=batch.forward_only,
-            dropout=0.0 if batch.forward_only else config.dropout,
+            dropout=config.dropout if batch.loss_function.dropout and not batch.forward_only else 0.0,
             drop_key=example_key(config.seed, batch.epoch, example.index) if config.dropout else 0,
             row_block=self.row_block,
         )
