@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxserve.config.job import BELOW_1, LEAST, MOST
 from jaxserve.engine.job_programs import Hyper, hyper_arrays
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import InvalidRequest
@@ -37,9 +38,8 @@ if TYPE_CHECKING:
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "dpo")
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
-_BELOW = {"beta1": 1, "beta2": 1, "momentum": 1}
-_ABOVE_0 = ("eps", "max_grad_norm")  # divisors, where a gradient is 0
-_FLOAT32 = np.finfo(np.float32)  # which the numbers of an update are, so a beta that rounds to 1 is one of 1
+_SHARES = ("beta1", "beta2", "momentum")
+_DIVISORS = ("eps", "max_grad_norm")  # where a gradient is 0
 _OVERRIDES = ("learning_rate", "beta1", "beta2", "eps", "momentum", "weight_decay", "max_grad_norm")
 
 
@@ -310,10 +310,9 @@ def _hyper(config: FinetuneConfig, overrides: Mapping[str, float | None]) -> Hyp
     for name, value in overrides.items():
         if value is None:
             continue
-        least, most = float(_FLOAT32.tiny if name in _ABOVE_0 else 0), float(_FLOAT32.max)
-        is_number = isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most
-        if not is_number or not np.float32(value) < _BELOW.get(name, np.inf):
-            below = f"below {_BELOW[name]}" if name in _BELOW else f"at most {most:.3g}"
-            raise InvalidRequest(f"{name} is {value!r}; it must be a number from {least:.3g}, {below}", name)
+        least, most = LEAST if name in _DIVISORS else 0, BELOW_1 if name in _SHARES else MOST
+        if not isinstance(value, Real) or isinstance(value, bool) or not least <= value <= most:
+            limit = "below 1" if name in _SHARES else f"at most {most:.3g}"
+            raise InvalidRequest(f"{name} is {value!r}; it must be a number from {least:.3g}, {limit}", name)
         hyper[name] = np.float32(value)
     return hyper

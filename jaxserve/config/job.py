@@ -6,7 +6,8 @@ from pydantic import Field, PositiveInt
 
 from jaxserve.config.section import Name, Names, Section
 
-Share = Annotated[float, Field(ge=0, lt=1)]
+LEAST, MOST, BELOW_1 = 2.0**-126, (2 - 2.0**-23) * 2.0**127, 1 - 2.0**-24  # of float32, which updates are made in
+Share = Annotated[float, Field(ge=0, le=BELOW_1)]
 
 
 class JobOptions(Section):
@@ -33,13 +34,13 @@ class JobOptions(Section):
     """Of adamw, adam and lion."""
     beta2: Share | None = None
     """Of adamw and adam, by default 0.999, and of lion, by default 0.99."""
-    eps: Annotated[float, Field(gt=0, le=1)] | None = None
+    eps: Annotated[float, Field(ge=LEAST, le=1)] | None = None
     """Added to a denominator: by default 1e-8, and 1e-30 for adafactor."""
     momentum: Share = 0.9
     """Of sgd."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the adapter taken off per step, times the learning rate; decoupled from the gradient."""
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_grad_norm: Annotated[float, Field(ge=LEAST, le=MOST)] | None = 1.0
     """Largest norm of the adapter's whole gradient; none does not clip."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Learning rate after the warm-up: kept, or brought down to zero at the last step."""
