@@ -242,7 +242,8 @@ def _told(
         "chunk_rows": bucket.chunk_rows,
         "decode_rows": bucket.decode_rows,
         "temporary_bytes": program.temporary,
-        "compile_seconds": round(program.seconds, 1),
+        "lower_seconds": round(program.lower_seconds, 1),
+        "compile_seconds": round(program.compile_seconds, 1),
         "kernels": dict(hlo.kernels(program.text)),
         "collectives": dict(hlo.collectives(program.text)),
         "copies": dict(hlo.copies(program.text, large)),
@@ -261,7 +262,8 @@ def _draw(core: CoreConfig, model: ModelConfig, mesh: Any, params: Any, state: A
     return {
         "rows": core.max_num_seqs,
         "temporary_bytes": program.temporary,
-        "compile_seconds": round(program.seconds, 1),
+        "lower_seconds": round(program.lower_seconds, 1),
+        "compile_seconds": round(program.compile_seconds, 1),
         "collectives": dict(hlo.collectives(program.text)),
     }
 
@@ -306,14 +308,14 @@ def lines(result: dict[str, Any]) -> list[str]:
         told.append(f"compiled with {model['layers_compiled']} of {model['layers']} layers: temporaries are theirs")
     told.append(
         f"{'step':<22} {'temp GB':>8} {'GFLOP':>9} {'GB':>7} {'floor ms':>9} {'expected':>9} {'kernels':>8} "
-        f"{'compiled in':>11}"
+        f"{'lowered, compiled in':>21}"
     )
     for step in result["steps"]:
         name = f"{step['gradient_rows']}+{step['chunk_rows']}+{step['decode_rows']} rows"
         told.append(
             f"{name:<22} {step['temporary_bytes'] / GB:8.3f} {step['flops'] / 1e9:9.0f} {step['bytes'] / GB:7.1f} "
             f"{step['floor_seconds'] * 1e3:9.2f} {step['expected_seconds'] * 1e3:9.2f} "
-            f"{sum(step['kernels'].values()):8d} {step['compile_seconds']:9.0f} s"
+            f"{sum(step['kernels'].values()):8d} {_took(step)}"
         )
         counted = ", ".join(
             f"{count} {kind}" for kind, count in sorted(step["kernels"].items(), key=lambda x: -x[1])[:6]
@@ -323,8 +325,7 @@ def lines(result: dict[str, Any]) -> list[str]:
         told.append("    copies of weights or of the pool: " + (_counts(step["copies"]) or "none"))
     draw = result["draw"]
     told.append(
-        f"{'draw of ' + str(draw['rows']) + ' tokens':<22} {draw['temporary_bytes'] / GB:8.3f}{'':47}"
-        f"{draw['compile_seconds']:9.0f} s"
+        f"{'draw of ' + str(draw['rows']) + ' tokens':<22} {draw['temporary_bytes'] / GB:8.3f}{'':48}{_took(draw)}"
     )
     told.append("    collectives: " + (_counts(draw["collectives"]) or "none"))
     told += (
@@ -332,6 +333,10 @@ def lines(result: dict[str, Any]) -> list[str]:
     )
     told += [f"  {hlo.KernelResources(**kernel)}" for kernel in result["kernels"]]
     return told
+
+
+def _took(program: dict[str, Any]) -> str:
+    return f"{program['lower_seconds']:10.1f} {program['compile_seconds']:8.1f} s"
 
 
 def _counts(counts: dict[str, int]) -> str:
