@@ -11,6 +11,7 @@ from jaxserve.adapters import dora, ia3, lora
 from jaxserve.adapters.fields import CONFIG_FILE
 from jaxserve.adapters.method import empty_adapter, method_of
 from jaxserve.adapters.peft_io import load_peft, save_peft
+from jaxserve.adapters.targets import sparing_vision
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.engine.activations import DEFAULT_REMAT
 from jaxserve.engine.lanes import weights_of
@@ -165,7 +166,7 @@ def _peft_directory(path: Path) -> Path | None:
 def _start(engine: "TrainingEngine", config: FinetuneConfig) -> AdapterWeights:
     if config.start != "init":
         return _known(engine, config.start)
-    described, rng = config.adapter_config(), np.random.default_rng(config.seed)
+    described, rng = sparing_vision(config.adapter_config(), engine.model), np.random.default_rng(config.seed)
     if config.method == "ia3":
         return ia3.initial(described, engine.model)
     if config.method == "dora":

@@ -23,6 +23,7 @@ class TinyShape:
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 8
+    module_roots: tuple[str, ...] = ("model",)
 
 
 TINY = TinyShape()
@@ -84,6 +85,28 @@ def hf_llama(model: ModelShape = TINY, vocab_size: int = 64, seed: int = 0) -> A
         head_dim=model.head_dim,
     )
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def hf_gemma3(model: ModelShape = TINY, vocab_size: int = 64, seed: int = 0) -> Any:
+    """A random multimodal Gemma 3 whose language half has that shape, as ``hf_llama``."""
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+    }
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4
+    )
+    return transformers.Gemma3ForConditionalGeneration(config).eval()
 
 
 def write_with_peft(

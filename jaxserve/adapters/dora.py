@@ -17,29 +17,30 @@ NAME = "dora"
 FIELDS = fields.LORA
 
 
-def magnitude_name(key: Key) -> str:
+def magnitude_name(key: Key, root: str) -> str:
     """PEFT's name of the magnitude vector of one module."""
-    return f"{lora.PREFIX}{module_name(*key)}.lora_magnitude_vector"
+    return f"{lora.PREFIX}{module_name(*key, root)}.lora_magnitude_vector"
 
 
 def shapes(config: Mapping[str, Any], model: ModelShape) -> dict[str, tuple[int, ...]]:
     """The tensors the file must hold, by name."""
-    dims = member_dims(model)
-    magnitudes = {magnitude_name(key): (dims[key[1]][1],) for key in lora.plan(config, model)}
+    dims, root = member_dims(model), model.module_roots[0]
+    magnitudes = {magnitude_name(key, root): (dims[key[1]][1],) for key in lora.plan(config, model)}
     return lora.shapes(config, model) | magnitudes
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelShape) -> AdapterWeights:
     """Weights from checked tensors."""
     weights = lora.read(config, tensors, model)
-    vectors = {key: ScaleVector("magnitude", tensors[magnitude_name(key)]) for key in weights.pairs}
+    vectors = {key: ScaleVector("magnitude", tensors[magnitude_name(key, weights.root)]) for key in weights.pairs}
     return replace(weights, method=NAME, vectors=vectors)
 
 
 def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """adapter_config.json and the tensors of its file, float32."""
     config, tensors = lora.write(weights)
-    return config, tensors | {magnitude_name(key): vector.value for key, vector in weights.vectors.items()}
+    magnitudes = {magnitude_name(key, weights.root): vector.value for key, vector in weights.vectors.items()}
+    return config, tensors | magnitudes
 
 
 def initial(

@@ -15,37 +15,33 @@ NAME = "ia3"
 FIELDS = fields.IA3
 
 
-def tensor_name(key: Key) -> str:
+def tensor_name(key: Key, root: str) -> str:
     """PEFT's name of the vector of one module."""
-    return f"{PREFIX}{module_name(*key)}.ia3_l"
+    return f"{PREFIX}{module_name(*key, root)}.ia3_l"
 
 
 def kinds(config: Mapping[str, Any], model: ModelShape) -> dict[Key, str]:
     """``input_scale`` or ``output_scale`` for every adapted module. Raises AdapterError."""
     matcher = Matcher(config, model)
-    modules, wanted = matcher.adapted(), config.get("feedforward_modules") or []
-    if isinstance(wanted, str):
-        on_input = matcher.pattern_names("feedforward_modules", list(modules))
-    else:
-        on_input = {name for name in modules if name.endswith(tuple(wanted))}
+    modules = matcher.adapted()
+    on_input = matcher.feedforward(modules)
     return {key: "input_scale" if name in on_input else "output_scale" for name, key in modules.items()}
 
 
 def shapes(config: Mapping[str, Any], model: ModelShape) -> dict[str, tuple[int, ...]]:
     """The tensors the file must hold, by name: [1, in] or [out, 1]."""
-    dims = member_dims(model)
+    dims, root = member_dims(model), model.module_roots[0]
     return {
-        tensor_name(key): (1, dims[key[1]][0]) if kind == "input_scale" else (dims[key[1]][1], 1)
+        tensor_name(key, root): (1, dims[key[1]][0]) if kind == "input_scale" else (dims[key[1]][1], 1)
         for key, kind in kinds(config, model).items()
     }
 
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelShape) -> AdapterWeights:
     """Weights from checked tensors."""
-    vectors = {
-        key: ScaleVector(kind, tensors[tensor_name(key)].reshape(-1)) for key, kind in kinds(config, model).items()
-    }
-    return AdapterWeights(method=NAME, config=dict(config), scaling={}, pairs={}, vectors=vectors)
+    root, found = model.module_roots[0], kinds(config, model)
+    vectors = {key: ScaleVector(kind, tensors[tensor_name(key, root)].reshape(-1)) for key, kind in found.items()}
+    return AdapterWeights(method=NAME, config=dict(config), scaling={}, pairs={}, vectors=vectors, root=root)
 
 
 def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -53,7 +49,7 @@ def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray
     tensors = {}
     for key, vector in weights.vectors.items():
         shape = (1, -1) if vector.kind == "input_scale" else (-1, 1)
-        tensors[tensor_name(key)] = vector.value.reshape(shape)
+        tensors[tensor_name(key, weights.root)] = vector.value.reshape(shape)
     return dict(weights.config), tensors
 
 

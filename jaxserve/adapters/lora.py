@@ -16,9 +16,9 @@ FIELDS = fields.LORA
 PREFIX = "base_model.model."
 
 
-def tensor_names(key: Key) -> tuple[str, str]:
+def tensor_names(key: Key, root: str) -> tuple[str, str]:
     """PEFT's names of A and B of one module."""
-    module = PREFIX + module_name(*key)
+    module = PREFIX + module_name(*key, root)
     return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
 
 
@@ -40,7 +40,7 @@ def shapes(config: Mapping[str, Any], model: ModelShape) -> dict[str, tuple[int,
     dims = member_dims(model)
     expected: dict[str, tuple[int, ...]] = {}
     for key, (rank, _) in plan(config, model).items():
-        a, b = tensor_names(key)
+        a, b = tensor_names(key, model.module_roots[0])
         size_in, size_out = dims[key[1]]
         expected |= {a: (rank, size_in), b: (size_out, rank)}
     return expected
@@ -48,25 +48,24 @@ def shapes(config: Mapping[str, Any], model: ModelShape) -> dict[str, tuple[int,
 
 def read(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], model: ModelShape) -> AdapterWeights:
     """Weights from checked tensors (names and shapes as ``shapes`` says, float32)."""
-    planned = plan(config, model)
-    pairs = {key: LoraPair(*(tensors[name] for name in tensor_names(key))) for key in planned}
-    return build(config, pairs, planned)
+    planned, root = plan(config, model), model.module_roots[0]
+    pairs = {key: LoraPair(*(tensors[name] for name in tensor_names(key, root))) for key in planned}
+    return build(config, pairs, planned, root)
 
 
 def build(
-    config: Mapping[str, Any], pairs: Mapping[Key, LoraPair], planned: Mapping[Key, tuple[int, float]]
+    config: Mapping[str, Any], pairs: Mapping[Key, LoraPair], planned: Mapping[Key, tuple[int, float]], root: str
 ) -> AdapterWeights:
     """Weights from their parts; ``planned`` gives the scaling."""
-    return AdapterWeights(
-        method=NAME, config=dict(config), scaling={key: scaling for key, (_, scaling) in planned.items()}, pairs=pairs
-    )
+    scaling = {key: scaling for key, (_, scaling) in planned.items()}
+    return AdapterWeights(method=NAME, config=dict(config), scaling=scaling, pairs=pairs, root=root)
 
 
 def write(weights: AdapterWeights) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """adapter_config.json and the tensors of its file, float32."""
     tensors = {}
     for key, pair in weights.pairs.items():
-        a, b = tensor_names(key)
+        a, b = tensor_names(key, weights.root)
         tensors |= {a: pair.a, b: pair.b}
     return dict(weights.config), tensors
 
@@ -97,4 +96,4 @@ def initial(config: Mapping[str, Any], model: ModelShape, rng: np.random.Generat
         bound = 1 / math.sqrt(size_in)
         a = rng.uniform(-bound, bound, (rank, size_in)).astype(np.float32)
         pairs[key] = LoraPair(a, np.zeros((size_out, rank), np.float32))
-    return build(config, pairs, planned)
+    return build(config, pairs, planned, model.module_roots[0])

@@ -20,7 +20,9 @@ import safetensors.numpy
 
 from jaxserve.adapters import fields, files
 from jaxserve.adapters.fields import CONFIG_FILE, MAX_RANK, show
+from jaxserve.adapters.lora import PREFIX
 from jaxserve.adapters.method import Method, method_of, named
+from jaxserve.adapters.targets import VISION, respelled
 from jaxserve.adapters.weights import MEMBERS, AdapterWeights, ModelShape
 from jaxserve.errors import AdapterError
 
@@ -56,12 +58,10 @@ def load_peft(
         config = _read_config(directory)
         method = method_of(config)
         fields.check(config, method.FIELDS)
-        expected = method.shapes(config, model)
-        _check_rank(expected, max_rank)
         if not files.exists(directory, TENSOR_FILE) and files.exists(directory, PICKLE_FILE):
             raise AdapterError(f"{PICKLE_FILE} is a pickle and is never opened; save as {TENSOR_FILE}", PICKLE_FILE)
         with files.open_regular(directory, TENSOR_FILE) as (file, size):
-            return _read_tensors(file, size, config, method, expected, model, base_digest)
+            return _read_tensors(file, size, config, method, model, max_rank, base_digest)
 
 
 def _read_config(directory: int) -> dict[str, Any]:
@@ -85,13 +85,19 @@ def _read_tensors(
     size: int,
     config: dict[str, Any],
     method: Method,
-    expected: Mapping[str, tuple[int, ...]],
     model: ModelShape,
+    max_rank: int,
     base_digest: bytes | None,
 ) -> AdapterWeights:
     start, header = _read_header(file, size)
     metadata = header.pop("__metadata__", {})
-    _check_header(header, expected, model)
+    root = _root(header, model)
+    if root != model.module_roots[0]:
+        config = respelled(config, model, root)
+    expected = method.shapes(config, model)
+    _check_rank(expected, max_rank)
+    names = {_filed(name, model, root): name for name in expected}
+    _check_header(header, {filed: expected[name] for filed, name in names.items()}, model, root)
     found_digest = _base_digest(metadata)
     if base_digest is not None and found_digest not in (None, base_digest):
         found, own = found_digest.hex()[:12], base_digest.hex()[:12]
@@ -99,8 +105,20 @@ def _read_tensors(
     _check_extent(header, size - len(start))
     tensors = _parse(start + file.read(size - len(start)))
     stored = {str(tensor.dtype) for tensor in tensors.values()}
-    weights = method.read(config, {name: _checked(name, tensor) for name, tensor in tensors.items()}, model)
+    weights = method.read(config, {names[name]: _checked(name, tensor) for name, tensor in tensors.items()}, model)
     return replace(weights, base_digest=found_digest, stored=stored.pop() if len(stored) == 1 else "float32")
+
+
+def _root(header: Mapping[str, Any], model: ModelShape) -> str:
+    """What the file calls the decoder; the model's own word where it names no layer of one."""
+    for root in model.module_roots:
+        if any(name.startswith(f"{PREFIX}{root}.layers.") for name in header):
+            return root
+    return model.module_roots[0]
+
+
+def _filed(name: str, model: ModelShape, root: str) -> str:
+    return PREFIX + root + name.removeprefix(PREFIX + model.module_roots[0])
 
 
 def _read_header(file: BinaryIO, size: int) -> tuple[bytes, dict[str, Any]]:
@@ -124,12 +142,14 @@ def _tensor_file_error(what: str) -> AdapterError:
     return AdapterError(f"{TENSOR_FILE}: {what}", TENSOR_FILE)
 
 
-def _check_header(header: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], model: ModelShape) -> None:
+def _check_header(
+    header: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], model: ModelShape, root: str
+) -> None:
     for name, entry in header.items():
         _check_entry(name, entry)
     extra = sorted(header.keys() - expected.keys())
     if extra:
-        raise _tensor_error(extra[0], _why_extra(extra[0], model), len(extra) - 1)
+        raise _tensor_error(extra[0], _why_extra(extra[0], model, root), len(extra) - 1)
     missing = sorted(expected.keys() - header.keys())
     if missing:
         raise _tensor_error(missing[0], "missing, the configuration asks for it", len(missing) - 1)
@@ -160,15 +180,17 @@ def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
         raise _tensor_error(name, f"data_offsets {show(entry['data_offsets'])} are not two")
 
 
-def _why_extra(name: str, model: ModelShape) -> str:
+def _why_extra(name: str, model: ModelShape, root: str) -> str:
+    if not set(VISION).isdisjoint(name.split(".")):
+        return "of the vision half; only adapters of the language model are served, train it with the rest excluded"
     if "lm_head" in name or "embed_tokens" in name:
         return "adapters of lm_head and embed_tokens are not supported"
-    parts = name.removeprefix("base_model.model.model.layers.").split(".")
+    parts = name.removeprefix(f"{PREFIX}{root}.layers.").split(".")
     if len(parts) > 2 and parts[0].isdecimal() and len(parts[0]) < 10 and int(parts[0]) >= model.num_layers:
         return f"layer {int(parts[0])}, the model has layers 0 to {model.num_layers - 1}"
     if len(parts) > 3 and parts[0].isdecimal() and parts[2] in MEMBERS:
         return "not among what target_modules and the other options name"
-    return "not expected; names must be as PEFT writes them for a decoder with model.layers.N"
+    return f"not expected; names must be as PEFT writes them for a decoder with {root}.layers.N"
 
 
 def _base_digest(metadata: Mapping[str, Any]) -> bytes | None:

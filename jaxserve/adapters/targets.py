@@ -10,19 +10,24 @@ from typing import Any
 
 from jaxserve.adapters.fields import CONFIG_FILE, config_error
 from jaxserve.adapters.patterns import Budget, PatternError, first_keys, matching
-from jaxserve.adapters.weights import Key, ModelShape, module_names
+from jaxserve.adapters.weights import Key, ModelShape, module_name, module_names
 from jaxserve.errors import AdapterError
 
-NOT_ADAPTABLE = ("lm_head", "model.embed_tokens")
+VISION = ("vision_tower", "multi_modal_projector")  # what a multimodal model has beside its decoder
 
 
 class Matcher:
-    """Answers for one configuration and one model; what its patterns may cost is shared by all of them."""
+    """Answers for one configuration and one model; what its patterns may cost is shared by all of them.
 
-    def __init__(self, config: Mapping[str, Any], model: ModelShape):
+    ``root`` is what the decoder is called in the names that are matched, the model's own word by default.
+    """
+
+    def __init__(self, config: Mapping[str, Any], model: ModelShape, root: str | None = None):
         self.config = config
         self.num_layers = model.num_layers
-        self.modules = module_names(model)
+        self.root = root or model.module_roots[0]
+        self.modules = module_names(model, self.root)
+        self.not_adaptable = ("lm_head", f"{self.root}.embed_tokens")
         self.budget = Budget()
 
     def adapted(self) -> dict[str, Key]:
@@ -38,7 +43,7 @@ class Matcher:
         self._some_left(names, "exclude_modules")
         names &= self._in_chosen_layers()
         self._some_left(names, "layers_to_transform")
-        for name in NOT_ADAPTABLE:
+        for name in self.not_adaptable:
             if name in names:
                 raise config_error("target_modules", targets, f"without {name}: adapters of it are not supported")
         return {name: key for name, key in self.modules.items() if name in names}
@@ -51,6 +56,13 @@ class Matcher:
         except PatternError as error:
             raise AdapterError(f"{CONFIG_FILE}: {field}: {error}", field) from None
 
+    def feedforward(self, names: Iterable[str]) -> set[str]:
+        """Those ``names`` that ``feedforward_modules`` names, by an ending that need not begin at a dot."""
+        wanted = self.config.get("feedforward_modules") or []
+        if isinstance(wanted, str):
+            return self.pattern_names("feedforward_modules", list(names))
+        return {name for name in names if name.endswith(tuple(wanted))}
+
     def pattern_names(self, field: str, names: Sequence[str]) -> set[str]:
         """Those ``names`` that the pattern in ``field`` matches as a whole."""
         try:
@@ -59,7 +71,7 @@ class Matcher:
             raise AdapterError(f"{CONFIG_FILE}: {field}: {error}", field) from None
 
     def _everything(self) -> list[str]:
-        return [*self.modules, *NOT_ADAPTABLE]
+        return [*self.modules, *self.not_adaptable]
 
     def _some_left(self, names: set[str], field: str) -> None:
         if not names:
@@ -101,7 +113,31 @@ class Matcher:
         for each in patterns:
             if not re.fullmatch(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*", each):
                 raise config_error("layers_pattern", each, "a plain module name, such as 'layers'")
-        return not patterns or bool({"layers", "model.layers"} & set(patterns))
+        return not patterns or bool(_endings(f"{self.root}.layers") & set(patterns))
+
+
+def respelled(config: Mapping[str, Any], model: ModelShape, root: str) -> dict[str, Any]:
+    """A configuration that was meant for a decoder called ``root``, in the model's own names.
+
+    Patterns cannot be translated, so each is replaced by the full names of the modules it matches. Raises AdapterError.
+    """
+    matcher = Matcher(config, model, root)
+    own = {name: module_name(*key, model.module_roots[0]) for name, key in matcher.adapted().items()}
+    changed: dict[str, Any] = {"target_modules": list(own.values()), "exclude_modules": None}
+    changed |= dict.fromkeys(config.keys() & {"layers_to_transform", "layers_pattern"})
+    for field in config.keys() & {"rank_pattern", "alpha_pattern"}:
+        keys = matcher.first_keys(field)
+        changed[field] = {own[name]: config[field][key] for name, key in keys.items() if name in own}
+    if "feedforward_modules" in config:
+        changed["feedforward_modules"] = sorted(own[name] for name in matcher.feedforward(own))
+    return dict(config) | changed
+
+
+def sparing_vision(config: Mapping[str, Any], model: ModelShape) -> dict[str, Any]:
+    """The configuration of a new adapter, with which PEFT leaves the vision half of a multimodal model alone."""
+    if len(model.module_roots) == 1:
+        return dict(config)
+    return dict(config) | {"exclude_modules": rf"(.*\.)?({'|'.join(VISION)})\..*"}
 
 
 def _is_all_linear(targets: Any) -> bool:

@@ -50,14 +50,16 @@ class Weights:
         raise NotImplementedError
 
 
-def module_name(layer: int, member: str) -> str:
-    """The module's full name in a Hugging Face decoder, what PEFT matches its patterns against."""
-    return f"model.layers.{layer}.{MEMBERS[member]}.{member}"
+def module_name(layer: int, member: str, root: str = "model") -> str:
+    """The module's full name in a Hugging Face decoder called ``root``, what PEFT matches its patterns against."""
+    return f"{root}.layers.{layer}.{MEMBERS[member]}.{member}"
 
 
-def module_names(model: ModelShape) -> dict[str, Key]:
+def module_names(model: ModelShape, root: str | None = None) -> dict[str, Key]:
     """Every module an adapter may change, by full name, in the model's order."""
-    return {module_name(layer, member): (layer, member) for layer in range(model.num_layers) for member in MEMBERS}
+    root = root or model.module_roots[0]
+    keys = [(layer, member) for layer in range(model.num_layers) for member in MEMBERS]
+    return {module_name(*key, root): key for key in keys}
 
 
 def _fixed(array: np.ndarray) -> np.ndarray:
@@ -103,7 +105,8 @@ class AdapterWeights(Weights):
     """One adapter's content. Immutable; ``dataclasses.replace`` makes the next version.
 
     ``config`` is its adapter_config.json, ``stored`` the dtype its file holds or will hold ("float32", "bfloat16",
-    "float16": the float32 values here are exact copies). ``base_digest`` names the base model where it is known.
+    "float16": the float32 values here are exact copies). ``base_digest`` names the base model where it is known,
+    ``root`` is what it calls the decoder.
     """
 
     method: str  # "lora", "dora", "ia3": keys of METHODS
@@ -113,6 +116,7 @@ class AdapterWeights(Weights):
     vectors: Mapping[Key, ScaleVector] = field(default_factory=dict)
     base_digest: bytes | None = None
     stored: str = "float32"
+    root: str = "model"
 
     def __post_init__(self):
         if self.scaling.keys() != self.pairs.keys():

@@ -32,7 +32,8 @@ def random_adapter(model: ModelShape, rank: int, targets: Sequence[str], seed: i
     keys = [(layer, member) for layer in range(model.num_layers) for member in targets]
     pairs = {key: _pair(rng, rank, *dims[key[1]]) for key in keys}
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
-    return AdapterWeights(method="lora", config=config, scaling=dict.fromkeys(keys, 1.0), pairs=pairs)
+    scaling, root = dict.fromkeys(keys, 1.0), model.module_roots[0]
+    return AdapterWeights(method="lora", config=config, scaling=scaling, pairs=pairs, root=root)
 
 
 def _pair(rng: np.random.Generator, rank: int, inputs: int, outputs: int) -> LoraPair:

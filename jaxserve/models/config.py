@@ -118,6 +118,13 @@ class ModelConfig:
     unembedded_tokens: tuple[str, ...] = ()  # tokens the tokenizer may know although they have no embedding row
 
     @property
+    def module_roots(self) -> tuple[str, ...]:
+        """What Hugging Face calls the decoder that holds the layers: today, then what else adapters may call it."""
+        from jaxserve.models.registry import FAMILIES
+
+        return FAMILIES[self.architecture].module_roots
+
+    @property
     def max_length(self) -> int:
         """Most positions that can be asked for: a stretched rope reaches further than max_position_embeddings, which
         counts that already where it is Gemma 3's."""
@@ -285,6 +292,8 @@ class ModelShape(Protocol):
     def num_kv_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def module_roots(self) -> tuple[str, ...]: ...
 
 
 def member_dims(config: ModelShape) -> dict[str, tuple[int, int]]:

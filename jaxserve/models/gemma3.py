@@ -12,6 +12,8 @@ from jaxserve.models.rope import parse_rope
 
 # the multimodal halves of a checkpoint, which a text server has no use for
 IGNORED = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# the decoder's name in the multimodal model: now, before transformers 4.52, and in Gemma3ForCausalLM
+MODULE_ROOTS = ("model.language_model", "language_model.model", "model")
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:

@@ -16,6 +16,7 @@ class Family:
     from_hf: Callable[[dict[str, Any]], ModelConfig]
     names: Mapping[str, str]
     ignored: tuple[str, ...] = ()  # tensor name prefixes that are none of our business
+    module_roots: tuple[str, ...] = ("model",)  # see ModelConfig
 
 
 FAMILIES: dict[str, Family] = {
@@ -25,7 +26,9 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(qwen3.from_hf, llama.NAMES),
     "Gemma2ForCausalLM": Family(gemma2.from_hf, gemma2.NAMES),
     "Gemma3ForCausalLM": Family(gemma3.from_hf, gemma2.NAMES),
-    "Gemma3ForConditionalGeneration": Family(gemma3.from_hf_multimodal, gemma2.NAMES, gemma3.IGNORED),
+    "Gemma3ForConditionalGeneration": Family(
+        gemma3.from_hf_multimodal, gemma2.NAMES, gemma3.IGNORED, gemma3.MODULE_ROOTS
+    ),
 }
 
 

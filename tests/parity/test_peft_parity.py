@@ -115,10 +115,12 @@ def test_prompt_log_probabilities_are_those_of_peft(engine, path, adapted, name)
     engine.unload_adapter(name)
 
 
-@pytest.mark.parametrize("family", ["qwen2", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", ["qwen2", *(pytest.param(f"gemma3{s}", marks=pytest.mark.slow) for s in ("", "_multimodal"))]
+)
 def test_families_with_other_layers_agree_as_well(adapted, family):
     path = serving.model_dir(family, num_key_value_heads=1)
-    options = {"r": 20, "lora_alpha": 30, "target_modules": "all-linear"}
+    options = {"r": 20, "lora_alpha": 30, "target_modules": "all-linear", "exclude_modules": r".*vision_tower.*"}
     directory, theirs_TV = adapted(family, path, **options)
     engine = serving.engine(path)
     engine.load_adapter("it", directory)
