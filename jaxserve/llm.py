@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -82,16 +82,20 @@ class Engine(TrainingEngine):
         self._warm_up()
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, **options: Any) -> "Engine":
+    def from_pretrained(
+        cls, path: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **options: Any
+    ) -> "Engine":
         """Loads a Hugging Face model directory and compiles every step shape.
 
         Args:
           path: config.json, safetensors, tokenizer.json, generation_config.json; with ``load_format="dummy"``
             config.json alone is enough.
+          adapters: PEFT directories to load, by name.
           options: fields of ``EngineConfig``.
 
         Raises:
-          ConfigError, ModelError: before any big allocation.
+          ConfigError, ModelError, AdapterError, InvalidRequest: before any big allocation, but an adapter of another
+            base model, which is found before any step shape is compiled.
         """
         config = EngineConfig(**options)
         use_compilation_cache()
@@ -107,13 +111,19 @@ class Engine(TrainingEngine):
         tokenizer = _tokenizer(directory, config)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
+        name, adapters = directory.resolve().name, adapters or {}
+        _check_adapters(adapters, model, config, name)
         if config.load_format == "dummy":
             params = dummy_params(model, mesh, dtype, config.seed)
             weights = f"dummy {config.seed}".encode()
         else:
             params = load_params(directory, model, mesh, dtype)
             weights = weights_fingerprint(directory, model)
-        return cls(model, params, mesh, config, tokenizer, generation_config, directory.resolve().name, weights)
+        _check_adapters(adapters, model, config, name, _base_digest(model, weights))
+        engine = cls(model, params, mesh, config, tokenizer, generation_config, name, weights)
+        for adapter, place in adapters.items():
+            engine.load_adapter(adapter, place)
+        return engine
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """What generation_config.json says, else config.json, else the tokenizer."""
@@ -140,31 +150,22 @@ class Engine(TrainingEngine):
           AdapterError: what the directory has that cannot be served, by file and field.
           InvalidRequest: a bad name.
         """
-        self._require_lora()
+        _require_lora(self.config)
         return self._described(self.adapters.load(name, path))
 
     def put_adapter(self, name: str, weights: AdapterWeights) -> AdapterInfo:
         """Publishes weights held in memory under a name."""
-        self._require_lora()
-        self._require_servable(weights)
+        _require_lora(self.config)
+        _require_servable(weights, self.config)
         self.core.prepare(weights)
         return self._described(self.adapters.put(name, weights))
 
     def _read(self, path: Path, *args: Any, **options: Any) -> AdapterWeights:
         """Reads a directory for the store on the caller's thread, and again when its weights have left the host."""
         weights = load_peft(path, *args, **options)
-        self._require_servable(weights)
+        _require_servable(weights, self.config)
         self.core.prepare(weights)
         return weights
-
-    def _require_lora(self) -> None:
-        if not self.config.enable_lora:
-            raise AdapterError("this engine was started with enable_lora off", "enable_lora")
-
-    def _require_servable(self, weights: AdapterWeights) -> None:
-        """Raises AdapterError before anything is published: the name keeps the version it has."""
-        if weights.rank > self.config.max_lora_rank:
-            raise AdapterError(f"rank {weights.rank} exceeds max_lora_rank {self.config.max_lora_rank}", "r")
 
     def _described(self, version: AdapterVersion) -> AdapterInfo:
         return next(info for info in self.adapters.list() if info.name == version.name)
@@ -381,6 +382,37 @@ def _check_options(priority: Any, **texts: Any) -> None:
     for name, value, kind, wanted in kinds:
         if not isinstance(value, kind):
             raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)
+
+
+def _require_lora(config: EngineConfig) -> None:
+    if not config.enable_lora:
+        raise AdapterError("this engine was started with enable_lora off", "enable_lora")
+
+
+def _require_servable(weights: AdapterWeights, config: EngineConfig) -> None:
+    """Raises AdapterError before anything is published: the name keeps the version it has."""
+    if weights.rank > config.max_lora_rank:
+        raise AdapterError(f"rank {weights.rank} exceeds max_lora_rank {config.max_lora_rank}", "r")
+
+
+def _check_adapters(
+    adapters: Mapping[str, str | Path],
+    model: ModelConfig,
+    config: EngineConfig,
+    base_name: str,
+    base_digest: bytes | None = None,
+) -> None:
+    """Raises what ``load_adapter`` would: a typing error should not cost a compilation."""
+
+    def read(*args: Any, **options: Any) -> AdapterWeights:
+        weights = load_peft(*args, **options)
+        _require_servable(weights, config)
+        return weights
+
+    store = AdapterStore(model, config.max_cpu_loras, base_names=(base_name,), base_digest=base_digest, read=read)
+    for name, path in adapters.items():
+        _require_lora(config)
+        store.load(name, path)
 
 
 def _base_digest(model: ModelConfig, weights: bytes) -> bytes:

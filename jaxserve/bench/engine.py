@@ -56,7 +56,7 @@ def model_path(config: Config) -> str:
 
 
 def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engine":
-    """Loads the model and then lora.modules.
+    """Loads the model and lora.modules.
 
     Args:
       room: options that hold where the user left them open.
@@ -67,7 +67,4 @@ def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engin
     path = model_path(config)
     from jaxserve import Engine
 
-    engine = Engine.from_pretrained(path, **options_of(config, room or {}))
-    for module in config.lora.modules:
-        engine.load_adapter(module.name, module.path)
-    return engine
+    return Engine.from_pretrained(path, adapters=dict(config.lora.modules), **options_of(config, room or {}))

@@ -116,7 +116,7 @@ def measure(config: Config, path: str) -> dict[str, Any]:
 
 
 def make_engine(config: Config, path: str) -> "Engine":
-    """The engine, with room for the random adapters where the user left that open."""
+    """The engine with the named adapters, and room for the random ones where the user left that open."""
     from jaxserve import Engine
 
     bench, lora, options = config.bench, config.lora, dict(config.engine_config())
@@ -128,14 +128,12 @@ def make_engine(config: Config, path: str) -> "Engine":
             "max_lora_rank": bench.adapter_rank,
         }
         options |= {name: value for name, value in room.items() if name not in lora.model_fields_set}
-    return Engine.from_pretrained(path, **beside_peer(config, options))
+    return Engine.from_pretrained(path, adapters=dict(lora.modules), **beside_peer(config, options))
 
 
 def make_adapters(config: Config, engine: "Engine") -> list[str]:
-    """Loads the named adapters and makes the random ones; their names."""
+    """Makes the random adapters; the names of all."""
     bench, targets = config.bench, check_targets(config.bench.adapter_targets)
-    for module in config.lora.modules:
-        engine.load_adapter(module.name, module.path)
     names = [f"random-{i}" for i in range(bench.num_adapters)]
     for i, name in enumerate(names):
         engine.put_adapter(name, random_adapter(engine.model, bench.adapter_rank, targets, bench.seed + i))

@@ -30,20 +30,17 @@ class EchoEngine:
 
     made: ClassVar[list] = []
 
-    def __init__(self, path: str, options: dict):
-        self.path, self.config, self.adapters, self.asked = path, EngineConfig(**options), {}, []
+    def __init__(self, path: str, adapters: dict[str, str], options: dict):
+        self.path, self.adapters, self.config, self.asked = path, adapters, EngineConfig(**options), []
         self.tokenizer = SimpleNamespace(apply_chat_template=lambda messages: messages[-1]["content"])
         self.queue: list[Event] = []
 
     @classmethod
-    def from_pretrained(cls, path: str, **options):
+    def from_pretrained(cls, path: str, adapters: dict[str, str], **options):
         if path == "broken":
             raise ModelError("broken: no config.json")
-        cls.made.append(cls(path, options))
+        cls.made.append(cls(path, adapters, options))
         return cls.made[-1]
-
-    def load_adapter(self, name: str, path: str) -> None:
-        self.adapters[name] = path
 
     def generate(self, prompts: list[str], params: SamplingParams, adapter: str | None) -> list[RequestOutput]:
         self.asked.append((prompts, params, adapter))

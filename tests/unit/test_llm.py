@@ -10,7 +10,7 @@ import serving
 import tiny_adapters
 
 import jaxserve
-from jaxserve.adapters.peft_io import load_peft
+from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest, ModelError
 from jaxserve.sampling import SamplingParams
 
@@ -282,6 +282,28 @@ def test_a_refused_request_leaves_its_adapter_unpinned(engine):
 
 
 # start-up
+
+
+def test_adapters_that_cannot_be_loaded_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxserve.llm.load_params", lambda *args: pytest.fail("the model was loaded"))
+    path, adapter = serving.model_dir(), serving.adapter_dir(serving.model_dir(), rank=65)
+    cases = [
+        ({"it": tmp_path / "nowhere"}, {}, AdapterError, "adapter 'it': .*does not exist"),
+        ({"it": adapter}, {"max_lora_rank": 64}, AdapterError, "adapter 'it': rank 65 exceeds max_lora_rank 64"),
+        ({"it": adapter}, {"enable_lora": False}, AdapterError, "enable_lora off"),
+        ({"a/b": adapter}, {}, InvalidRequest, "adapter name 'a/b' must be"),
+    ]
+    for adapters, options, error, says in cases:
+        with pytest.raises(error, match=says):
+            jaxserve.Engine.from_pretrained(path, adapters=adapters, **options)
+
+
+def test_an_adapter_of_another_base_is_refused_before_a_step_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr("jaxserve.llm.load_params", lambda *args: {})
+    weights = load_peft(serving.adapter_dir(serving.model_dir()), serving.model_config(serving.model_dir()))
+    save_peft(dataclasses.replace(weights, base_digest=b"other"), tmp_path / "other")
+    with pytest.raises(AdapterError, match="adapter 'it': adapter was trained on base model 6f74686572"):
+        jaxserve.Engine.from_pretrained(serving.model_dir(), adapters={"it": tmp_path / "other"})
 
 
 def test_options_are_checked_together_before_anything_is_loaded(tmp_path):
