@@ -325,7 +325,7 @@ class Engine(TrainingEngine):
         todo, ids, others = deque(each), [], []
         try:
             while todo or not all(i in self._finished for i in ids):
-                while todo and self._queue_has_room(todo[0][1]):
+                while todo and self.queue_has_room(todo[0][1]):
                     prompt, param, name = todo.popleft()
                     ids.append(self.add_request(prompt, param, adapter=name))
                     self._live[ids[-1]].collect = True
@@ -339,8 +339,8 @@ class Engine(TrainingEngine):
             self._keep(others)
         return [self._finished.pop(i) for i in ids]
 
-    def _queue_has_room(self, params: SamplingParams | None) -> bool:
-        """An empty queue has: what does not even fit there is to be refused."""
+    def queue_has_room(self, params: SamplingParams | None = None) -> bool:
+        """Whether a request need not wait to be added. An empty queue has: what does not fit there is to be refused."""
         waiting = self.core.scheduler.counts().waiting
         return waiting == 0 or waiting + (params.n if params else 1) <= self.config.max_queue
 

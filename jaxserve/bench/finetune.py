@@ -18,7 +18,14 @@ from jaxserve.adapters.peft_io import save_peft
 from jaxserve.bench.engine import options_of, room_alone
 from jaxserve.bench.peers import require_peft
 from jaxserve.bench.random_adapters import check_targets, random_adapter
-from jaxserve.bench.serving import beside_peer, circumstances_of, model_directory, peer_dtype, write_result
+from jaxserve.bench.serving import (
+    beside_peer,
+    check_result_file,
+    circumstances_of,
+    model_directory,
+    peer_dtype,
+    write_result,
+)
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
@@ -149,6 +156,7 @@ def how(padded: bool) -> str:
 
 def main(config: Config) -> int:
     """Runs the benchmark that ``config`` describes and prints it."""
+    check_result_file(config)
     if config.model.path is None:
         raise ConfigError(["MODEL: name a model directory, or set model.path"])
     if config.bench.against not in ("none", "peft"):

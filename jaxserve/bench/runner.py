@@ -56,8 +56,8 @@ class StepClock:
 class Runner:
     """One run of a workload on an engine.
 
-    A request's latencies count from its arrival, also where the engine was busy with a step by then; with
-    ``max_concurrency`` from when it was let in.
+    A request's latencies count from its arrival, also where the engine was busy with a step by then or its queue was
+    full; with ``max_concurrency`` from when it was let in.
     """
 
     def __init__(
@@ -103,6 +103,8 @@ class Runner:
     def _send_due(self) -> None:
         while self.waiting and self.waiting[0].arrival_s <= self._now():
             if self.limit is not None and len(self.alive) >= self.limit:
+                return
+            if not self.engine.queue_has_room(self.params):
                 return
             self._send(self.waiting.popleft())
 

@@ -42,6 +42,7 @@ def main(config: Config) -> int:
 
 def check(config: Config) -> None:
     """Raises ConfigError for what cannot be run, before anything is loaded."""
+    check_result_file(config)
     bench, adapters = config.bench, config.bench.num_adapters or len(config.lora.modules)
     if config.model.path is None:
         raise ConfigError(["MODEL: name a model directory, or set model.path"])
@@ -56,6 +57,21 @@ def check(config: Config) -> None:
         if adapters:
             raise ConfigError(["bench.against transformers runs the base model; leave the adapters out"])
         require_transformers()
+
+
+def check_result_file(config: Config) -> None:
+    """Raises ConfigError where the result file cannot be written; makes its folder."""
+    if config.bench.result_file is None:
+        return
+    file = Path(config.bench.result_file)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not file.exists()
+        file.open("a").close()
+        if is_new:
+            file.unlink()
+    except OSError as error:
+        raise ConfigError([f"bench.result_file {str(file)!r} cannot be written: {error.strerror}"]) from None
 
 
 def write_result(config: Config, result: dict[str, Any]) -> None:

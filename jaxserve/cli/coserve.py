@@ -12,6 +12,7 @@ from jaxserve.bench.engine import load_engine, model_path, options_of, room_for
 from jaxserve.bench.load import BASE, Bursts, make_load
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
+    check_result_file,
     circumstances,
     goodput_of,
     made_up_rows,
@@ -91,6 +92,7 @@ def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) ->
 
 def check(config: Config) -> list[Planned]:
     """The jobs; refuses what cannot be run before a model is loaded."""
+    check_result_file(config)
     wrong = [
         f"bench.{key}: jaxserve coserve has no use for it" for key in UNUSED if key in config.bench.model_fields_set
     ]

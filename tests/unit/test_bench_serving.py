@@ -1,9 +1,10 @@
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
-from jaxserve.bench import serving
+from jaxserve.bench import finetune, serving, sweep
 from jaxserve.bench.report import (
     RequestRecord,
     Run,
@@ -17,6 +18,7 @@ from jaxserve.bench.report import (
 )
 from jaxserve.bench.runner import Runner
 from jaxserve.bench.workload import BenchRequest, Workload
+from jaxserve.cli import coserve
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.outputs import Event
@@ -41,8 +43,8 @@ TINY = {
 class TickingEngine:
     """Takes a second per step, of which a tenth is the host's; gives every request a token per step, two at a time."""
 
-    def __init__(self):
-        self.now = 0.0
+    def __init__(self, max_queue: int = 100):
+        self.now, self.max_queue = 0.0, max_queue
         self.slept: list[float] = []
         self.alive: dict[str, list] = {}
         self.given: list[tuple] = []
@@ -66,6 +68,9 @@ class TickingEngine:
         request_id = f"r{len(self.given)}"
         self.alive[request_id] = [params.max_tokens]
         return request_id
+
+    def queue_has_room(self, params) -> bool:
+        return len(self.alive) - 2 < self.max_queue
 
     def step(self) -> list[Event]:
         start = self.now
@@ -93,8 +98,8 @@ def request(arrival: float, outputs: int, prompt: int = 3, **fields) -> BenchReq
     return BenchRequest(arrival_s=arrival, prompt_ids=(1,) * prompt, output_tokens=outputs, **fields)
 
 
-def run(*requests: BenchRequest, **options) -> tuple[Run, TickingEngine]:
-    engine = TickingEngine()
+def run(*requests: BenchRequest, max_queue: int = 100, **options) -> tuple[Run, TickingEngine]:
+    engine = TickingEngine(max_queue)
     load = Workload(requests=requests, source="test")
     return Runner(engine, load, clock=lambda: engine.now, sleep=engine.sleep, **options)(), engine
 
@@ -119,6 +124,14 @@ def test_no_more_requests_are_in_flight_than_allowed():
     assert [r.start for r in found.requests] == [0.0, 2.0, 4.0]
     assert [r.ttft for r in found.requests] == [1.0, 1.0, 1.0]
     assert {step.running for step in found.steps} == {0, 1}
+
+
+def test_requests_wait_for_room_in_the_queue_and_their_latencies_count_from_their_arrival():
+    found, _ = run(*[request(0.0, 2) for _ in range(6)], max_queue=1)
+    assert [r.start for r in found.requests] == [0.0] * 6
+    assert [r.ttft for r in found.requests] == [1.0, 1.0, 3.0, 3.0, 5.0, 5.0]
+    assert max(step.running for step in found.steps) == 3
+    assert found.duration == 6.0
 
 
 def test_requests_run_greedily_to_their_length_on_their_adapter_and_tenant():
@@ -281,6 +294,25 @@ def test_the_result_files_folder_is_made(tmp_path):
     file = tmp_path / "new" / "folder" / "r.json"
     serving.write_result(config(tmp_path, result_file=str(file)), {"completed": 3})
     assert json.loads(file.read_text(encoding="utf-8")) == {"completed": 3}
+
+
+MAINS = [serving.main, finetune.main, sweep.main, partial(coserve.main, json_lines=False)]
+
+
+@pytest.mark.parametrize("main", MAINS, ids=["serving", "finetune", "sweep", "coserve"])
+def test_a_result_file_that_cannot_be_written_is_refused_before_the_run(tmp_path, main):
+    (tmp_path / "file").write_text("")
+    for place in ("file/r.json", "."):
+        with pytest.raises(ConfigError, match=r"bench\.result_file .* cannot be written"):
+            main(config(tmp_path, result_file=str(tmp_path / place)))
+
+
+def test_asking_whether_a_result_file_can_be_written_changes_none(tmp_path):
+    (tmp_path / "old").write_text("kept")
+    for place in ("old", "new"):
+        serving.check_result_file(config(tmp_path, result_file=str(tmp_path / place)))
+    assert (tmp_path / "old").read_text() == "kept"
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_trace_is_replayed_and_its_numbers_are_printed_and_written(tmp_path, capsys):
