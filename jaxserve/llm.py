@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -208,9 +208,10 @@ class Engine(TrainingEngine):
           InvalidRequest: what is wrong with it, or which limit it can never meet.
           AdapterNotFound: no such adapter.
         """
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        texts = {"request_id": request_id or "", "adapter": "" if adapter is None else adapter}
+        _check_options(priority, params, **texts, tenant=tenant, salt=salt, slo_class=slo_class)
         params.validate(self.model.vocab_size, max_logprobs=self.config.max_logprobs)
-        _check_options(priority, request_id=request_id or "", tenant=tenant, salt=salt, slo_class=slo_class)
         text, ids = prompt_ids(prompt, self.tokenizer, self.model.vocab_size)
         objectives = self.core.config.objectives
         if slo_class not in objectives:
@@ -305,7 +306,7 @@ class Engine(TrainingEngine):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Prompt | Iterable[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         adapter: str | Sequence[str | None] | None = None,
@@ -321,8 +322,8 @@ class Engine(TrainingEngine):
           InvalidRequest, AdapterNotFound: naming the first bad prompt; nothing is left running.
         """
         every = as_list(prompts)
-        each = zip(every, spread("params", params, every), spread("adapter", adapter, every), strict=True)
-        todo, ids, others = deque(each), [], []
+        each = spread("params", params, every, SamplingParams), spread("adapter", adapter, every, str)
+        todo, ids, others = deque(zip(every, *each, strict=True)), [], []
         try:
             while todo or not all(i in self._finished for i in ids):
                 while todo and self.queue_has_room(todo[0][1]):
@@ -376,10 +377,10 @@ class Engine(TrainingEngine):
         return {**self.core.stats(), **self._totals, "adapters": len(self.adapters.list())}
 
 
-def _check_options(priority: Any, **texts: Any) -> None:
+def _check_options(priority: Any, params: Any, **texts: Any) -> None:
     """Refuses what could not be compared or hashed in the middle of the scheduler's work."""
-    kinds = [("priority", priority, Integral, "an integer"), *((*text, str, "a string") for text in texts.items())]
-    for name, value, kind, wanted in kinds:
+    others = [("priority", priority, Integral, "an integer"), ("params", params, SamplingParams, "a SamplingParams")]
+    for name, value, kind, wanted in [*others, *((*text, str, "a string") for text in texts.items())]:
         if not isinstance(value, kind):
             raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)
 

@@ -1,12 +1,11 @@
 """What callers give as prompts, checked: text or token ids, one or many."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.sampling import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -39,16 +38,23 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
     return whole.tolist()
 
 
-def as_list(prompts: Prompt | Sequence[Prompt]) -> list[Any]:
-    """Prompts, or the only one, as a list."""
-    one = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-    return [prompts] if one else list(prompts)
+def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Any]:
+    """Prompts, or the only one, as a list. Raises InvalidRequest."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping | Set):
+        shown = str(prompts)[:64]
+        raise InvalidRequest(f"prompts is {shown!r}; it must be text, token ids or a list of them", "prompts")
+    every = prompts if isinstance(prompts, Sequence) else list(prompts)
+    return [every] if len(every) > 0 and isinstance(every[0], int | np.integer) else list(every)
 
 
-def spread(name: str, value: Any, prompts: Sequence[Any]) -> Iterable[Any]:
-    """One value per prompt."""
-    if value is None or isinstance(value, str | SamplingParams):
-        return [value] * len(prompts)
-    if len(value) != len(prompts):
-        raise InvalidRequest(f"{name} has {len(value)} entries for {len(prompts)} prompts", name)
-    return value
+def spread(name: str, value: Any, prompts: Sequence[Any], kind: type) -> list[Any]:
+    """One ``kind`` or None per prompt. Raises InvalidRequest."""
+    each = [value] * len(prompts) if value is None or isinstance(value, kind) else value
+    if not isinstance(each, Sequence | np.ndarray) or not all(one is None or isinstance(one, kind) for one in each):
+        wanted = f"a {kind.__name__}, or a list with one for each prompt"
+        raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)
+    if len(each) != len(prompts):
+        raise InvalidRequest(f"{name} has {len(each)} entries for {len(prompts)} prompts", name)
+    return list(each)

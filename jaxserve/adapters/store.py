@@ -4,6 +4,7 @@ A name points at its newest version. Publishing other content under a name makes
 in one step; whoever acquired an older version keeps it until released. Files are read and checked outside the lock.
 """
 
+import os
 import re
 import threading
 from collections import OrderedDict
@@ -102,6 +103,8 @@ class AdapterStore:
           AdapterError: the directory is refused, or there is no room.
         """
         self.check_name(name)
+        if not isinstance(path, str | os.PathLike):
+            raise AdapterError(f"adapter {name!r}: path is {show(path)}; it must be that of a directory", "path")
         path = Path(path)
         return self._publish(name, self._read_weights(name, path), path)
 

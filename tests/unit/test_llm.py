@@ -70,6 +70,35 @@ def test_a_priority_may_be_any_integer(engine):
     serving.check_idle(engine)
 
 
+@pytest.mark.parametrize("prompts", [None, 7, b"ab", {}, {"a": 1}, {1, 2}, [None], [{"a": 1}], [{1}]], ids=str)
+def test_prompts_of_another_kind_are_refused_by_name(engine, prompts):
+    with pytest.raises(InvalidRequest, match=r"prompts? is .*; it must be") as caught:
+        engine.generate(prompts, ONE)
+    assert caught.value.param in ("prompt", "prompts")
+    serving.check_idle(engine)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("params", {"max_tokens": 1}), ("params", [{}]), ("params", "a"), ("params", 3), ("adapter", 3), ("adapter", {})],
+)
+def test_options_of_another_kind_are_refused_by_name(engine, option, value):
+    options = {"params": ONE, option: value}
+    with pytest.raises(InvalidRequest, match=f"{option} is .*; it must be a") as caught:
+        engine.generate([[1]], **options)
+    assert caught.value.param == option
+    with pytest.raises(InvalidRequest, match=f"{option} is .*; it must be a") as caught:
+        engine.add_request([1], **options)
+    assert caught.value.param == option
+    serving.check_idle(engine)
+
+
+def test_prompts_may_come_from_a_generator(engine):
+    outputs = engine.generate(([i, i + 1] for i in range(3)), ONE)
+    assert [output.prompt_token_ids for output in outputs] == [[0, 1], [1, 2], [2, 3]]
+    assert engine.generate(iter([4, 5]), ONE)[0].prompt_token_ids == [4, 5]
+
+
 @pytest.mark.parametrize("kind", [list, tuple, np.array, np.uint8, np.int64])
 def test_token_ids_come_in_any_sequence(engine, kind):
     """Lists, tuples, numpy arrays of any integer type."""
@@ -250,6 +279,13 @@ def test_an_adapter_without_a_name_one_can_use_is_refused(engine):
         with pytest.raises(InvalidRequest):
             engine.load_adapter(name, directory)
     assert engine.list_adapters() == []
+
+
+@pytest.mark.parametrize("path", [None, 3, b"dir", ["a"]], ids=str)
+def test_a_path_of_another_kind_is_refused_by_name(engine, path):
+    with pytest.raises(AdapterError, match=r"adapter 'it': path is .*; it must be") as caught:
+        engine.load_adapter("it", path)
+    assert caught.value.field == "path"
 
 
 def test_a_method_that_is_not_served_is_refused_and_the_version_before_stays(engine, tmp_path):
