@@ -128,12 +128,13 @@ class Replay(Runner):
     def _loop(self) -> None:
         with self._watched_plans():
             while self._goes_on():
+                under_way = bool(self.waiting or self.alive), not self.jobs_are_over
                 self._send_due()
                 if self.engine.has_work():
                     self._step()
                 else:
                     self.sleep(self._idle_seconds())
-                self._note_progress()
+                self._note_progress(*under_way)
                 self.each_turn(self)
         for request_id in list(self.alive):
             self.engine.abort(request_id)
@@ -149,16 +150,17 @@ class Replay(Runner):
         until_next = self.waiting[0].arrival_s - self._now() if self.waiting else IDLE_SECONDS
         return min(max(until_next, 0.0), IDLE_SECONDS)
 
-    def _note_progress(self) -> None:
+    def _note_progress(self, serving: bool, training: bool) -> None:
+        """After a turn; ``serving``, ``training``: there were requests, and jobs, before it."""
         now = self._now()
         for adapter, job in self.jobs.items():
             known = self.run.learnt[adapter]
             done = self._steps_before[adapter] + len(known)
             if job.step > done:
                 known += [Learnt(now, step, loss) for step, loss in enumerate(job.losses[done:], done + 1)]
-        if self.waiting or self.alive:
+        if serving:
             self.run.served_until = now
-        if not self.jobs_are_over:
+        if training:
             self.run.trained_until = now
 
     def _send(self, request: BenchRequest) -> None:

@@ -1,5 +1,6 @@
 """``jaxserve coserve`` as a whole, on a tiny model: requests and a job, what is left behind, and going on from it."""
 
+import csv
 import json
 
 import pytest
@@ -53,6 +54,14 @@ def test_a_run_leaves_its_adapter_its_report_and_its_settings(left):
     assert {path.name for path in out.iterdir()} >= {"report.html", "results.json", "requests.csv", "steps.csv"}
     assert json.loads((out / "adapters" / "polite" / "adapter_config.json").read_text())["r"] == 4
     assert len((out / "requests.csv").read_text().splitlines()) == 1 + 6
+
+
+def test_the_last_token_came_within_the_seconds_that_rates_are_over(left):
+    with open(left / "out" / "requests.csv", newline="") as file:
+        times = [float(time) for row in csv.DictReader(file) for time in row["token_times_s"].split()]
+    found = json.loads((left / "out" / "results.json").read_text())
+    assert max(times) <= found["requests"]["duration"] + 1e-6
+    assert found["finetune"]["seconds"] <= found["duration"]
 
 
 def test_its_job_is_listed_as_done(left, capsys):
