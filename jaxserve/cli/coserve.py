@@ -110,6 +110,9 @@ def check(config: Config) -> list[Planned]:
             wrong += [f"job of adapter {entry.adapter!r}: {line}" for line in error.errors]
     known = {BASE, *(module.name for module in config.lora.modules), *(job.adapter for job in jobs)}
     wrong += [f"coserve.answer_with: there is no {name!r}" for name in config.coserve.answer_with if name not in known]
+    roots = [Path(root).resolve() for root in directories(jobs).values()]
+    shared = {root for root in roots if roots.count(root) > 1}
+    wrong += [f"coserve.jobs: {root} is the output_dir of two jobs" for root in sorted(shared)]
     if wrong:
         raise ConfigError(wrong)
     for job in jobs:

@@ -184,6 +184,14 @@ def test_a_name_that_no_adapter_can_have_is_refused_before_a_model_is_loaded(eng
     assert not engines
 
 
+def test_two_jobs_with_one_directory_are_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
+    jobs = [{"adapter": name, "data": "demo:pirate", "output_dir": f"{tmp_path}/{way}"} for name, way in ("a.", "b/")]
+    flags = [part for job in jobs for part in ("--finetune-jobs", json.dumps(job))]
+    assert run("coserve", "demo:storyteller", *flags) == 2
+    assert f"{tmp_path} is the output_dir of two jobs" in capsys.readouterr().err
+    assert not engines
+
+
 def test_a_start_of_another_rank_is_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
     model = ModelConfig.from_dict(json.loads((Path(locate("demo:storyteller")) / "config.json").read_text()))
     weights = lora.initial(lora.new_config(rank=8, alpha=8, target_modules=["q_proj"]), model, np.random.default_rng(0))
