@@ -126,7 +126,8 @@ class Trainer:
         if training.lane is None:
             self.waiting.append(training)
         else:
-            self.queue.go_on(job)
+            if training.resident:  # else it goes on when its newest version has a place in the bank
+                self.queue.go_on(job)
             job.move(JobStatus.RUNNING)
 
     def cancel(self, job: Job) -> None:

@@ -282,6 +282,24 @@ def test_a_pause_that_is_taken_back_at_once_changes_nothing(engine, undisturbed)
     assert content(engine, "a") == trained
 
 
+def test_a_pause_taken_back_while_the_newest_version_has_no_place_trains_on_no_older_one(
+    engine, undisturbed, monkeypatch
+):
+    losses, _, trained = undisturbed
+    job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, **JOB)
+    until(engine, lambda: job.step == 2)
+    with monkeypatch.context() as full:
+        full.setattr(engine.core.residency, "try_acquire", lambda version: False)
+        until(engine, lambda: not engine.core.trainer.trainings[job.id].resident)
+        job.pause()
+        job.resume()
+        for _ in range(8):
+            engine.step()
+    job.wait()
+    assert job.losses == losses
+    assert content(engine, "a") == trained
+
+
 def test_closing_the_engine_saves_what_was_read_last(engine, tmp_path, undisturbed):
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
     job = engine.finetune(examples(1), adapter="a", **fields)
