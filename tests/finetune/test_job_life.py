@@ -300,6 +300,19 @@ def test_a_pause_taken_back_while_the_newest_version_has_no_place_trains_on_no_o
     assert content(engine, "a") == trained
 
 
+def test_a_pause_while_the_end_is_written_leaves_the_job_done(engine, tmp_path, undisturbed):
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    training = engine.core.trainer.trainings[job.id]
+    until(engine, lambda: training.saver._final is not None)
+    job.pause()
+    for _ in range(8):
+        training.saver.wait(10.0)
+        engine.step()
+    assert job.status == "succeeded"
+    assert job.losses == undisturbed[0]
+
+
 def test_closing_the_engine_saves_what_was_read_last(engine, tmp_path, undisturbed):
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
     job = engine.finetune(examples(1), adapter="a", **fields)
