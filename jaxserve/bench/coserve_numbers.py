@@ -197,7 +197,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 # while it runs
 
 
-def mixshare_met(steps: Sequence[MixedStep]) -> Mix:
+def mix_of(steps: Sequence[MixedStep]) -> Mix:
     """Tokens of these steps, summed by kind."""
     return Mix(*(sum(step.mix[i] for step in steps) for i in range(len(Mix._fields))))
 
@@ -210,7 +210,7 @@ def recent(run: MixedRun, seconds: float, now: float) -> dict[str, Any]:
             break
         steps.append(step)
     span = max(min(seconds, now), 1e-6)
-    mix = mixshare_met(steps)
+    mix = mix_of(steps)
     return {"finetune_tokens_per_s": mix.backward / span, "output_tokens_per_s": sum(s.tokens for s in steps) / span}
 
 
