@@ -34,7 +34,7 @@ def call(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
     """``function(*args, **settings)``, a pure function of the arrays among them, as part of a program for CUDA."""
     leaves, tree = jax.tree.flatten((args, settings))
     arrays = [leaf for leaf in leaves if _is_array(leaf)]
-    fixed = tuple(None if _is_array(leaf) else leaf for leaf in leaves)
+    fixed = tuple(None if _is_array(leaf) else leaf for leaf in leaves)  # None for arrays alone: JAX has no such leaf
     shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in arrays)
     name = f"{function.__module__}.{function.__qualname__}"
     options = tuple(jax.config.values[option] for option in OPTIONS)
@@ -42,7 +42,7 @@ def call(function: Callable[..., Any], *args: Any, **settings: Any) -> Any:
 
     def on_arrays(*arrays: jax.Array) -> Any:
         array = iter(arrays)
-        args, settings = tree.unflatten([next(array) if _is_array(leaf) else leaf for leaf in leaves])
+        args, settings = tree.unflatten(next(array) if leaf is None else leaf for leaf in fixed)
         return function(*args, **settings)
 
     if key not in _exported:
@@ -64,11 +64,10 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _path(key: Any) -> Path | None:
-    """Where an op of this key is kept, if JAX keeps its programs in a directory of this machine."""
+    """Where an op of this key is kept, if JAX keeps its programs in a directory of this machine. jax.export writes with
+    flatbuffers, which JAX itself does not ask for."""
     directory, on = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
-    if (
-        not on or not directory or "://" in directory or find_spec("flatbuffers") is None
-    ):  # which jax.export writes with
+    if not on or not directory or "://" in directory or find_spec("flatbuffers") is None:
         return None
     made_by = version("jax"), version("jaxlib"), _sources()
     return Path(directory) / "kernels" / f"{hashlib.sha256(repr((made_by, key)).encode()).hexdigest()}{SUFFIX}"
