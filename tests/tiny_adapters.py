@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import safetensors.numpy
 
 from jaxserve.adapters import ia3, lora
 from jaxserve.adapters.method import method_of
+from jaxserve.adapters.peft_io import load_peft
 from jaxserve.adapters.weights import ModelShape
+from jaxserve.errors import AdapterError
 
 
 @dataclass(frozen=True)
@@ -130,3 +133,21 @@ def write_with_peft(
                 parameter += torch.randn(parameter.shape, generator=generator).to(parameter.dtype) * scale
     model.save_pretrained(str(path))
     return model
+
+
+def peft_modules(model):
+    """(layer, member) -> PEFT's own adapted module."""
+    return {
+        (int(name.split(".layers.")[1].split(".")[0]), name.split(".")[-1]): module
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight") or hasattr(module, "ia3_l")
+    }
+
+
+def refusal(path, model=TINY, **options) -> AdapterError:
+    """The error with which a directory is refused, one short line."""
+    with pytest.raises(AdapterError) as caught:
+        load_peft(path, model, **options)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return caught.value
