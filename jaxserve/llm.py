@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.adapters.peft_io import load_peft
+from jaxserve.adapters.scales import SCALED_METHODS
 from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights
 from jaxserve.config import EngineConfig
@@ -24,6 +25,7 @@ from jaxserve.engine.loop import EngineCore
 from jaxserve.engine.results import News
 from jaxserve.engine.sizes import core_config
 from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
+from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.live import LiveRequest
 from jaxserve.models.config import Fields, ModelConfig
 from jaxserve.models.loader import (
@@ -63,6 +65,7 @@ class Engine(TrainingEngine):
         generation_config: dict[str, Any] | None = None,
         name: str = "base",
         weights: bytes = b"",
+        jobs: Sequence[FinetuneConfig] = (),
     ):
         super().__init__()
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
@@ -79,11 +82,16 @@ class Engine(TrainingEngine):
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
         self._totals = {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
-        self._warm_up()
+        self._warm_up(jobs)
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, adapters: Mapping[str, str | Path] | None = None, **options: Any
+        cls,
+        path: str | Path,
+        *,
+        adapters: Mapping[str, str | Path] | None = None,
+        jobs: Iterable[FinetuneConfig] = (),
+        **options: Any,
     ) -> "Engine":
         """Loads a Hugging Face model directory and compiles every step shape.
 
@@ -91,13 +99,18 @@ class Engine(TrainingEngine):
           path: config.json, safetensors, tokenizer.json, generation_config.json; with ``load_format="dummy"``
             config.json alone is enough.
           adapters: PEFT directories to load, by name.
+          jobs: settings of those that ``max_finetune_jobs`` makes room for: what they need is compiled, and by default
+            what LoRA without dropout does; jobs that need more compile it when they come.
           options: fields of ``EngineConfig``.
 
         Raises:
           ConfigError, ModelError, AdapterError, InvalidRequest: before any big allocation, but an adapter of another
             base model, which is found before any step shape is compiled.
         """
-        config = EngineConfig(**options)
+        config, jobs = EngineConfig(**options), tuple(jobs)
+        for job in jobs:
+            if not isinstance(job, FinetuneConfig):
+                raise InvalidRequest(f"jobs has {job!r}; each must be a FinetuneConfig", "jobs")
         use_compilation_cache()
         directory = Path(path)
         model = load_config(directory)
@@ -120,7 +133,7 @@ class Engine(TrainingEngine):
             params = load_params(directory, model, mesh, dtype)
             weights = weights_fingerprint(directory, model)
         _check_adapters(adapters, model, config, name, _base_digest(model, weights))
-        engine = cls(model, params, mesh, config, tokenizer, generation_config, name, weights)
+        engine = cls(model, params, mesh, config, tokenizer, generation_config, name, weights, jobs)
         for adapter, place in adapters.items():
             engine.load_adapter(adapter, place)
         return engine
@@ -132,10 +145,12 @@ class Engine(TrainingEngine):
             ids = (self.tokenizer.eos_token_id,)
         return tuple(i for i in ids if i < self.model.vocab_size)
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, jobs: Sequence[FinetuneConfig]) -> None:
         start = time.perf_counter()
         if self.config.max_finetune_jobs:
-            self.prepare_finetuning()
+            for job in jobs or (FinetuneConfig(),):
+                is_scaled = job.start == "init" and job.method in SCALED_METHODS
+                self.prepare_finetuning(scales=is_scaled, dropout=job.dropout > 0)
         seconds = self.core.warm_up()
         logger.info("ready: %d programs in %.1f s %s", len(seconds), time.perf_counter() - start, seconds)
 

@@ -11,6 +11,7 @@ from typing import Any
 from jaxserve.adapters.store import AdapterStore
 from jaxserve.config import EngineConfig
 from jaxserve.engine.loop import EngineCore
+from jaxserve.engine.programs import Needs
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import InvalidRequest
 from jaxserve.finetune.config import FinetuneConfig
@@ -68,9 +69,10 @@ class TrainingEngine(ABC):
     ) -> FinetuneJob:
         """Queues a job that trains an adapter while requests are served; ``step`` moves both on.
 
-        After each optimizer step the adapter's new version answers requests from the next step on. On the first
-        call the steps with gradient rows are compiled, unless max_finetune_jobs asked for that at start-up; a job's
-        own small programs are compiled here, too. With ``output_dir`` the job keeps checkpoints, and goes on from the
+        After each optimizer step the adapter's new version answers requests from the next step on. The first job, and
+        the first with dropout or of another method, has its steps with gradient rows compiled here, unless that was
+        done at start-up (max_finetune_jobs, ``from_pretrained``'s jobs); a job's own small programs are compiled here,
+        too. With ``output_dir`` the job keeps checkpoints, and goes on from the
         newest one when it is begun again with the same data and settings.
 
         Args:
@@ -190,7 +192,7 @@ class TrainingEngine(ABC):
         start, seconds = time.perf_counter(), {}
         if self.core.trainer is None:
             seconds = self.core.enable_training(self.adapters, max(self.config.max_finetune_jobs, 1))
-        seconds |= self.core.enable(scales=scales, dropout=dropout)
+        seconds |= self.core.enable(Needs(scales, dropout, plain=not (scales or dropout)))
         if seconds:
             logger.info("ready to finetune: %d programs in %.1f s", len(seconds), time.perf_counter() - start)
         assert self.core.trainer is not None

@@ -55,11 +55,12 @@ def model_path(config: Config) -> str:
     return locate(config.model.path)
 
 
-def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engine":
+def load_engine(config: Config, room: Mapping[str, Any] | None = None, jobs: Sequence[FinetuneConfig] = ()) -> "Engine":
     """Loads the model and lora.modules.
 
     Args:
       room: options that hold where the user left them open.
+      jobs: those to come.
 
     Raises:
       ConfigError: no model.
@@ -67,4 +68,5 @@ def load_engine(config: Config, room: Mapping[str, Any] | None = None) -> "Engin
     path = model_path(config)
     from jaxserve import Engine
 
-    return Engine.from_pretrained(path, adapters=dict(config.lora.modules), **options_of(config, room or {}))
+    options = options_of(config, room or {})
+    return Engine.from_pretrained(path, adapters=dict(config.lora.modules), jobs=jobs, **options)

@@ -69,7 +69,8 @@ class Live:
     def __init__(self, config: Config):
         self.config = config
         self.jobs = endless_jobs(config)
-        self.engine = load_engine(config, room_for(config, list(self.jobs.values())))
+        settings = list(self.jobs.values())
+        self.engine = load_engine(config, room_for(config, settings), settings)
         self.datasets: dict[str, tuple[FinetuneConfig, Dataset]] = {}  # of the jobs, by adapter
         self.steps: dict[str, tuple[StepTimes, list[StepLoad], list[float]]] = {}  # by run: its device
         load = self.workload("warm-up", 1.0, 8.0)

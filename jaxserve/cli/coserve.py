@@ -164,7 +164,8 @@ def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], o
 
 def make_engine(config: Config, jobs: Sequence[Planned]) -> "Engine":
     """The engine with its adapters, and with room for the jobs where the user left that open."""
-    return load_engine(config, room_for(config, [job.config for job in jobs]))
+    settings = [job.config for job in jobs]
+    return load_engine(config, room_for(config, settings), settings)
 
 
 def start(engine: "Engine", jobs: Sequence[Planned]) -> "dict[str, FinetuneJob]":

@@ -58,7 +58,7 @@ def check(config: Config) -> tuple[Planned, str]:
 
 def make_engine(config: Config, job: Planned) -> "Engine":
     """An engine for one job, as small as the user left open: few shapes are compiled."""
-    return load_engine(config, _room(config, job))
+    return load_engine(config, _room(config, job), [job.config])
 
 
 def _room(config: Config, job: Planned) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
+from operator import or_
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from jaxserve.engine.lane_sums import LaneSums
 from jaxserve.engine.lanes import SITE_OF, adapter_lengths
 from jaxserve.engine.pack import Edits, Packer, Slots, adapter_rows, check_edits, slot_edits, slot_tokens
 from jaxserve.engine.planner import Planned, Planner
-from jaxserve.engine.programs import Arrays, Extras, ProgramKey, Programs
+from jaxserve.engine.programs import Arrays, Needs, ProgramKey, Programs
 from jaxserve.engine.recovery import Recovery
 from jaxserve.engine.results import News, read_news, read_tokens
 from jaxserve.engine.sharing import sharing
@@ -125,7 +126,7 @@ class EngineCore:
         self._last_done = 0.0
         self.lock = threading.RLock()
         self._enabling = threading.Lock()  # held while programs are made ready beside the loop; before ``lock``
-        self.programs.add(buckets, extended=False)
+        self.programs.add(buckets)
 
     # start-up
 
@@ -204,8 +205,8 @@ class EngineCore:
         return replace(output, hidden_RD=None, chunk_hidden_TD=None, drawn=drawn, scored=scored)
 
     def enable_training(self, store: AdapterStore, lanes: int) -> dict[str, float]:
-        """Makes room for finetuning jobs and compiles the steps with gradient rows; before ``warm_up``, that does.
-        Returns seconds by program."""
+        """Makes room for finetuning jobs, and compiles the steps that change with it; before ``warm_up``, that does.
+        What jobs need beyond is for ``enable``. Returns seconds by program."""
         c = self.config
         if self.bank is None:
             raise InvalidRequest("finetuning needs enable_lora: an adapter is trained where adapters are served")
@@ -231,7 +232,7 @@ class EngineCore:
                 self.planner.set_buckets(buckets)
                 if not self.compiles.ready:
                     self.programs.forget()  # buckets without a stash have no use any more
-                new = self.programs.add(buckets, extended=False) + self.programs.add_extended(buckets)
+                new = self.programs.add(buckets)
             return self._try_all(new) if self.compiles.ready else {}
 
     def _make_trainer(self, store: AdapterStore, shape: TrainShape) -> Trainer:
@@ -249,16 +250,15 @@ class EngineCore:
             max_window=c.max_grad_rows // c.row_block * c.row_block,
             clock=self.clock,
         )
-        if self.programs.extras.scales:
+        if self.programs.needs.scales:
             trainer.sums.enable_scales()
         return trainer
 
     def _compile_training_ahead(self, trainer: Trainer, buckets: Buckets) -> None:
         """Compiles from shapes, on the caller's thread, what ``enable_training`` then finds compiled."""
-        programs = self.programs.knowing(self.programs.extras)
+        programs = self.programs.meeting(self.programs.needs)
         programs.train = trainer.sums.shape
-        new = programs.add(buckets, extended=False) + programs.add_extended(buckets)
-        programs.compile(new, self._shapes()._replace(train=shapes_of(trainer.sums.state)))
+        programs.compile(programs.add(buckets), self._shapes()._replace(train=shapes_of(trainer.sums.state)))
 
     def _device_shapes(self) -> DeviceShapes:
         assert self.trainer is not None
@@ -270,41 +270,40 @@ class EngineCore:
             *map(shapes_of, (train, self.state.bank, self.writer.scales, self.params)),
         )
 
-    def enable(self, *, scales: bool = False, dropout: bool = False) -> dict[str, float]:
-        """Compiles the programs that know scales (of (IA)3 and DoRA adapters) or dropout, once either is asked for.
-        Returns seconds by program."""
-        if self._extras(scales, dropout) == self.programs.extras:  # a reload may ask, in the loop
+    def enable(self, asked: Needs) -> dict[str, float]:
+        """Compiles the programs that are asked for the first time; before ``warm_up``, that does. Returns seconds by
+        program."""
+        if self._with(asked) == self.programs.needs:  # a reload may ask, in the loop
             return {}
         with self._enabling, self.compiles.preparing():
-            had, extras = self.programs.extras, self._extras(scales, dropout)
-            if self.writer is None or extras == had:
+            had, needs = self.programs.needs, self._with(asked)
+            if self.writer is None or needs == had:
                 return {}
             if self.compiles.ready:
-                self._compile_ahead(self.writer, extras)
+                self._compile_ahead(self.writer, needs)
             with self.lock:
-                if extras.scales and not had.scales:
+                if needs.scales and not had.scales:
                     self.writer.enable_scales()
                     self._warm_up_writer()
                     if self.trainer is not None:
                         self.trainer.sums.enable_scales()
-                self.programs.extras = extras
-                new = self.programs.add_extended(self.planner.buckets)
-            return self._try_all(new)
+                self.programs.needs = needs
+                new = self.programs.add(self.planner.buckets)
+            return self._try_all(new) if self.compiles.ready else {}
 
-    def _extras(self, scales: bool, dropout: bool) -> Extras:
-        had = self.programs.extras
-        return Extras(had.scales or scales, had.dropout or dropout)
+    def _with(self, asked: Needs) -> Needs:
+        return Needs(*map(or_, self.programs.needs, asked))
 
-    def _compile_ahead(self, writer: BankWriter, extras: Extras) -> None:
+    def _compile_ahead(self, writer: BankWriter, needs: Needs) -> None:
         """Compiles from shapes, on the caller's thread, what ``enable`` then finds compiled: the loop serves on."""
-        programs, arrays = self.programs.knowing(extras), self._shapes()
-        if extras.scales and arrays.scales is None:
+        programs, arrays = self.programs.meeting(needs), self._shapes()
+        if needs.scales and arrays.scales is None:
             arrays = arrays._replace(scales=shapes_of(ScalesShape(writer.shape).empty(self.mesh)))
             writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
             if programs.train is not None and arrays.train is not None:
                 lanes = empty_scale_lanes(programs.train, writer.shape, self.mesh)
                 arrays = arrays._replace(train=replace(arrays.train, scale_lanes=shapes_of(lanes)))
-        programs.compile(programs.add_extended(self.planner.buckets), arrays)
+        programs.compile(programs.add(self.planner.buckets), arrays)
 
     def _warm_up_writer(self) -> None:
         assert self.writer is not None
@@ -483,7 +482,7 @@ class EngineCore:
         """Does on the caller's thread what the loop need not: cuts an adapter into bank pages, and compiles the steps
         with scales when the first adapter that has some comes."""
         if self.writer is not None:
-            self.enable(scales=is_scaled(weights))
+            self.enable(Needs(scales=is_scaled(weights)))
             self.writer.prepare(weights)
 
     def _upload(self, version: AdapterVersion, pages: list[int]) -> None:

@@ -289,7 +289,7 @@ class Planner:
 
     def _load_with(self, base: Planned, windows: FinetunePlan, bucket: Bucket) -> StepLoad:
         """What the step holds with windows beside what is in it."""
-        extended = base.load.extended
+        extended = base.load.extended or not self.times.has_plain(bucket)
         if not extended and self.needs_extras is not None:
             extended = self.needs_extras(NOTHING.beside(windows))
         return with_windows(base.load, windows, bucket, extended)

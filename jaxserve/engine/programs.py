@@ -35,11 +35,17 @@ ProgramKey = tuple[Bucket, bool]  # and whether the program knows the extras
 DrawKey = tuple[int, Asks]  # rows, and what they ask for
 
 
-class Extras(NamedTuple):
-    """What the extended programs know; the others cost nothing for it."""
+class Needs(NamedTuple):
+    """What adapters and jobs ask of the programs. The extended ones know scales and dropout, which the plain ones cost
+    nothing for."""
 
     scales: bool = False
     dropout: bool = False
+    plain: bool = False  # gradient rows with neither
+
+    @property
+    def extras(self) -> bool:
+        return self.scales or self.dropout
 
 
 class Arrays(NamedTuple):
@@ -69,7 +75,7 @@ class Programs:
     ):
         self._config, self._model, self._mesh, self._bank = config, model, mesh, bank
         self._clock, self._expected = clock, expected
-        self.extras = Extras()
+        self.needs = Needs()
         self.train: TrainShape | None = None  # of an engine that finetunes
         self.specs: dict[ProgramKey, StepSpec] = {}
         self.layouts: dict[ProgramKey, BatchLayout] = {}
@@ -77,16 +83,23 @@ class Programs:
         self._score_spec = HeadSpec(model, mesh, config.max_logprobs)
         self._lowered: set[DrawKey | int] = set()  # draws, and rows of scores, that have been compiled
 
-    def knowing(self, extras: Extras) -> "Programs":
-        """Another set of the same programs, where the extended ones are to know ``extras``; this one stays as it is."""
+    def meeting(self, needs: Needs) -> "Programs":
+        """Another set of the same programs, for these needs; this one stays as it is."""
         other = copy(self)
-        other.extras, other._lowered = extras, set(self._lowered)
+        other.needs, other._lowered = needs, set(self._lowered)
         other.specs, other.layouts, other.draws = dict(self.specs), dict(self.layouts), dict(self.draws)
         return other
 
-    def add(self, buckets: Iterable[Bucket], extended: bool) -> list[ProgramKey]:
-        """Declares programs; returns those that are new."""
-        specs = {(bucket, extended): self._spec(bucket, extended) for bucket in buckets}
+    def add(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
+        """Declares what the needs ask for; returns the programs that are new. Steps of nothing but requests are always
+        there without extras; where nothing is finetuned there is no dropout to know."""
+        needs, plain, extended = self.needs, [], []
+        for bucket in buckets:
+            if needs.plain or not bucket.grad_rows:
+                plain.append((bucket, False))
+            if needs.scales or (needs.dropout and bucket.finetunes):
+                extended.append((bucket, True))
+        specs = {key: self._spec(*key) for key in (*plain, *extended)}
         new = [key for key, spec in specs.items() if self.specs.get(key) != spec]
         self.specs |= specs
         self.layouts |= {key: spec.layout for key, spec in specs.items()}
@@ -103,13 +116,6 @@ class Programs:
         for declared in (self.specs, self.layouts, self.draws):
             declared.clear()
 
-    def add_extended(self, buckets: Iterable[Bucket]) -> list[ProgramKey]:
-        """Declares programs that know all extras which are enabled; where nothing is finetuned there is no dropout to
-        know."""
-        with_scales = [bucket for bucket in buckets if self.extras.scales]
-        with_dropout = [bucket for bucket in buckets if self.extras.dropout and bucket.finetunes]
-        return self.add(dict.fromkeys([*with_scales, *with_dropout]), extended=True)
-
     def _spec(self, bucket: Bucket, extended: bool) -> StepSpec:
         return step_spec(
             bucket,
@@ -118,13 +124,13 @@ class Programs:
             self._mesh,
             self._bank,
             self.train,
-            scaled=extended and self.extras.scales,
-            dropout=extended and self.extras.dropout,
+            scaled=extended and self.needs.scales,
+            dropout=extended and self.needs.dropout,
         )
 
     def need_extras(self, plan: StepPlan) -> bool:
         """Some row's adapter has scales, or is trained with dropout."""
-        if not any(self.extras):
+        if not self.needs.extras:
             return False
         grads, forwards = plan.finetune or ((), ())
         if any(window.seq.lane.scaled or window.seq.dropout for window in (*grads, *forwards)):

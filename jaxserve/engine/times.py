@@ -96,6 +96,10 @@ class StepTimes:
         self.base[bucket, extended] = seconds
         self._typical = max(self.base.values())
 
+    def has_plain(self, bucket: Bucket) -> bool:
+        """Whether the bucket has a program without extras."""
+        return (bucket, False) in self.base
+
     def predict(self, load: StepLoad) -> float:
         """Seconds; infinite for a bucket that never ran."""
         base = self.base.get((load.bucket, load.extended))
@@ -104,10 +108,10 @@ class StepTimes:
         return self.pace * self._in_bucket(load.bucket, base, self._slopes(load))
 
     def predict_each(self, load: StepLoad, buckets: Iterable[Bucket]) -> list[float]:
-        """The same of the load in each of these buckets, with the plain program."""
+        """The same of the load in each of these buckets, with the plain program where there is one."""
         slopes, bases, pace, found = self._slopes(load), self.base, self.pace, []
         for bucket in buckets:
-            base = bases.get((bucket, False))
+            base = bases.get((bucket, False)) or bases.get((bucket, True))
             found.append(float("inf") if base is None else pace * self._in_bucket(bucket, base, slopes))
         return found
 

@@ -25,14 +25,17 @@ pytestmark = pytest.mark.quick_compiles
 
 JOB = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "batch_size": 3, "max_steps": 6, "dropout": 0.1}
 LIFE = {"max_finetune_jobs": 1, "finetune_window": 16, "finetune_stash_tokens": 0}
+LIFE["jobs"] = [jaxserve.FinetuneConfig(method="dora", dropout=0.1)]  # whose steps know all that others need
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    path = tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama")
-    engine = jaxserve.Engine.from_pretrained(path, **SIZES | LIFE)
-    engine.prepare_finetuning(scales=True, dropout=True)
-    return engine
+def path(tmp_path_factory):
+    return tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama")
+
+
+@pytest.fixture(scope="module")
+def engine(path):
+    return jaxserve.Engine.from_pretrained(path, **SIZES | LIFE)
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +71,21 @@ def until(engine, condition, limit=2000):
 def undisturbed(engine):
     job = engine.finetune(examples(1), adapter="plain", validation_fraction=0.3, eval_steps=2, **JOB).wait()
     return job.losses, job.validation_losses, content(engine, "plain")
+
+
+def test_steps_without_dropout_are_compiled_for_the_first_job_that_has_none(engine, path, undisturbed):
+    new = jaxserve.Engine.from_pretrained(path, **SIZES | LIFE)
+    sizes = {bucket for bucket, _ in new.core.specs if bucket.grad_rows}
+    assert sizes
+    assert not {(bucket, False) for bucket in sizes} & new.core.specs.keys()
+    job = new.finetune(examples(1), adapter="a", validation_fraction=0.3, eval_steps=2, **JOB).wait()
+    assert (job.losses, job.validation_losses) == undisturbed[:2]
+    assert not {(bucket, False) for bucket in sizes} & new.core.specs.keys()
+    plain = {**JOB, "dropout": 0.0}
+    job = new.finetune(examples(1), adapter="b", **plain).wait()
+    assert {(bucket, False) for bucket in sizes} <= new.core.specs.keys()
+    assert job.losses == engine.finetune(examples(1), adapter="b", **plain).wait().losses
+    assert new.stats()["recompiles"] == 0
 
 
 def test_validation_is_measured_before_between_and_after_and_learns_nothing(engine, undisturbed):

@@ -36,7 +36,7 @@ class EchoEngine:
         self.queue: list[Event] = []
 
     @classmethod
-    def from_pretrained(cls, path: str, adapters: dict[str, str], **options):
+    def from_pretrained(cls, path: str, adapters: dict[str, str], jobs: tuple = (), **options):
         if path == "broken":
             raise ModelError("broken: no config.json")
         cls.made.append(cls(path, adapters, options))

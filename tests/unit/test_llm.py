@@ -334,6 +334,11 @@ def test_adapters_that_cannot_be_loaded_are_refused_before_the_model_is_loaded(m
             jaxserve.Engine.from_pretrained(path, adapters=adapters, **options)
 
 
+def test_jobs_to_come_must_be_settings():
+    with pytest.raises(InvalidRequest, match=r"jobs has \{'dropout': 0.1\}; each must be a FinetuneConfig"):
+        jaxserve.Engine.from_pretrained("nowhere", jobs=[{"dropout": 0.1}])
+
+
 def test_an_adapter_of_another_base_is_refused_before_a_step_is_compiled(monkeypatch, tmp_path):
     monkeypatch.setattr("jaxserve.llm.load_params", lambda *args: {})
     weights = load_peft(serving.adapter_dir(serving.model_dir()), serving.model_config(serving.model_dir()))
