@@ -11,6 +11,7 @@ from jaxserve.finetune.config import FinetuneConfig
 if TYPE_CHECKING:
     from jaxserve import Engine
 
+FEW_TOKENS = 512  # of a step: enough for a prompt to be read about as fast as can be
 VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
 
 
@@ -42,6 +43,15 @@ def room_alone(config: Config, rank: int | None) -> dict[str, Any]:
     room = {"max_num_seqs": 2, "max_loras": 2, "max_cpu_loras": 2, "max_finetune_jobs": 1}
     room["max_num_batched_tokens"] = config.finetune.finetune_window
     return room if rank is None else room | {"max_lora_rank": rank}
+
+
+def room_to_answer(config: Config, seqs: int) -> dict[str, Any]:
+    """Options of an engine that runs so many sequences at once at most: few shapes are compiled."""
+    engine, lora = config.engine, config.lora
+    room: dict[str, Any] = {"max_num_seqs": min(seqs, engine.max_num_seqs)}
+    if engine.enable_chunked_prefill:
+        room["max_num_batched_tokens"] = max(FEW_TOKENS, engine.max_num_seqs)
+    return room | ({"max_loras": min(len(lora.modules), lora.max_loras)} if lora.modules else {"enable_lora": False})
 
 
 def model_path(config: Config) -> str:

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxserve
-from jaxserve.bench.engine import load_engine
+from jaxserve.bench.engine import load_engine, room_to_answer
 from jaxserve.cli.flags import configured
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
@@ -91,8 +91,9 @@ def generate(
     """Complete prompts and print the texts."""
     if not prompt:
         raise ConfigError(["--prompt: at least one is needed"])
-    failed = False
-    for output in build_engine(config, adapter).generate(prompt, config.sampling.params(), adapter=adapter):
+    failed, params = False, config.sampling.params()
+    engine = build_engine(config, len(prompt) * params.n, adapter)
+    for output in engine.generate(prompt, params, adapter=adapter):
         if json_lines:
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
         for choice in output.outputs:
@@ -113,7 +114,7 @@ def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
     params = config.sampling.params()
     if "max_tokens" not in config.sampling.model_fields_set:
         params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them
-    talk(build_engine(config, adapter), params, adapter)
+    talk(build_engine(config, params.n, adapter), params, adapter)
 
 
 @bench_app.command()
@@ -333,8 +334,9 @@ def version() -> None:
     print(jaxserve.__version__)
 
 
-def build_engine(config: Config, adapter: str | None = None) -> "Engine":
-    """The engine of this configuration with its adapters loaded; checks first that ``adapter`` will be there.
+def build_engine(config: Config, seqs: int, adapter: str | None = None) -> "Engine":
+    """The engine of this configuration with its adapters loaded, for so many sequences at once; checks first that
+    ``adapter`` will be there.
 
     Raises:
       ConfigError: no model, or an adapter that lora.modules does not name.
@@ -342,7 +344,7 @@ def build_engine(config: Config, adapter: str | None = None) -> "Engine":
     names = [module.name for module in config.lora.modules]
     if config.model.path is not None and adapter is not None and adapter not in names:
         raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
-    return load_engine(config)
+    return load_engine(config, room_to_answer(config, seqs))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -107,6 +107,19 @@ def test_generate_with_adapters(engines, capsys):
     assert engines[0].asked[0][2] == "law"
 
 
+def test_an_engine_is_as_small_as_its_prompts_and_what_is_given_holds(engines, capsys):
+    def sizes(*flags):
+        assert run("generate", "m", "--prompt", "a", "--prompt", "b", *flags) == 0
+        config = engines[-1].config
+        return config.max_num_seqs, config.max_num_batched_tokens, config.enable_lora and config.max_loras
+
+    assert sizes() == (2, 512, False)
+    assert sizes("--n", "3", "--lora-modules", "math=x") == (6, 512, 1)
+    assert sizes("--n", "16", "--no-enable-chunked-prefill") == (32, 2048, False)
+    assert sizes("--max-num-seqs", "700", "--enable-lora", "--max-loras", "2") == (700, 700, 2)
+    assert sizes("--max-num-batched-tokens", "64") == (2, 64, False)
+
+
 def test_generate_as_json_lines(engines, capsys):
     assert run("generate", "m", "--prompt", "é", "--prompt", "b", "--json") == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
