@@ -17,7 +17,8 @@ MODULE_ROOTS = ("model.language_model", "language_model.model", "model")
 
 
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
-    return _from_text(Fields(hf), Fields(hf), "Gemma3ForCausalLM")
+    fields = Fields(hf)
+    return _from_text(fields, fields, "Gemma3ForCausalLM")
 
 
 def from_hf_multimodal(hf: dict[str, Any]) -> ModelConfig:
@@ -48,7 +49,8 @@ def _from_text(fields: Fields, outer: Fields, architecture: str) -> ModelConfig:
         **gemma(fields, sizes),
         layers=tuple(LayerConfig(window=window, rope=local if window else full) for window in windows),
         tie_word_embeddings=outer.flag("tie_word_embeddings", True),
-        logits_softcap=fields.number("final_logit_softcapping", None),
+        # transformers' multimodal model has no such cap, whatever its text_config says: left unread, it is refused
+        logits_softcap=fields.number("final_logit_softcapping", None) if fields is outer else None,
         qk_norm=True,
         unembedded_tokens=("<image_soft_token>",),
     )

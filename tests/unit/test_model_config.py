@@ -194,6 +194,7 @@ def test_a_senseless_config_is_refused_in_one_line_that_names_the_field(override
         ("gemma3", {"rope_parameters": {"chunked_attention": {}}}, "rope_parameters.chunked_attention"),
         ("gemma3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
         ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern 0"),
+        ("gemma3_multimodal", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
     ],
     ids=str,
 )
