@@ -97,7 +97,7 @@ def shares_of(weights: AdapterWeights, masters: Masters) -> dict[str, dict[str, 
 
 
 def weights_of(masters: Mapping[str, Mapping[str, Any]], like: AdapterWeights) -> AdapterWeights:
-    """Masters as an adapter with the modules, ranks and scaling of ``like``."""
+    """Masters as an adapter with the modules, ranks and scaling of ``like``, whose file may hold a narrower dtype."""
     host = jax.tree.map(np.asarray, masters)
     pairs = {
         (layer, m): LoraPair(host[m][A][layer, : pair.rank], host[m][B][layer, :, : pair.rank])
@@ -106,7 +106,7 @@ def weights_of(masters: Mapping[str, Mapping[str, Any]], like: AdapterWeights) -
     vectors = {
         (layer, m): ScaleVector(vector.kind, host[m][vector.kind][layer]) for (layer, m), vector in like.vectors.items()
     }
-    return replace(like, pairs=pairs, vectors=vectors)
+    return replace(like, pairs=pairs, vectors=vectors, stored="float32")
 
 
 def _leaf_specs(tree: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, PartitionSpec]]:

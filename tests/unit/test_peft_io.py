@@ -35,6 +35,7 @@ from jaxserve.adapters import dora, ia3, lora
 from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.weights import MEMBERS, LoraPair
 from jaxserve.config.schema import LoraOptions
+from jaxserve.engine.lanes import weights_of
 from jaxserve.errors import AdapterError
 from jaxserve.models.config import member_dims
 
@@ -229,6 +230,18 @@ def test_round_trip_keeps_content_digest_stored_dtype_and_base(tmp_path):
         assert again.stored == np.dtype(dtype).name
         assert again.base_digest == b"\x01\x02"
         assert again.nbytes == weights.nbytes == 2 * 4 * 4 * (32 + 32 + 32 + 16)
+
+
+def test_what_is_trained_from_half_precision_is_saved_in_full(tmp_path):
+    start = load_peft(write_adapter(tmp_path / "start", dtype=ml_dtypes.bfloat16), TINY)
+    members = ("q_proj", "v_proj")
+    masters = {
+        m: {"a": np.stack([start.pairs[layer, m].a for layer in range(2)]), "b": np.full((2, size, 4), 1 / 3)}
+        for m, size in zip(members, (32, 16), strict=True)
+    }
+    trained = weights_of(masters, start)
+    save_peft(trained, tmp_path / "trained")
+    assert load_peft(tmp_path / "trained", TINY).digest == trained.digest
 
 
 def test_digest_changes_with_whatever_changes_the_maths_and_with_nothing_else(tmp_path):
