@@ -256,6 +256,11 @@ def token_ids(*sources: Fields) -> dict[str, Any]:
     }
 
 
+def sliding_window(fields: Fields) -> int | None:
+    """The width of sliding layers: where the key is absent transformers takes 4096, where it is null none slides."""
+    return fields.integer("sliding_window", None if "sliding_window" in fields.hf else 4096)
+
+
 def layer_windows(fields: Fields, num_layers: int, window: int | None, default: list[str]) -> list[int | None]:
     """Each layer's window from ``layer_types``, or from the family's ``default`` pattern."""
     types = fields.get("layer_types", default)

@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from jaxserve.models.config import Fields, LayerConfig, ModelConfig, dimensions, layer_windows, token_ids
+from jaxserve.models.config import (
+    Fields,
+    LayerConfig,
+    ModelConfig,
+    dimensions,
+    layer_windows,
+    sliding_window,
+    token_ids,
+)
 from jaxserve.models.llama import NAMES as LLAMA_NAMES
 from jaxserve.models.rope import read_rope
 
@@ -21,7 +29,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
     fields = Fields(hf)
     sizes = dimensions(fields, **DEFAULTS, vocab_size=256_000, max_position_embeddings=8192)
     pattern = ["full_attention" if i % 2 else "sliding_attention" for i in range(sizes["num_layers"])]
-    windows = layer_windows(fields, sizes["num_layers"], fields.integer("sliding_window", 4096), pattern)
+    windows = layer_windows(fields, sizes["num_layers"], sliding_window(fields), pattern)
     rope = read_rope(fields, sizes["max_position_embeddings"])
     config = ModelConfig(
         model_type="gemma2",

@@ -6,7 +6,16 @@ Accepts the text model and the language half of the multimodal one (``text_confi
 from typing import Any
 
 from jaxserve.errors import ModelError
-from jaxserve.models.config import Fields, LayerConfig, ModelConfig, RopeConfig, dimensions, layer_windows, token_ids
+from jaxserve.models.config import (
+    Fields,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+    dimensions,
+    layer_windows,
+    sliding_window,
+    token_ids,
+)
 from jaxserve.models.gemma2 import DEFAULTS, gemma
 from jaxserve.models.rope import parse_rope
 
@@ -39,7 +48,7 @@ def _from_text(fields: Fields, outer: Fields, architecture: str) -> ModelConfig:
     num_layers = sizes["num_layers"]
     every = fields.integer("sliding_window_pattern", fields.integer("_sliding_window_pattern", 6))
     pattern = ["sliding_attention" if (i + 1) % every else "full_attention" for i in range(num_layers)]
-    windows = layer_windows(fields, num_layers, fields.integer("sliding_window", 4096), pattern)
+    windows = layer_windows(fields, num_layers, sliding_window(fields), pattern)
     local, full = _ropes(fields, sizes["max_position_embeddings"])
     config = ModelConfig(
         model_type="gemma3_text",

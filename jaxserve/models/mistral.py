@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxserve.models.config import Fields, LayerConfig, ModelConfig, dimensions, token_ids
+from jaxserve.models.config import Fields, LayerConfig, ModelConfig, dimensions, sliding_window, token_ids
 from jaxserve.models.llama import SILU
 from jaxserve.models.rope import read_rope
 
@@ -10,9 +10,7 @@ from jaxserve.models.rope import read_rope
 def from_hf(hf: dict[str, Any]) -> ModelConfig:
     fields = Fields(hf)
     sizes = dimensions(fields)
-    # an absent key means 4096 to transformers, null means no window
-    window = fields.integer("sliding_window", None if "sliding_window" in hf else 4096)
-    layer = LayerConfig(window=window, rope=read_rope(fields, sizes["max_position_embeddings"]))
+    layer = LayerConfig(window=sliding_window(fields), rope=read_rope(fields, sizes["max_position_embeddings"]))
     config = ModelConfig(
         model_type="mistral",
         architecture="MistralForCausalLM",

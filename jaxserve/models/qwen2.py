@@ -2,7 +2,15 @@
 
 from typing import Any
 
-from jaxserve.models.config import Fields, LayerConfig, ModelConfig, dimensions, layer_windows, token_ids
+from jaxserve.models.config import (
+    Fields,
+    LayerConfig,
+    ModelConfig,
+    dimensions,
+    layer_windows,
+    sliding_window,
+    token_ids,
+)
 from jaxserve.models.llama import SILU
 from jaxserve.models.rope import read_rope
 
@@ -28,7 +36,7 @@ def from_hf(hf: dict[str, Any]) -> ModelConfig:
 def layers(fields: Fields, sizes: dict[str, Any]) -> tuple[LayerConfig, ...]:
     """Layers from max_window_layers on slide when use_sliding_window is set; layer_types overrides the pattern."""
     num_layers = sizes["num_layers"]
-    window = fields.integer("sliding_window", 4096)
+    window = sliding_window(fields)
     if not fields.flag("use_sliding_window", False):
         window = None
     first = fields.integer("max_window_layers", 28, low=0)

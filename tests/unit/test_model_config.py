@@ -72,6 +72,8 @@ def test_qwen_slides_only_when_told_and_only_in_the_last_layers():
     assert windows(parse("qwen2", use_sliding_window=True, **sliding)) == [None, 5]
     types = ["sliding_attention", "full_attention"]
     assert windows(parse("qwen3", use_sliding_window=True, layer_types=types, **sliding)) == [5, None]
+    for family in ("qwen2", "qwen3"):
+        assert windows(parse(family, use_sliding_window=True, **sliding | {"sliding_window": None})) == [None, None]
 
 
 def test_gemma_alternates_local_and_global_layers():
@@ -194,6 +196,8 @@ def test_a_senseless_config_is_refused_in_one_line_that_names_the_field(override
         ("gemma3", {"rope_parameters": {"chunked_attention": {}}}, "rope_parameters.chunked_attention"),
         ("gemma3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope' is not supported"),
         ("gemma3", {"sliding_window_pattern": 0}, "sliding_window_pattern 0"),
+        ("gemma2", {"sliding_window": None}, "sliding_window is not set"),
+        ("gemma3", {"sliding_window": None}, "sliding_window is not set"),
         ("gemma3_multimodal", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0 is not supported"),
     ],
     ids=str,
