@@ -5,9 +5,11 @@ import hashlib
 import itertools
 import json
 import logging
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -52,7 +54,8 @@ class Engine(TrainingEngine):
     """Serves a base model and its LoRA adapters with continuous batching.
 
     ``from_pretrained`` loads and compiles; then either ``generate``, or ``add_request`` and a loop over ``step``.
-    Adapters may be loaded and requests added or aborted from other threads while one thread steps.
+    Every method may be called from any thread. Steps are made one at a time; the events that ``step`` returns are those
+    of all requests, and each is returned once, so one thread should be the one that fetches them.
     """
 
     def __init__(
@@ -78,7 +81,8 @@ class Engine(TrainingEngine):
         )
         self._live: dict[str, LiveRequest] = {}
         self._finished: dict[str, RequestOutput] = {}
-        self._aborted: deque[Event] = deque()
+        self._events: deque[Event] = deque()  # that no ``step`` has returned
+        self._stepping, self._next = threading.Lock(), threading.Lock()
         self._numbers = itertools.count()
         self._seeds = np.random.default_rng(config.seed)
         self._totals = {"requests": 0, "prompt_tokens": 0, "generation_tokens": 0}
@@ -278,25 +282,42 @@ class Engine(TrainingEngine):
                 live = self._live[seq.request.id]
                 event = live.end(seq.index, "abort")
                 if not live.collect:
-                    self._aborted.append(event)
+                    self._events.append(event)
                 self._forget_if_over(live)
         return bool(ended)
 
     def has_work(self) -> bool:
         """True while a request is alive, or an event of one is still to be fetched."""
-        return bool(self._live or self._aborted) or self.core.has_work()
+        with self.core.lock:
+            return bool(self._live or self._events) or self.core.has_work()
 
     # the loop
 
     def step(self) -> list[Event]:
-        """Runs one iteration; returns what became known in it."""
-        news = self.core.step()
+        """Runs one iteration; returns what became known in it, and what nobody has fetched of earlier ones."""
+        self.drive()
         with self.core.lock:
-            aborted = [self._aborted.popleft() for _ in range(len(self._aborted))]
-            events = [event for item in news if (event := self._take_in(item)) is not None]
-            if self.core.stuck():
-                raise EngineError(f"no request can run: {self.stats()}")
-        return aborted + events
+            return [self._events.popleft() for _ in range(len(self._events))]
+
+    def drive(self) -> None:
+        """One step on behalf of something that waits; events of requests are kept for the next ``step``."""
+        with self._turn():
+            news = self.core.step()
+            with self.core.lock:
+                self._events.extend(event for item in news if (event := self._take_in(item)) is not None)
+                if self.core.stuck():
+                    raise EngineError(f"no request can run: {self.stats()}")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Nobody else steps meanwhile. Who waits for a turn has the next one: a thread that steps without end would
+        take the lock back before another one wakes up."""
+        with self._next:
+            self._stepping.acquire()
+        try:
+            yield
+        finally:
+            self._stepping.release()
 
     def _take_in(self, news: News) -> Event | None:
         seq, token = news.outcome.seq, news.outcome.token
@@ -338,21 +359,20 @@ class Engine(TrainingEngine):
         """
         every = as_list(prompts)
         each = spread("params", params, every, SamplingParams), spread("adapter", adapter, every, str)
-        todo, ids, others = deque(zip(every, *each, strict=True)), [], []
+        todo, ids = deque(zip(every, *each, strict=True)), []
         try:
             while todo or not all(i in self._finished for i in ids):
                 while todo and self.queue_has_room(todo[0][1]):
                     prompt, param, name = todo.popleft()
-                    ids.append(self.add_request(prompt, param, adapter=name))
-                    self._live[ids[-1]].collect = True
-                others += self.step()
+                    with self._turn():
+                        ids.append(self.add_request(prompt, param, adapter=name))
+                        self._live[ids[-1]].collect = True
+                self.drive()
         except BaseException:
             for request_id in ids:
                 self.abort(request_id)
                 self._finished.pop(request_id, None)
             raise
-        finally:
-            self._keep(others)
         return [self._finished.pop(i) for i in ids]
 
     def queue_has_room(self, params: SamplingParams | None = None) -> bool:
@@ -375,15 +395,6 @@ class Engine(TrainingEngine):
         while self.has_work():
             events += self.step()
         return events
-
-    def drive(self) -> None:
-        """One step on behalf of something that waits; events of requests are kept for the next ``step``."""
-        self._keep(self.step())
-
-    def _keep(self, events: Sequence[Event]) -> None:
-        """Events that the next ``step`` returns, before any that came since."""
-        with self.core.lock:
-            self._aborted.extendleft(reversed(events))
 
     # numbers
 

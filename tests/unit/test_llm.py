@@ -194,6 +194,27 @@ def test_requests_may_come_from_other_threads(engine):
     serving.check_idle(engine)
 
 
+def test_steps_are_made_by_one_thread_at_a_time(engine):
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    prompts = [[i, i + 1] for i in range(8)]
+    alone = [output.token_ids for output in engine.generate(prompts, params)]
+    streamed = engine.add_request(prompts[0], params)
+    found: dict[int, list] = {}
+    callers = [
+        threading.Thread(target=lambda i=i: found.update({i: engine.generate(prompts[i], params)})) for i in range(8)
+    ]
+    for thread in callers:
+        thread.start()
+    events = serving.drain(engine, 100_000)
+    for thread in callers:
+        thread.join()
+    events += serving.drain(engine)
+    assert [found[i][0].token_ids for i in range(8)] == alone
+    assert {event.request_id for event in events} == {streamed}
+    assert [token for event in events for token in event.token_ids] == alone[0]
+    serving.check_idle(engine)
+
+
 # generate
 
 
