@@ -238,24 +238,29 @@ class Engine(TrainingEngine):
             raise InvalidRequest(f"slo_class is {slo_class!r}; known are: {known}", "slo_class")
         version = None if adapter is None or adapter == self.name else self.adapters.acquire(self.adapters.get(adapter))
         try:
-            request = Request(
-                id=request_id or f"request-{next(self._numbers)}",
-                prompt_ids=ids,
-                params=self._with_seed(params),
-                adapter=version,
-                adapter_digest=b"" if version is None else version.digest,
-                priority=priority,
-                tenant=tenant,
-                salt=salt,
-                arrival=self.core.clock(),
-                objective=objectives[slo_class],
-            )
-            self._track(request, text)
+            with self.core.lock:  # an id that is free stays so
+                request = Request(
+                    id=request_id or self._free_id(),
+                    prompt_ids=ids,
+                    params=self._with_seed(params),
+                    adapter=version,
+                    adapter_digest=b"" if version is None else version.digest,
+                    priority=priority,
+                    tenant=tenant,
+                    salt=salt,
+                    arrival=self.core.clock(),
+                    objective=objectives[slo_class],
+                )
+                self._track(request, text)
         except BaseException:
             if version is not None:
                 self.adapters.release(version)
             raise
         return request.id
+
+    def _free_id(self) -> str:
+        """Callers may have given such ids themselves."""
+        return next(id for number in self._numbers if (id := f"request-{number}") not in self._live)
 
     def _track(self, request: Request, text: str | None) -> None:
         live = LiveRequest.make(request, text, self.tokenizer)

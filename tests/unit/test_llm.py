@@ -154,6 +154,14 @@ def test_an_id_in_use_is_refused_until_its_last_event_is_out(engine):
     serving.check_idle(engine)
 
 
+def test_an_id_of_the_engines_own_is_never_one_that_a_caller_has(engine):
+    number = int(engine.generate([[1]], ONE)[0].request_id.removeprefix("request-"))
+    taken = [engine.add_request([7], ONE, request_id=f"request-{number + 1 + i}") for i in range(2)]
+    (output,) = engine.generate([[1]], ONE)
+    assert output.request_id not in taken
+    assert {event.request_id for event in serving.drain(engine)} == set(taken)
+
+
 def test_a_full_queue_refuses_and_generate_waits_for_room(engine):
     ids = [engine.add_request([i], ONE) for i in range(6)]
     with pytest.raises(InvalidRequest, match="queue is full: 6 choices wait") as caught:
