@@ -40,7 +40,7 @@ from jaxserve.models.loader import (
     weights_fingerprint,
 )
 from jaxserve.outputs import Event, RequestOutput
-from jaxserve.prompts import Prompt, as_list, prompt_ids, spread
+from jaxserve.prompts import Prompt, as_list, prompt_ids, require, spread
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.request import Request
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
@@ -410,10 +410,10 @@ class Engine(TrainingEngine):
 
 def _check_options(priority: Any, params: Any, **texts: Any) -> None:
     """Refuses what could not be compared or hashed in the middle of the scheduler's work."""
-    others = [("priority", priority, Integral, "an integer"), ("params", params, SamplingParams, "a SamplingParams")]
-    for name, value, kind, wanted in [*others, *((*text, str, "a string") for text in texts.items())]:
-        if not isinstance(value, kind):
-            raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)
+    require("priority", priority, Integral, "an integer")
+    require("params", params, SamplingParams, "a SamplingParams")
+    for name, text in texts.items():
+        require(name, text, str, "a string")
 
 
 def _require_lora(config: EngineConfig) -> None:

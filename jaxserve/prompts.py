@@ -1,4 +1,4 @@
-"""What callers give as prompts, checked: text or token ids, one or many."""
+"""What callers give, checked: text or token ids, one or many, and what goes with them."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -36,6 +36,12 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
         bad = whole[(whole < 0) | (whole >= vocab_size)][0]
         raise InvalidRequest(f"prompt has token id {bad}; ids go from 0 to {vocab_size - 1}", "prompt")
     return whole.tolist()
+
+
+def require(name: str, value: Any, kind: type, wanted: str) -> None:
+    """Raises InvalidRequest unless ``value`` is a ``kind``."""
+    if not isinstance(value, kind):
+        raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)
 
 
 def as_list(prompts: Prompt | Iterable[Prompt]) -> list[Any]:

@@ -13,7 +13,7 @@ from jaxserve.config import EngineConfig
 from jaxserve.engine.loop import EngineCore
 from jaxserve.engine.programs import Needs
 from jaxserve.engine.trainer import Trainer
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Source
 from jaxserve.finetune.session import BatchResult
@@ -21,7 +21,7 @@ from jaxserve.finetuning import FinetuneJob, make_job
 from jaxserve.models.config import ModelConfig
 from jaxserve.outputs import RequestOutput
 from jaxserve.primitives import LOSSES, TrainingCalls
-from jaxserve.prompts import Prompt
+from jaxserve.prompts import Prompt, require
 from jaxserve.sampling import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
@@ -85,7 +85,8 @@ class TrainingEngine(ABC):
         Raises:
           ConfigError, DataError, InvalidRequest, AdapterError, CheckpointError: before anything is trained.
         """
-        job = make_job(self, data, adapter, config or FinetuneConfig(**fields), tenant)
+        require("tenant", tenant, str, "a string")
+        job = make_job(self, data, adapter, _config(config, fields), tenant)
         self._jobs.append(FinetuneJob(self, job))
         return self._jobs[-1]
 
@@ -107,7 +108,8 @@ class TrainingEngine(ABC):
         Raises:
           ConfigError, InvalidRequest, AdapterError.
         """
-        self._calls.open(adapter, config or FinetuneConfig(**fields), tenant)
+        require("tenant", tenant, str, "a string")
+        self._calls.open(adapter, _config(config, fields), tenant)
 
     def close_adapter(self, adapter: str) -> None:
         """Ends an adapter's training by calls; its published versions stay."""
@@ -205,3 +207,13 @@ class TrainingEngine(ABC):
                 job.pause()
         if self.core.trainer is not None:
             self.core.trainer.close()
+
+
+def _config(config: FinetuneConfig | None, fields: dict[str, Any]) -> FinetuneConfig:
+    """One or the other: fields beside a config would be taken for its exceptions."""
+    if config is None:
+        return FinetuneConfig(**fields)
+    require("config", config, FinetuneConfig, "a FinetuneConfig")
+    if fields:
+        raise ConfigError([f"{name} and config exclude each other" for name in fields])
+    return config

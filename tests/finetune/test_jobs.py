@@ -133,6 +133,15 @@ def test_what_cannot_be_trained_is_refused_before_anything_happens(engine):
         engine.finetune(examples(1), adapter="a", rank=32)
     with pytest.raises(ValueError, match="examples"):
         engine.finetune([], adapter="a")
+    for begin in (lambda *args, **fields: engine.finetune(examples(1), *args, **fields), engine.open_adapter):
+        for tenant in ([1], 3, None):  # the fair policy would fail on it in the middle of a step
+            with pytest.raises(jaxserve.InvalidRequest, match=r"tenant is .*; it must be a string"):
+                begin("a", tenant=tenant)
+        for config in ({}, {"rank": 4}, 4, "lora"):
+            with pytest.raises(jaxserve.InvalidRequest, match=r"config is .*; it must be a FinetuneConfig"):
+                begin("a", config)
+        with pytest.raises(jaxserve.ConfigError, match="rank and config exclude each other"):
+            begin("a", jaxserve.FinetuneConfig(), rank=4)
     assert engine.list_adapters() == []
 
 
