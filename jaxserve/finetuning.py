@@ -118,7 +118,7 @@ def make_start(engine: "TrainingEngine", adapter: str, config: FinetuneConfig) -
     if config.remat not in (None, compiled):
         raise ConfigError([f"remat is {config.remat!r}; this engine's steps are compiled with {compiled!r}"])
     weights = _start(engine, config)
-    _check_rank(weights.rank, engine.config.max_lora_rank)
+    _check_fit(weights, config, engine.config.max_lora_rank)
     start = replace(weights, base_digest=engine.base_digest)
     start.digest  # noqa: B018  computed here, for the caller: the loop would stand still for it
     return start
@@ -132,6 +132,7 @@ def check_start(config: FinetuneConfig, model: ModelConfig, max_lora_rank: int, 
 
     Raises:
       AdapterError: targets that the model does not have, a start that is not there or does not fit.
+      ConfigError: dropout where the start has none.
       InvalidRequest: too large a rank.
     """
     if config.start in loaded:
@@ -139,7 +140,7 @@ def check_start(config: FinetuneConfig, model: ModelConfig, max_lora_rank: int, 
     if config.start != "init":
         place = _peft_directory(Path(config.start))
         if place is not None:
-            _check_rank(load_peft(place, model).rank, max_lora_rank)
+            _check_fit(load_peft(place, model), config, max_lora_rank)
         elif not Path(config.start).is_dir():
             raise _no_start(config.start)
         return
@@ -147,6 +148,13 @@ def check_start(config: FinetuneConfig, model: ModelConfig, max_lora_rank: int, 
     method_of(described).shapes(described, model)
     if config.method != "ia3":
         _check_rank(config.rank, max_lora_rank)
+
+
+def _check_fit(start: AdapterWeights, config: FinetuneConfig, max_rank: int) -> None:
+    """Whether an adapter can be trained from here on as the job says; its method is not the config's."""
+    if start.method == ia3.NAME and config.dropout > 0:
+        raise ConfigError([f"dropout {config.dropout} with start {config.start!r}, an ia3 adapter, which has none"])
+    _check_rank(start.rank, max_rank)
 
 
 def _check_rank(rank: int, limit: int) -> None:

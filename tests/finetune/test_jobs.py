@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_adapters
 import tiny_models
 
 import jaxserve
@@ -124,7 +125,7 @@ def test_requests_take_pages_from_sequences_that_have_not_begun_their_backward(e
     settled(engine)
 
 
-def test_what_cannot_be_trained_is_refused_before_anything_happens(engine):
+def test_what_cannot_be_trained_is_refused_before_anything_happens(engine, tmp_path):
     with pytest.raises(jaxserve.ConfigError, match=r"dropout 0\.1 with method ia3"):
         engine.finetune(examples(1), adapter="a", method="ia3", dropout=0.1)
     with pytest.raises(jaxserve.AdapterError, match="no adapter of that name"):
@@ -133,6 +134,10 @@ def test_what_cannot_be_trained_is_refused_before_anything_happens(engine):
         engine.finetune(examples(1), adapter="a", rank=32)
     with pytest.raises(ValueError, match="examples"):
         engine.finetune([], adapter="a")
+    config = tiny_adapters.ia3_config()
+    start = tiny_adapters.write_files(tmp_path, config, tiny_adapters.random_tensors(config, engine.model))
+    with pytest.raises(jaxserve.ConfigError, match=r"dropout 0\.1 with start .*, an ia3 adapter, which has none"):
+        engine.finetune(examples(1), adapter="a", start=str(start), dropout=0.1)
     for begin in (lambda *args, **fields: engine.finetune(examples(1), *args, **fields), engine.open_adapter):
         for tenant in ([1], 3, None):  # the fair policy would fail on it in the middle of a step
             with pytest.raises(jaxserve.InvalidRequest, match=r"tenant is .*; it must be a string"):
