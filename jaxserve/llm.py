@@ -281,6 +281,7 @@ class Engine(TrainingEngine):
 
     def abort(self, request_id: str) -> bool:
         """Ends a request in any phase; its remaining choices end with finish_reason "abort". False: not alive."""
+        require("request_id", request_id, str, "a string")
         with self.core.lock:
             ended = self.core.abort(request_id)
             for seq in ended:
@@ -391,6 +392,7 @@ class Engine(TrainingEngine):
         """Renders messages with the model's chat template and generates one answer."""
         if self.tokenizer is None:
             raise InvalidRequest("this model directory has no tokenizer", "messages")
+        require("messages", messages, Sequence, "a list of messages")
         ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
         return self.generate([ids], params, **options)[0]
 

@@ -30,6 +30,7 @@ from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import JobStatus, Loss, Purpose
 from jaxserve.finetune.session import ENDLESS, BatchResult, Session
 from jaxserve.finetuning import make_start
+from jaxserve.prompts import require
 from jaxserve.sampling import SamplingParams
 from pallas_kernels.cross_entropy import CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO
 
@@ -84,7 +85,7 @@ class TrainingCalls:
         return self.engine.core.trainer
 
     def of(self, name: str) -> Session:
-        if name not in self.sessions:
+        if not isinstance(name, str) or name not in self.sessions:
             raise InvalidRequest(f"adapter {name!r} is not open for training; open_adapter opens it", "adapter")
         return self.sessions[name]
 
@@ -124,6 +125,8 @@ class TrainingCalls:
         """One forward for the sums, then cross entropy whose weights are the loss's slope; both without dropout."""
         if not isinstance(beta, Real) or not 0 < beta < np.inf:
             raise InvalidRequest(f"beta is {beta!r}; it must be a number above 0", "beta")
+        if reference is not None:
+            require("reference", reference, str, "the name of an adapter, or None for the base model")
         pairs = _items(batch)
         for number, pair in enumerate(pairs):
             if not isinstance(pair, Mapping) or not {"chosen", "rejected"} <= pair.keys() <= _PAIR_KEYS:

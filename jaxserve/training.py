@@ -166,7 +166,8 @@ class TrainingEngine(ABC):
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> list[RequestOutput]:
         """``generate`` with the drawn tokens' log-probabilities, which a policy loss asks for."""
-        params = params or SamplingParams()
+        params = SamplingParams() if params is None else params
+        require("params", params, SamplingParams, "a SamplingParams")
         if params.logprobs is None:
             params = dataclasses.replace(params, logprobs=0)
         return self.generate(prompts, params, adapter=adapter)

@@ -233,7 +233,7 @@ class AdapterStore:
         return self._last_version.get(name, 0) + 1
 
     def _use(self, name: str) -> _Entry:
-        if name not in self._entries:
+        if not isinstance(name, str) or name not in self._entries:
             raise AdapterNotFound(f"adapter {show(name)} is not loaded", "name")
         self._entries.move_to_end(name)
         return self._entries[name]

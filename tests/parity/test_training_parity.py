@@ -318,6 +318,16 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
             )
             for sums in ([-1.0], -1.0, [0, float("nan")], "ab", [1, 2, 3])
         ),
+        *(
+            (
+                lambda name=name: engine.forward_backward(
+                    "a", [{"chosen": good, "rejected": good}], "dpo", reference=name
+                ),
+                r"reference is .*; it must be the name of an adapter",
+            )
+            for name in (3, ["a", "a"], {})
+        ),
+        (lambda: engine.forward_backward(["a"], [good]), "not open for training"),
         (lambda: engine.optim_step("a", learning_rate=float("nan")), "learning_rate is nan"),
         (lambda: engine.optim_step("a", learning_rate=1e39), "learning_rate is 1e.39; .* from 0, at most 3.4e.38"),
         (lambda: engine.optim_step("a", eps=0), "eps is 0; it must be a number from 1.18e-38"),

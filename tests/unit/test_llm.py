@@ -64,6 +64,20 @@ def test_an_option_of_another_kind_is_refused_by_name(engine, option, value):
     serving.check_idle(engine)
 
 
+@pytest.mark.parametrize("value", [3, None, ["a"], {}])
+def test_an_argument_of_another_kind_is_refused_by_name(engine, value):
+    for call, error, message in [
+        (engine.abort, InvalidRequest, "request_id is"),
+        (engine.chat, InvalidRequest, "messages"),
+        (engine.unload_adapter, AdapterNotFound, "is not loaded"),
+        (engine.close_adapter, InvalidRequest, "is not open for training"),
+        (lambda params: engine.sample([1], params or "x"), InvalidRequest, "params is"),
+    ]:
+        with pytest.raises(error, match=message):
+            call(value)
+    serving.check_idle(engine)
+
+
 def test_a_priority_may_be_any_integer(engine):
     engine.abort(engine.add_request([1], ONE, priority=np.int64(3)))
     serving.drain(engine)
