@@ -6,7 +6,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from jaxserve.errors import ModelError
+from jaxserve.errors import InvalidRequest, ModelError
 
 MAX_JSON_BYTES = 64 << 20
 
@@ -19,6 +19,13 @@ def directory(path: str | os.PathLike) -> Path:
     """
     if not Path(path).is_dir():
         raise ModelError(f"{os.fspath(path)}: not a model directory")
+    return Path(path)
+
+
+def checked_directory(path: Any) -> Path:
+    """The path of a directory that is read or made. Raises InvalidRequest."""
+    if not isinstance(path, str | os.PathLike) or not str(path) or "\0" in str(path):
+        raise InvalidRequest(f"directory is {str(path)[:64]!r}; it must be the path of a directory", "directory")
     return Path(path)
 
 

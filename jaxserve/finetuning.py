@@ -1,5 +1,6 @@
 """Finetuning jobs as users see them: made from data and settings, watched, paused, saved."""
 
+import os
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,12 @@ from jaxserve.engine.activations import DEFAULT_REMAT
 from jaxserve.engine.lanes import weights_of
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
+from jaxserve.files import checked_directory
 from jaxserve.finetune.checkpoint import load_latest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset, Source, load_dataset
 from jaxserve.finetune.durable import OnEvent
-from jaxserve.finetune.errors import DataError
+from jaxserve.finetune.errors import CheckpointError, DataError
 from jaxserve.finetune.folder import ADAPTER, CHECKPOINTS, JobFolder
 from jaxserve.finetune.job import Job, JobEvent
 from jaxserve.models.config import ModelConfig
@@ -168,7 +170,7 @@ def _no_start(start: str) -> AdapterError:
 
 def _peft_directory(path: Path) -> Path | None:
     """The adapter in a PEFT directory or in that of a job."""
-    return next((place for place in (path, path / ADAPTER) if (place / CONFIG_FILE).exists()), None)
+    return next((place for place in (path, path / ADAPTER) if os.path.exists(place / CONFIG_FILE)), None)
 
 
 def _start(engine: "TrainingEngine", config: FinetuneConfig) -> AdapterWeights:
@@ -299,9 +301,19 @@ class FinetuneJob:
             saving.result()
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the adapter as it is now, as a PEFT directory."""
-        save_peft(self._engine.adapters.get(self.adapter).weights.fetched, Path(directory))
-        return Path(directory)
+        """Writes the adapter as it is now, as a PEFT directory.
+
+        Raises:
+          CheckpointError: the disk refused.
+        """
+        place = checked_directory(directory)
+        try:
+            save_peft(self._engine.adapters.get(self.adapter).weights.fetched, place)
+        except OSError as error:
+            raise CheckpointError(
+                f"adapter {self.adapter!r} was not written: {error}", "storage", error.errno
+            ) from error
+        return place
 
     @property
     def _trainer(self) -> Trainer:

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -116,6 +117,10 @@ class Engine(TrainingEngine):
             if not isinstance(job, FinetuneConfig):
                 raise InvalidRequest(f"jobs has {job!r}; each must be a FinetuneConfig", "jobs")
         use_compilation_cache()
+        if not isinstance(path, str | os.PathLike):
+            raise ModelError(f"model path is {str(path)[:64]!r}; it must be that of a directory")
+        if not isinstance(adapters, Mapping | None):
+            raise AdapterError(f"adapters is {str(adapters)[:64]!r}; it must be a table of names and paths", "adapters")
         directory = Path(path)
         model = load_config(directory)
         try:

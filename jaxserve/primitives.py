@@ -23,6 +23,7 @@ from jaxserve.config.job import BELOW_1, LEAST, MOST
 from jaxserve.engine.job_programs import Hyper, hyper_arrays
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import InvalidRequest
+from jaxserve.files import checked_directory
 from jaxserve.finetune.checkpoint import CheckpointWriter, load_latest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import load_dataset
@@ -230,7 +231,7 @@ class TrainingCalls:
         }
 
     def save_state(self, name: str, directory: Any) -> None:
-        session, engine = self.at_rest(name), self.engine
+        session, engine, directory = self.at_rest(name), self.engine, checked_directory(directory)
         with CheckpointWriter(directory, self._identity(session), keep=1) as writer:
             with engine.core.lock:
                 state = self.trainer.sessions.state_of(session)
@@ -240,7 +241,7 @@ class TrainingCalls:
             )
 
     def load_state(self, name: str, directory: Any) -> None:
-        session = self.at_rest(name)
+        session, directory = self.at_rest(name), checked_directory(directory)
         with self.engine.core.lock:
             like, passed_over = self.trainer.sessions.state_of(session), []
             found = load_latest(

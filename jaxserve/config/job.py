@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
-from jaxserve.config.section import Name, Names, Section
+from jaxserve.config.section import Name, Names, Place, Section
 
 LEAST, MOST, BELOW_1 = 2.0**-126, (2 - 2.0**-23) * 2.0**127, 1 - 2.0**-24  # of float32, which updates are made in
 Share = Annotated[float, Field(ge=0, le=BELOW_1)]
@@ -76,16 +76,16 @@ class JobOptions(Section):
     """Put several short examples into one window."""
     validation_fraction: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     """Share of the data kept from training, to measure the loss on."""
-    validation_data: str | None = None
+    validation_data: Place | None = None
     """A file for that in its place."""
     eval_steps: PositiveInt | None = None
     """Measure every so many steps; by default after each epoch."""
 
-    output_dir: str | None = None
+    output_dir: Place | None = None
     """Where checkpoints go; none keeps none."""
     save_steps: PositiveInt = 100
     """A checkpoint every so many steps, and one at the end."""
     save_total_limit: PositiveInt = 2
     """Newest checkpoints that are kept."""
-    start: Annotated[str, Field(min_length=1)] = "init"
+    start: Place = "init"
     """init for a new adapter, or the name or directory of one to go on from, or a directory of checkpoints."""

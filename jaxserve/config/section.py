@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from jaxserve.config.messages import problems
 from jaxserve.errors import ConfigError
 
+
+def _without_nul(path: str) -> str:
+    if "\0" in path:
+        raise ValueError("must not hold NUL")
+    return path
+
+
 Name = Annotated[str, Field(min_length=1)]
+Place = Annotated[Name, AfterValidator(_without_nul)]  # in the file system
 Names = tuple[Name, ...]
 
 

@@ -237,7 +237,7 @@ class Job:
     def events(self, after: int = -1) -> list[JobEvent]:
         """Events with a number above ``after``."""
         with self._changed:
-            return self._events[after + 1 :]
+            return self._events[max(after + 1, 0) :]
 
     def wait(self, timeout: float | None = None) -> bool:
         """Blocks until the job is over; False when the time is. Another thread must be stepping the engine."""

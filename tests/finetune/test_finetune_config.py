@@ -42,12 +42,12 @@ BAD = {
     "shuffle": ["no"],
     "packing": [1],
     "validation_fraction": [-0.1, 0.6, math.nan],
-    "validation_data": [1],
+    "validation_data": [1, "", "a\0"],
     "eval_steps": [0],
-    "output_dir": [b"x"],
+    "output_dir": [b"x", "", "a\0"],
     "save_steps": [0, -1],
     "save_total_limit": [0],
-    "start": ["", None],
+    "start": ["", None, "a\0"],
 }
 
 

@@ -6,6 +6,7 @@ import tiny_adapters
 import tiny_models
 
 import jaxserve
+from jaxserve.finetune.errors import CheckpointError
 
 SIZES = {
     "dtype": "float32", "max_model_len": 96, "max_num_seqs": 8, "max_num_batched_tokens": 32, "block_size": 16,
@@ -90,6 +91,12 @@ def test_a_saved_adapter_serves_as_the_live_one_does(engine, tmp_path):
     params = jaxserve.SamplingParams(max_tokens=12, temperature=0.0, logprobs=1)
     live, saved = engine.generate([requests(4)[0]] * 2, params, adapter=["a", "b"])
     assert (live.token_ids, live.logprobs) == (saved.token_ids, saved.logprobs)
+    for place in (3, None, "", "a\0"):
+        with pytest.raises(jaxserve.InvalidRequest, match=r"directory is .*; it must be the path of a directory"):
+            job.save(place)
+    with pytest.raises(CheckpointError, match=r"adapter 'a' was not written: .*Not a directory"):
+        job.save(tmp_path / "a" / "adapter_config.json" / "b")
+    assert [event.number for event in job.events(-9)] == [event.number for event in job.events()]
 
 
 def test_a_cancelled_job_leaves_nothing_behind(engine):

@@ -337,6 +337,11 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         (lambda: engine.optim_step("a", beta2=2), "beta2 is 2; it must be a number from 0, below 1"),
         (lambda: engine.optim_step("a", momentum=True), "momentum is True"),
         (lambda: engine.optim_step("a", lr=1.0), "optim_step has no 'lr'"),
+        *(
+            (lambda call=call, path=path: call("a", path), r"directory is .*; it must be the path of a directory")
+            for call in (engine.save_state, engine.load_state)
+            for path in (3, None, b"a", "", "a\0")
+        ),
         (lambda: engine.open_adapter("a", rank=4), "being trained"),
         (lambda: engine.open_adapter("c", rank=4), "max_finetune_jobs is 1"),
     ]

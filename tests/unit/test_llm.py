@@ -363,6 +363,14 @@ def test_a_refused_request_leaves_its_adapter_unpinned(engine):
 # start-up
 
 
+@pytest.mark.parametrize("path", [3, None, b"model", ["model"]])
+def test_places_of_another_kind_are_refused_before_anything_is_read(path):
+    with pytest.raises(ModelError, match="model path is"):
+        jaxserve.Engine.from_pretrained(path)
+    with pytest.raises(AdapterError, match="adapters is"):
+        jaxserve.Engine.from_pretrained("nowhere", adapters=path or "a")
+
+
 def test_adapters_that_cannot_be_loaded_are_refused_before_the_model_is_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr("jaxserve.llm.load_params", lambda *args: pytest.fail("the model was loaded"))
     path, adapter = serving.model_dir(), serving.adapter_dir(serving.model_dir(), rank=65)
