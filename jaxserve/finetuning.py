@@ -109,8 +109,8 @@ def _folder(
 
 def _check_name(engine: "TrainingEngine", adapter: str) -> None:
     engine.adapters.check_name(adapter)
-    if engine.core.trainer is not None and adapter in engine.core.trainer.adapters():
-        raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
+    if engine.core.trainer is not None:
+        engine.core.trainer.check_free(adapter)
 
 
 def make_start(engine: "TrainingEngine", adapter: str, config: FinetuneConfig) -> AdapterWeights:

@@ -24,7 +24,7 @@ from jaxserve.engine.sessions import Sessions
 from jaxserve.engine.step import StepOutput
 from jaxserve.engine.training import Progress, Training, Update
 from jaxserve.engine.versions import Versions
-from jaxserve.errors import AdapterError, EngineError
+from jaxserve.errors import AdapterError, EngineError, InvalidRequest
 from jaxserve.finetune.checkpoint import Checkpoint
 from jaxserve.finetune.errors import CheckpointMismatch
 from jaxserve.finetune.folder import JobFolder
@@ -102,6 +102,8 @@ class Trainer:
         return training
 
     def submit(self, training: Training) -> None:
+        """Raises InvalidRequest where another thread was sooner with a job of that adapter."""
+        self.check_free(training.job.adapter)
         self.trainings[training.job.id] = training
         self.waiting.append(training)
 
@@ -150,9 +152,10 @@ class Trainer:
                 training.saver.save(*training.read)
                 training.saver.close()
 
-    def adapters(self) -> set[str]:
-        """Names that are being trained."""
-        return {training.job.adapter for training in self.trainings.values()}
+    def check_free(self, adapter: str) -> None:
+        """Raises InvalidRequest for a name that is being trained."""
+        if any(training.job.adapter == adapter for training in list(self.trainings.values())):
+            raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
 
     def has_work(self) -> bool:
         return any(

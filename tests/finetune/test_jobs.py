@@ -1,5 +1,7 @@
 """Jobs inside a serving engine: isolation both ways, versions, cancelling, refusals."""
 
+import threading
+
 import numpy as np
 import pytest
 import tiny_adapters
@@ -155,6 +157,31 @@ def test_what_cannot_be_trained_is_refused_before_anything_happens(engine, tmp_p
         with pytest.raises(jaxserve.ConfigError, match="rank and config exclude each other"):
             begin("a", jaxserve.FinetuneConfig(), rank=4)
     assert engine.list_adapters() == []
+
+
+def test_of_two_threads_with_jobs_of_one_adapter_the_later_is_refused(engine, monkeypatch):
+    together, prepare, found = threading.Barrier(2), engine.core.trainer.prepare, []
+
+    def prepare_together(*args):
+        training = prepare(*args)
+        together.wait()
+        return training
+
+    def begin():
+        try:
+            found.append(engine.finetune(examples(1), adapter="a", **JOB).wait().status)
+        except jaxserve.InvalidRequest as error:
+            found.append(str(error))
+
+    monkeypatch.setattr(engine.core.trainer, "prepare", prepare_together)
+    threads = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(found) == ["adapter 'a' is being trained by another job", "succeeded"]
+    assert len(engine.jobs()) == 1
+    settled(engine)
 
 
 def test_training_compiles_no_step_once_the_engine_is_ready(engine):
