@@ -74,6 +74,17 @@ def check_result_file(config: Config) -> None:
         raise ConfigError([f"bench.result_file {str(file)!r} cannot be written: {error.strerror}"]) from None
 
 
+def check_results_dir(key: str, directory: str | None) -> None:
+    """Raises ConfigError where a directory that ``key`` names takes no files; makes it."""
+    if directory is None:
+        return
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise ConfigError([f"{key} {directory!r} cannot be written: {error.strerror}"]) from None
+
+
 def write_result(config: Config, result: dict[str, Any]) -> None:
     """To the result file, where there is to be one; its folder is made if need be."""
     if config.bench.result_file is not None:

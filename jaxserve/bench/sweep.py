@@ -14,7 +14,7 @@ from jaxserve.bench.parallel import Pool, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
-from jaxserve.bench.serving import check_result_file, circumstances_of, goodput_of, write_result
+from jaxserve.bench.serving import check_result_file, check_results_dir, circumstances_of, goodput_of, write_result
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config, dump_config
@@ -53,6 +53,7 @@ def main(config: Config) -> int:
 def check(config: Config) -> None:
     """Raises ConfigError for what cannot be run, before anything is loaded."""
     check_result_file(config)
+    check_results_dir("sweep.results_dir", config.sweep.results_dir)
     wrong, sweep = [], config.sweep
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")

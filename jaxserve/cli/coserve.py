@@ -13,6 +13,7 @@ from jaxserve.bench.load import BASE, Bursts, make_load
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
     check_result_file,
+    check_results_dir,
     circumstances,
     goodput_of,
     made_up_rows,
@@ -93,6 +94,7 @@ def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) ->
 def check(config: Config) -> list[Planned]:
     """The jobs; refuses what cannot be run before a model is loaded."""
     check_result_file(config)
+    check_results_dir("coserve.results_dir", config.coserve.results_dir)
     wrong = [
         f"bench.{key}: jaxserve coserve has no use for it" for key in UNUSED if key in config.bench.model_fields_set
     ]

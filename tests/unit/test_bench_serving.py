@@ -307,6 +307,14 @@ def test_a_result_file_that_cannot_be_written_is_refused_before_the_run(tmp_path
             main(config(tmp_path, result_file=str(tmp_path / place)))
 
 
+@pytest.mark.parametrize(("section", "check"), [("coserve", coserve.check), ("sweep", sweep.check)])
+def test_a_directory_for_results_that_takes_no_files_is_refused_before_the_run(tmp_path, section, check):
+    (tmp_path / "file").write_text("")
+    bad = Config.model_validate({section: {"results_dir": str(tmp_path / "file" / "out")}})
+    with pytest.raises(ConfigError, match=rf"{section}\.results_dir .* cannot be written: Not a directory"):
+        check(bad)
+
+
 def test_asking_whether_a_result_file_can_be_written_changes_none(tmp_path):
     (tmp_path / "old").write_text("kept")
     for place in ("old", "new"):
