@@ -301,19 +301,30 @@ class FinetuneJob:
             saving.result()
 
     def save(self, directory: str | Path) -> Path:
-        """Writes the adapter as it is now, as a PEFT directory.
+        """Writes what the job has learnt, as a PEFT directory, whatever the adapter's name stands for by now.
 
         Raises:
+          AdapterNotFound: the job is over, and its adapter was unloaded or has made place for another.
           CheckpointError: the disk refused.
         """
         place = checked_directory(directory)
+        with self._engine.core.lock:
+            masters = self._trainer.learnt(self._job)
+        weights = self._published() if masters is None else weights_of(masters, self._job.start)
         try:
-            save_peft(self._engine.adapters.get(self.adapter).weights.fetched, place)
+            save_peft(weights, place)
         except OSError as error:
             raise CheckpointError(
                 f"adapter {self.adapter!r} was not written: {error}", "storage", error.errno
             ) from error
         return place
+
+    def _published(self) -> AdapterWeights:
+        """The version that the job has left."""
+        found = self._engine.adapters.get(self.adapter)
+        if found.version != self._job.version:
+            raise AdapterNotFound(f"adapter {self.adapter!r} is at version {found.version}, not one of this job's")
+        return found.weights.fetched
 
     @property
     def _trainer(self) -> Trainer:

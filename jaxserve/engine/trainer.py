@@ -17,7 +17,7 @@ from jaxserve.adapters.residency import Residency
 from jaxserve.adapters.store import AdapterStore
 from jaxserve.engine.job_programs import Hyper, hyper_arrays, job_shapes
 from jaxserve.engine.lane_sums import LaneSums
-from jaxserve.engine.lanes import factors_of, masters_of, on_mesh, shares_of
+from jaxserve.engine.lanes import Masters, factors_of, masters_of, on_mesh, shares_of
 from jaxserve.engine.results import read_losses
 from jaxserve.engine.saver import JobSaver
 from jaxserve.engine.sessions import Sessions
@@ -162,6 +162,11 @@ class Trainer:
             t.unread or t.saving is not None or t.pausing or not (t.job.status is JobStatus.PAUSED or t.job.idle)
             for t in self.trainings.values()
         )
+
+    def learnt(self, job: Job) -> Masters | None:
+        """What a job has learnt so far; None: it is over."""
+        training = self.trainings.get(job.id)
+        return None if training is None else training.now.masters
 
     def is_under_way(self, job: Job) -> bool:
         """Some batch of the job waits, is in a step or has not been read."""

@@ -101,6 +101,24 @@ def test_a_saved_adapter_serves_as_the_live_one_does(engine, tmp_path):
     assert [event.number for event in job.events(-9)] == [event.number for event in job.events()]
 
 
+def test_a_job_saves_what_it_has_learnt_whatever_else_has_its_name(engine, tmp_path):
+    other = engine.finetune(examples(5), adapter="other", seed=5, **JOB).wait().save(tmp_path / "other")
+    job = engine.finetune(examples(3), adapter="a", **JOB)
+    engine.load_adapter("a", other)
+    engine.load_adapter("start", job.save(tmp_path / "start"))
+    engine.load_adapter("b", job.wait().save(tmp_path / "b"))
+    starts = [pair.b for pair in engine.adapters.get("start").weights.pairs.values()]
+    assert not any(b.any() for b in starts)
+    assert masters(engine, "b") == masters(engine, "a") != masters(engine, "other")
+
+    engine.load_adapter("a", other)
+    with pytest.raises(jaxserve.AdapterNotFound, match="not one of this job"):
+        job.save(tmp_path / "again")
+    engine.unload_adapter("a")
+    with pytest.raises(jaxserve.AdapterNotFound, match="not loaded"):
+        job.save(tmp_path / "again")
+
+
 def test_a_cancelled_job_leaves_nothing_behind(engine):
     job = engine.finetune(examples(5), adapter="a", **{**JOB, "max_steps": 1000})
     while job.step < 2 or not any(seq.backward_begun for seq in engine.core.trainer.queue.active):
