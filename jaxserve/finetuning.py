@@ -55,9 +55,6 @@ def make_job(engine: "TrainingEngine", data: Source, adapter: str, config: Finet
     try:
         with engine.core.compiles.preparing():
             training = trainer.prepare(job, folder)
-        if folder is not None:
-            folder.rewind(job)
-            job.folder = folder
         job.announce()
         for message in found:
             job.note("warning", message)

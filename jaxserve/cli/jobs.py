@@ -8,7 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jaxserve.errors import ConfigError, JaxServeError
+from jaxserve.errors import ConfigError, InvalidRequest, JaxServeError
 from jaxserve.finetune.control import ask, is_held, is_taken
 from jaxserve.finetune.folder import ADAPTER, CHECKPOINTS, JOB, read_events, read_job
 from jaxserve.finetune.job import TERMINAL, JobEvent
@@ -131,8 +131,11 @@ def request(root: Path, action: str, seconds: float, sleep: Callable[[float], No
     ask(root, action)
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        if is_taken(root) and read_job(root)["status"] in REACHED[action]:
+        reached = read_job(root)["status"] if is_taken(root) else None
+        if reached in REACHED[action]:
             return True
+        if reached in TERMINAL:
+            raise InvalidRequest(f"{root}: the job is {reached}", "action")
         sleep(POLL_SECONDS)
     return False
 

@@ -98,6 +98,9 @@ class Trainer:
         saved_step = job.step if checkpoint is not None else -1
         saver = JobSaver(job, folder, saved_step, self._clock) if folder is not None else None
         training = Training(job, saver, shapes, factors, shares_of(job.start, masters), progress, progress)
+        if folder is not None:
+            folder.rewind(job)  # before what takes long: others may see the job from here on, and ask for it
+            job.folder = folder
         self.sums.compile(shapes, training.scaled)
         return training
 

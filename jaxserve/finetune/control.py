@@ -17,10 +17,10 @@ from typing import Any, Protocol
 from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.finetune.durable import LOCK, replace_file
 from jaxserve.finetune.errors import CheckpointError
-from jaxserve.finetune.folder import CHECKPOINTS, read_job
+from jaxserve.finetune.folder import CHECKPOINTS, CONTROL, read_job
 from jaxserve.finetune.job import TERMINAL
 
-CONTROL, TAKEN = "control.json", ".control.json.taken"
+TAKEN = ".control.json.taken"
 FORMAT = 1
 MAX_BYTES = 4096
 ACTIONS = ("pause", "resume", "cancel")
@@ -93,8 +93,6 @@ class Controls:
     ):
         self.jobs, self.seconds, self.clock = jobs, seconds, clock
         self._next = clock()
-        for root in jobs:
-            _take(Path(root))  # asked of a process that is gone
 
     def poll(self) -> list[str]:
         """Does what was asked since the last time; says what, a line each. Call it between two steps."""

@@ -4,6 +4,7 @@
     events.jsonl    one event a line
     checkpoints/    see ``checkpoint``
     adapter/        PEFT files, once the job has succeeded
+    control.json    what another process asks for; see ``control``
 
 All writing is done by one thread of its own, in order; the loop that trains never waits for the disk.
 """
@@ -27,7 +28,7 @@ from jaxserve.finetune.job import Job, JobEvent
 
 logger = logging.getLogger(__name__)
 
-JOB, EVENTS, CHECKPOINTS, ADAPTER = "job.json", "events.jsonl", "checkpoints", "adapter"
+JOB, EVENTS, CHECKPOINTS, ADAPTER, CONTROL = "job.json", "events.jsonl", "checkpoints", "adapter", "control.json"
 FORMAT = 1
 READ = ("id", "adapter", "status", "step", "total_steps", "loss", "validation_loss", "updated_at", "config")
 
@@ -55,6 +56,8 @@ class JobFolder:
         self.root = Path(root)
         self._identity = dict(identity)
         self._checkpoints = CheckpointWriter(self.root / CHECKPOINTS, identity, keep, on_event)
+        with suppress(OSError):
+            (self.root / CONTROL).unlink()  # asked of a process that is gone
         self._writer = ThreadPoolExecutor(1, "job-folder")
         self._on_event = on_event
         self._lock = threading.Lock()

@@ -9,7 +9,7 @@ from jaxserve.cli import jobs, main
 from jaxserve.errors import EngineError, InvalidRequest
 from jaxserve.finetune.control import CONTROL, Controls, ask, is_held, is_taken
 from jaxserve.finetune.durable import LOCK
-from jaxserve.finetune.folder import CHECKPOINTS, EVENTS, JOB
+from jaxserve.finetune.folder import CHECKPOINTS, EVENTS, JOB, JobFolder
 
 DESCRIBED = {
     "format": 1, "id": "ftjob-1", "adapter": "pirate", "tenant": "", "status": "running", "error": None, "step": 3,
@@ -62,11 +62,20 @@ def test_a_request_written_while_the_job_runs_is_obeyed_once(held):
     assert (job.asked, is_taken(held)) == (["pause"], True)
 
 
-def test_a_request_left_from_before_is_dropped(held):
-    ask(held, "cancel")
+def test_a_request_from_before_the_first_step_is_obeyed_then(held):
+    ask(held, "pause")
     job = RecordingJob()
-    assert Controls({str(held): job}, seconds=0.0).poll() == []
-    assert job.asked == []
+    assert len(Controls({str(held): job}, seconds=0.0).poll()) == 1
+    assert job.asked == ["pause"]
+
+
+def test_a_request_that_a_process_has_left_is_dropped_by_the_next(root):
+    with open(root / CHECKPOINTS / LOCK) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        ask(root, "cancel")
+    folder = JobFolder(root, {}, 1)
+    assert is_taken(root)
+    folder.close()
 
 
 @pytest.mark.parametrize(
@@ -109,6 +118,15 @@ def test_asking_waits_until_the_job_has_come_to_it(held):
 
     assert jobs.request(held, "pause", 30.0, sleep=other_process)
     assert job.asked == ["pause"]
+
+
+def test_a_job_that_is_over_before_it_could_pause_is_told_at_once(held):
+    def other_process(_: float) -> None:
+        (held / CONTROL).unlink()
+        (held / JOB).write_text(json.dumps({**DESCRIBED, "status": "succeeded"}))
+
+    with pytest.raises(InvalidRequest, match="the job is succeeded"):
+        jobs.request(held, "pause", 30.0, sleep=other_process)
 
 
 def test_a_request_that_nobody_takes_times_out(held):
