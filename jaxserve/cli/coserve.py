@@ -70,7 +70,8 @@ def run(config: Config, json_lines: bool, title: str, prompts: Sequence[str] = (
         done = coserve(config, engine, workload, handles, directories(jobs), bursts, progress, stopping)
     if prompts and not stopping():
         done = replace(done, answers=answer(engine, prompts, [job.adapter for job in jobs]))
-    result = leave(config, engine, done, title)
+    close(engine, handles, progress)
+    result = leave(config, done, title)
     text = text_block(result)
     if config.coserve.results_dir is not None:
         text += f"\nreport: {Path(config.coserve.results_dir) / REPORT}"
@@ -282,9 +283,17 @@ def job_state(adapter: str, job: "FinetuneJob") -> dict[str, Any]:
     }
 
 
-def leave(config: Config, engine: "Engine", done: Coserved, title: str) -> dict[str, Any]:
-    """Writes what the run leaves behind; jobs that are not over are saved where they have a directory."""
+def close(engine: "Engine", jobs: "Mapping[str, FinetuneJob]", progress: Progress) -> None:
+    """Saves jobs that are not over where they have a directory, and shows what the disk says to that."""
+    told = {adapter: len(job.events()) - 1 for adapter, job in jobs.items()}
     engine.close()
+    for adapter, job in jobs.items():
+        for event in job.events(told[adapter]):
+            progress.event(adapter, event)
+
+
+def leave(config: Config, done: Coserved, title: str) -> dict[str, Any]:
+    """Writes what the run leaves behind."""
     place = None if config.coserve.results_dir is None else Path(config.coserve.results_dir)
     found = numbers(done) if place is None else write(place, done, title)
     write_result(config, {**(done.circumstances or {}), **found})

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.engine import load_engine, room_alone
-from jaxserve.cli.coserve import Planned, begun, check_adapters, check_data, job_state, plan
+from jaxserve.cli.coserve import Planned, begun, check_adapters, check_data, close, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config
@@ -30,7 +30,7 @@ def main(config: Config, json_lines: bool) -> int:
         handle = engine.finetune(job.data, job.adapter, job.config)
     with Stopping() as stopping:
         speed = train(engine, handle, root, progress, stopping)
-    engine.close()
+    close(engine, {job.adapter: handle}, progress)
     result = {**job_state(job.adapter, handle), **speed, "id": handle.id, "error": handle.error, "output_dir": root}
     progress.finish(result, summary(result))
     return stopping.status or int(handle.status != "succeeded")
@@ -112,5 +112,5 @@ def summary(result: dict[str, Any]) -> str:
     if result["status"] == "succeeded":
         return f"{text}\nadapter: {Path(result['output_dir']) / ADAPTER}"
     if result["status"] in ("paused", "queued", "running"):
-        return f"{text}\nsaved in {result['output_dir']}; the same command goes on from there"
+        return f"{text}\nthe same command goes on from the newest checkpoint in {result['output_dir']}"
     return text + (f": {result['error']}" if result["error"] else "")

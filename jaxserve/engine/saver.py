@@ -136,9 +136,11 @@ class JobSaver:
         self.folder.close_soon()
 
     def close(self) -> None:
-        """Writes what is due and leaves the directory to others."""
-        while self._due is not None or self.saving is not None:
-            self.start()
-            wait([self.saving] if self.saving is not None else [])
-            self.saving = None
+        """Writes what is due and leaves the directory to others; the job's events tell what the disk has refused."""
+        while (saving := self.start()) is not None:
+            error, self.saving = saving.exception(), None
+            if error is not None:
+                self.job.note("warning", str(error))
+            elif self._current is not None:
+                self._saved_step = self._current.step
         self.folder.close()

@@ -73,9 +73,16 @@ class JobFolder:
         return read_events(self.root)
 
     def rewind(self, job: Job) -> None:
-        """Makes the files say what a job restored from a checkpoint knows, and nothing later."""
+        """Makes the files say what a job restored from a checkpoint knows, and nothing later.
+
+        Raises:
+          CheckpointError: ``storage``, not writable.
+        """
         lines = b"".join(_line(event) for event in job.events())
-        self._writer.submit(self._replace, EVENTS, lines).result()
+        try:
+            self._writer.submit(self._replace, EVENTS, lines).result()
+        except OSError as error:
+            raise CheckpointError(f"{EVENTS}: {error.strerror}", "storage", error.errno) from None
         self.note(job)
 
     def note(self, job: Job, event: JobEvent | None = None) -> None:
