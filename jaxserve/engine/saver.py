@@ -49,6 +49,11 @@ class JobSaver:
         """A checkpoint is to be written, or to be tried again."""
         return self._due is not None or self._retry_at is not None
 
+    @property
+    def ending(self) -> bool:
+        """The job's end is to be written."""
+        return self._final is not None
+
     def save(self, masters: Masters, optimizer: Any, number: int, cursor: Cursor) -> None:
         """Notes that the job is to be saved as it was read last, after batch ``number``; of several the newest."""
         job = self.job

@@ -162,7 +162,11 @@ class Trainer:
 
     def has_work(self) -> bool:
         return any(
-            t.unread or t.saving is not None or t.pausing or not (t.job.status is JobStatus.PAUSED or t.job.idle)
+            t.unread
+            or t.saving is not None
+            or t.pausing
+            or t.ending
+            or not (t.job.status is JobStatus.PAUSED or t.job.idle)
             for t in self.trainings.values()
         )
 

@@ -73,6 +73,11 @@ class Training:
         return None if self.saver is None else self.saver.saving
 
     @property
+    def ending(self) -> bool:
+        """Nothing is left of it but to write its end, which a pause does not put off."""
+        return self.saver is not None and self.saver.ending
+
+    @property
     def publisher(self) -> Publisher:
         needs_model = any(MAGNITUDE in leaves for leaves in self.factors.values())
         return Publisher(self.shapes, self.factors, needs_model)
