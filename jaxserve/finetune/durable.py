@@ -197,7 +197,7 @@ def _locked(root: Path) -> int:
         descriptor = os.open(root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise CheckpointError(
-            f"checkpoints cannot be written here: {_reason(error)}", "storage", error.errno
+            f"{root}: checkpoints cannot be written here: {_reason(error)}", "storage", error.errno
         ) from error
     for attempts_left in reversed(range(LOCK_ATTEMPTS)):
         try:
@@ -206,7 +206,7 @@ def _locked(root: Path) -> int:
         except OSError as error:
             if not attempts_left:
                 os.close(descriptor)
-                raise CheckpointError("another process writes checkpoints here", "busy", error.errno) from None
+                raise CheckpointError(f"{root}: another process writes checkpoints here", "busy", error.errno) from None
             time.sleep(LOCK_SECONDS)  # somebody may only be looking whether it is held
     return descriptor
 

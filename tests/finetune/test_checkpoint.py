@@ -321,6 +321,7 @@ def test_a_directory_has_one_writer(job, state):
         with pytest.raises(CheckpointError) as caught:
             CheckpointWriter(job, IDENTITY)
         assert caught.value.code == "busy"
+        assert str(caught.value).startswith(f"{os.path.realpath(job)}: ")
         writer.save(30, state, {})
     CheckpointWriter(job, IDENTITY).close()
 
@@ -348,7 +349,8 @@ def test_a_directory_that_cannot_be_written_is_read_and_refused_for_writing(job)
         command = [sys.executable, "-c", READ_ONLY, str(copy)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         copy.chmod(0o755)
-    assert done.stdout.splitlines() == ["20", "storage checkpoints cannot be written here: Permission denied"], done
+    refused = f"storage {os.path.realpath(copy)}: checkpoints cannot be written here: Permission denied"
+    assert done.stdout.splitlines() == ["20", refused], done
 
 
 @pytest.mark.parametrize("what", ["a file", "below a file", "a read-only file system"])

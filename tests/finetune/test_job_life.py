@@ -250,7 +250,7 @@ def test_weight_decay_changes_no_layer_that_the_adapter_leaves_alone(engine, tmp
 def test_two_jobs_do_not_share_a_directory_or_a_name(engine, tmp_path):
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "max_steps": 50}
     job = engine.finetune(examples(1), adapter="a", **fields)
-    with pytest.raises(CheckpointError, match="another process writes"):
+    with pytest.raises(CheckpointError, match="job/checkpoints: another process writes"):
         engine.finetune(examples(1), adapter="b", **fields)
     with pytest.raises(jaxserve.InvalidRequest, match="being trained by another job"):
         engine.finetune(examples(1), adapter="a", **JOB)
