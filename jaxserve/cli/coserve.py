@@ -1,6 +1,7 @@
 """``jaxserve coserve``: requests are served while jobs are finetuned, by one engine in one process."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,7 +28,7 @@ from jaxserve.bench.workload import Workload
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
 from jaxserve.config import Config, dump_config
-from jaxserve.errors import ConfigError
+from jaxserve.errors import AdapterNotFound, ConfigError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.control import Controls
 from jaxserve.finetune.data import check_file
@@ -173,7 +174,14 @@ def make_engine(config: Config, jobs: Sequence[Planned]) -> "Engine":
 
 def start(engine: "Engine", jobs: Sequence[Planned]) -> "dict[str, FinetuneJob]":
     """Queues the jobs; nothing of them runs before the engine steps."""
-    return {job.adapter: engine.finetune(job.data, job.adapter, job.config) for job in jobs}
+    return {job.adapter: _start(engine, job) for job in jobs}
+
+
+def _start(engine: "Engine", job: Planned) -> "FinetuneJob":
+    try:
+        return engine.finetune(job.data, job.adapter, job.config)
+    except DataError as error:
+        raise error.within(f"job of adapter {job.adapter!r}") from None
 
 
 def directories(jobs: Sequence[Planned]) -> dict[str, str]:
@@ -302,5 +310,6 @@ def leave(config: Config, done: Coserved, title: str) -> dict[str, Any]:
     (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
     for adapter, job in done.jobs.items():
         if job.step > 0 and job.status != "failed":
-            job.save(place / "adapters" / adapter)
+            with suppress(AdapterNotFound):  # cancelled before it had a lane: nothing was learnt here
+                job.save(place / "adapters" / adapter)
     return found

@@ -2,13 +2,18 @@
 
 import fcntl
 import json
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from jaxserve.cli import jobs, main
-from jaxserve.errors import EngineError, InvalidRequest
+from jaxserve.cli import coserve, jobs, main
+from jaxserve.config import Config
+from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest
+from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.control import CONTROL, Controls, ask, is_held, is_taken
 from jaxserve.finetune.durable import LOCK
+from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.folder import CHECKPOINTS, EVENTS, JOB, JobFolder
 
 DESCRIBED = {
@@ -178,6 +183,26 @@ def _run(argv: list[str]) -> int:
     with pytest.raises(SystemExit) as exit:
         main(argv)
     return exit.value.code or 0
+
+
+def test_a_resumed_job_cancelled_before_its_first_step_takes_no_results_away(tmp_path, monkeypatch):
+    def save(directory):
+        raise AdapterNotFound("adapter 'a' is not loaded")
+
+    job = SimpleNamespace(step=3, status="cancelled", save=save)
+    monkeypatch.setattr(coserve, "write", lambda *_: {"found": 1})
+    config = Config.model_validate({"coserve": {"results_dir": str(tmp_path)}})
+    done: Any = SimpleNamespace(jobs={"a": job}, circumstances=None)
+    assert coserve.leave(config, done, "") == {"found": 1}
+
+
+def test_data_that_the_engine_refuses_are_told_by_job():
+    def finetune(*_):
+        raise DataError(["line 2: 71 tokens, at most 64"])
+
+    engine: Any = SimpleNamespace(finetune=finetune)
+    with pytest.raises(DataError, match=r"^job of adapter 'a': line 2: 71 tokens"):
+        coserve.start(engine, [coserve.Planned("a", "data.jsonl", FinetuneConfig())])
 
 
 def test_data_that_cannot_be_trained_on_are_refused_before_anything_is_loaded(tmp_path, capsys):
