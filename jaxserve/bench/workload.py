@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxserve.config.messages import short
 from jaxserve.errors import ConfigError
 
 MAX_PROBLEMS = 20  # bad rows that are named before a trace is given up
+MOST_TOKENS = 10**9  # of a row's prompt or output
 
 
 class Row(NamedTuple):
@@ -95,11 +97,19 @@ def _row(header: list[str], cells: list[str], earliest: float) -> Row | str:
     fields = dict(zip(header, cells, strict=True))
     arrival = _float(fields["arrival_s"])
     if not earliest <= arrival < math.inf:
-        return f"arrival_s: {fields['arrival_s']!r} is not a time in seconds, {earliest:g} or later"
+        return f"arrival_s: {short(fields['arrival_s'])} is not a time in seconds, {earliest:g} or later"
     for name in ("prompt_tokens", "output_tokens"):
-        if not (fields[name].isascii() and fields[name].isdigit() and int(fields[name]) > 0):
-            return f"{name}: {fields[name]!r} is not a whole number of 1 or more"
-    return Row(arrival, int(fields["prompt_tokens"]), int(fields["output_tokens"]), fields.get("tenant", ""))
+        if not 1 <= _count(fields[name]) <= MOST_TOKENS:
+            return f"{name}: {short(fields[name])} is not a whole number from 1 to {MOST_TOKENS:,}"
+    return Row(arrival, _count(fields["prompt_tokens"]), _count(fields["output_tokens"]), fields.get("tenant", ""))
+
+
+def _count(text: str) -> int:
+    """The whole number; 0 where there is none, or one of more digits than Python reads."""
+    try:
+        return int(text) if text.isascii() and text.isdigit() else 0
+    except ValueError:
+        return 0
 
 
 def _float(text: str) -> float:

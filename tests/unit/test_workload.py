@@ -51,6 +51,9 @@ def test_only_the_first_rows_are_read(tmp_path):
         ("2,5,-5", "output_tokens: '-5'"),
         ("2,5,", "output_tokens: ''"),
         ("2,5", "2 fields; the header has 3"),
+        (f"2,{'9' * 5000},5", f"prompt_tokens: '{'9' * 60}... is not a whole number from 1 to 1,000,000,000"),
+        ("2,5,1000000001", "output_tokens: '1000000001'"),
+        (f"{'x' * 5000},5,5", f"arrival_s: '{'x' * 60}... is not a time"),
     ],
 )
 def test_a_bad_row_is_refused_by_file_line_and_field(tmp_path, row, problem):
