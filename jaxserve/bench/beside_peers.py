@@ -41,6 +41,19 @@ NAMES = {  # of the kinds of runs
     PEER_ALONE: "PEFT, finetuning alone",
     PROBE: "PEFT, probe",
 }
+UNUSED = {
+    **dict.fromkeys(
+        ("coserve.results_dir", "sweep.results_dir"), "bench peers leaves its numbers in bench.result_file"
+    ),
+    **dict.fromkeys(("sweep.policies", "sweep.rates"), "one rate, bench.request_rate, is run in every way there is"),
+    **dict.fromkeys(
+        (
+            "bench.num_prompts", "bench.trace_speed", "bench.max_concurrency", "bench.against", "bench.num_adapters",
+            "bench.save_detailed",
+        ),
+        "bench peers has no use for it",
+    ),
+}  # fmt: skip
 LOSS_TOLERANCE = 1e-3  # relative; more means that the sides did not do the same work
 PROBED_BATCHES = 2
 SHOWN_STEPS = 5  # whose losses are printed
@@ -69,7 +82,7 @@ def check(config: Config) -> None:
     }
     problems = [text for text, holds in wrong.items() if holds]
     try:
-        sweep.check(config)
+        sweep.check(config, UNUSED)
         check_targets(config.bench.adapter_targets)
     except ConfigError as error:
         problems = [*error.errors, *problems]

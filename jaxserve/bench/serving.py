@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -85,12 +85,25 @@ def check_results_dir(key: str, directory: str | None) -> None:
         raise ConfigError([f"{key} {directory!r} cannot be written: {error.strerror}"]) from None
 
 
+def unused(config: Config, reasons: Mapping[str, str]) -> list[str]:
+    """Lines for the keys that a command has no use for but were given, with the reason of each.
+
+    Args:
+      reasons: by "section.key". A key with its default was not given: what a run leaves as config.yaml names all.
+    """
+    lines = []
+    for name, reason in reasons.items():
+        section, key = name.split(".")
+        options = getattr(config, section)
+        if getattr(options, key) != type(options).model_fields[key].default:
+            lines.append(f"{name}: {reason}")
+    return lines
+
+
 def write_result(config: Config, result: dict[str, Any]) -> None:
-    """To the result file, where there is to be one; its folder is made if need be."""
+    """To the result file, where there is to be one; ``check_result_file`` made its folder."""
     if config.bench.result_file is not None:
-        file = Path(config.bench.result_file)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

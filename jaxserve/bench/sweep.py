@@ -14,13 +14,33 @@ from jaxserve.bench.parallel import Pool, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
-from jaxserve.bench.serving import check_result_file, check_results_dir, circumstances_of, goodput_of, write_result
+from jaxserve.bench.serving import (
+    check_result_file,
+    check_results_dir,
+    circumstances_of,
+    goodput_of,
+    unused,
+    write_result,
+)
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import ConfigError
 
 SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
+UNUSED = {
+    "coserve.results_dir": "the sweep's results go to sweep.results_dir (--sweep-dir)",
+    "bench.request_rate": "the sweep has its rates in sweep.rates",
+    "bench.num_prompts": "sweep.rates and sweep.seconds say how many requests there are",
+    "bench.trace_speed": "a trace is brought to each of sweep.rates",
+    **dict.fromkeys(
+        (
+            "bench.max_concurrency", "bench.against", "bench.repeats", "bench.num_adapters", "bench.adapter_rank",
+            "bench.adapter_targets", "bench.save_detailed",
+        ),
+        "bench coserve has no use for it",
+    ),
+}  # fmt: skip
 
 
 def main(config: Config) -> int:
@@ -50,11 +70,15 @@ def main(config: Config) -> int:
     return 0
 
 
-def check(config: Config) -> None:
-    """Raises ConfigError for what cannot be run, before anything is loaded."""
+def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
+    """Raises ConfigError for what cannot be run, before anything is loaded.
+
+    Args:
+      not_used: keys that must not be given, as for ``serving.unused``.
+    """
     check_result_file(config)
     check_results_dir("sweep.results_dir", config.sweep.results_dir)
-    wrong, sweep = [], config.sweep
+    wrong, sweep = unused(config, not_used), config.sweep
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")
     if not goals_of(config):

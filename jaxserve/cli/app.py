@@ -118,7 +118,7 @@ def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
 
 
 @bench_app.command()
-@configured(*Config.model_fields)
+@configured("model", "engine", "lora", "finetune", "sampling", "bench")
 def serving(config: Config, model: Model = None) -> None:
     """Replay a trace, or made-up load, against the engine; print latencies and throughput."""
     from jaxserve.bench.serving import main
@@ -254,7 +254,7 @@ def finetune(
 
 
 @app.command()
-@configured(*Config.model_fields)
+@configured("model", "engine", "lora", "finetune", "job", "coserve", "sampling", "bench")
 def coserve(config: Config, model: Model = None, json_lines: JsonLines = False) -> None:
     """Serve requests and train adapters together, in one engine; print and write how both went."""
     from jaxserve.cli.coserve import main

@@ -21,6 +21,7 @@ from jaxserve.bench.serving import (
     run_load,
     sampling,
     trace_rows,
+    unused,
     warm_up_load,
     write_result,
 )
@@ -40,7 +41,13 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 40
 RECENT_SECONDS = 2.0  # what "tokens/s" of the display looks back on
-UNUSED = ("against", "repeats", "num_adapters", "adapter_rank", "adapter_targets", "save_detailed")
+UNUSED: dict[str, str] = dict.fromkeys(
+    (
+        "bench.against", "bench.repeats", "bench.num_adapters", "bench.adapter_rank", "bench.adapter_targets",
+        "bench.save_detailed",
+    ),
+    "jaxserve coserve has no use for it",
+)  # fmt: skip
 
 
 class Planned(NamedTuple):
@@ -97,9 +104,7 @@ def check(config: Config) -> list[Planned]:
     """The jobs; refuses what cannot be run before a model is loaded."""
     check_result_file(config)
     check_results_dir("coserve.results_dir", config.coserve.results_dir)
-    wrong = [
-        f"bench.{key}: jaxserve coserve has no use for it" for key in UNUSED if key in config.bench.model_fields_set
-    ]
+    wrong = unused(config, UNUSED)
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")
     if not config.lora.enable_lora and config.coserve.jobs:

@@ -165,8 +165,8 @@ def settings(path) -> dict:
 
 def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
     wrong = {
-        "bench": {"adapter_targets": ("down_proj",)},
-        "sweep": {"simulate": "h200"},
+        "bench": {"adapter_targets": ("down_proj",), "num_prompts": 3},
+        "sweep": {"simulate": "h200", "results_dir": "out"},
         "job": {"rank": 4},
         "sampling": {"temperature": 0.5},
         "coserve": {"answer_with": ("a",), "jobs": ("a=b",)},
@@ -176,7 +176,18 @@ def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
     with pytest.raises(ConfigError) as error:
         beside_peers.check(Config(**settings(tmp_path) | wrong))
     said = str(error.value)
-    for part in ("tpot_objective_ms", "request_rate", "h200", "job", "sampling", "answer_with", "jobs", "modules"):
+    for part in (
+        "tpot_objective_ms",
+        "request_rate",
+        "h200",
+        "job",
+        "sampling",
+        "answer_with",
+        "jobs",
+        "modules",
+        "num_prompts",
+        "results_dir",
+    ):
         assert part in said
 
 

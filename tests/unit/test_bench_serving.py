@@ -290,9 +290,11 @@ def result(tmp_path, **bench) -> dict:
     return json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))
 
 
-def test_the_result_files_folder_is_made(tmp_path):
+def test_the_result_files_folder_is_made_before_the_run(tmp_path):
     file = tmp_path / "new" / "folder" / "r.json"
-    serving.write_result(config(tmp_path, result_file=str(file)), {"completed": 3})
+    settings = config(tmp_path, result_file=str(file))
+    serving.check_result_file(settings)
+    serving.write_result(settings, {"completed": 3})
     assert json.loads(file.read_text(encoding="utf-8")) == {"completed": 3}
 
 

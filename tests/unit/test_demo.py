@@ -12,7 +12,7 @@ from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.replay import Learnt, Mix, MixedRun, MixedStep, ServedRequest
 from jaxserve.cli import demo
 from jaxserve.cli.coserve import check
-from jaxserve.config import resolve
+from jaxserve.config import dump_config, resolve
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -25,6 +25,12 @@ def test_the_yaml_and_the_gin_file_are_the_same_run(name):
 @pytest.mark.parametrize("config", [demo.settings("out", 30.0), resolve(str(CONFIGS / "coserve.yaml"))])
 def test_both_sample_jobs_can_be_run(config):
     assert [job.adapter for job in check(config)] == ["pirate", "cards"]
+
+
+def test_the_configuration_that_a_run_leaves_can_be_run_again(tmp_path):
+    written = dump_config(resolve(str(CONFIGS / "coserve.yaml")).model_dump(mode="json"), "yaml")
+    (tmp_path / "config.yaml").write_text(written)
+    assert check(resolve(str(tmp_path / "config.yaml")))
 
 
 def test_more_seconds_have_more_requests():

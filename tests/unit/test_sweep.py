@@ -11,7 +11,7 @@ from jaxserve.bench.replay import Mix
 from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import Row
 from jaxserve.cli.app import app
-from jaxserve.config import Config
+from jaxserve.config import Config, dump_config, resolve
 from jaxserve.errors import ConfigError
 from jaxserve.models.config import ModelConfig
 
@@ -196,6 +196,23 @@ def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     said = str(error.value)
     for part in ("MODEL", "tpot_objective_ms", "sweep.replicas 4", "matmul_efficiency 0.5", "enable_lora"):
         assert part in said
+
+
+def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
+    given = simulated(
+        bench={"num_prompts": 7, "request_rate": 2.0, "trace_speed": 2.0, "repeats": 3}, coserve={"results_dir": "out"}
+    )
+    with pytest.raises(ConfigError) as error:
+        sweep.check(given)
+    assert {line.partition(":")[0] for line in error.value.errors} == {
+        "bench.num_prompts", "bench.request_rate", "bench.trace_speed", "bench.repeats", "coserve.results_dir",
+    }  # fmt: skip
+    assert "--sweep-dir" in str(error.value)
+
+
+def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_config(simulated().model_dump(mode="json"), "yaml"))
+    sweep.check(resolve(str(tmp_path / "config.yaml")))
 
 
 def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
