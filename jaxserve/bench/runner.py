@@ -34,6 +34,7 @@ class StepClock:
     def watch(self, engine: "Engine") -> Iterator[None]:
         """Times the parts of an engine's host work while the context lasts."""
         owners = {"plan": engine.core.planner, "pack": engine.core.packer, "commit": engine.core}
+        before = {part: vars(owner).get(part) for part, owner in owners.items()}
         for part, owner in owners.items():
             setattr(owner, part, self._timed(part, getattr(owner, part)))
         try:
@@ -41,6 +42,8 @@ class StepClock:
         finally:
             for part, owner in owners.items():
                 delattr(owner, part)  # the class has the method itself
+                if before[part] is not None:  # somebody else looks at it as well
+                    setattr(owner, part, before[part])
 
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args, **kwargs):

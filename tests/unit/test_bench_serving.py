@@ -150,6 +150,17 @@ def test_a_refused_request_fails_alone():
     assert failures(found) == ["1 failed: prompt is too long"]
 
 
+def test_who_else_looks_at_the_plans_still_does_so_after_a_run():
+    engine, seen = TickingEngine(), []
+    planner = engine.core.planner
+    plan = planner.plan
+    planner.plan = watched = lambda: seen.append(plan())
+    load = Workload(requests=(request(0.0, 3),), source="test")
+    Runner(engine, load, clock=lambda: engine.now, sleep=engine.sleep)()
+    assert len(seen) == 3
+    assert planner.plan is watched
+
+
 def test_each_step_knows_what_the_parts_of_the_host_took():
     found, engine = run(request(0.0, 2))
     step = found.steps[0]
