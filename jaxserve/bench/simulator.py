@@ -254,6 +254,7 @@ class Simulator:
     Args:
       look: called after every turn of the loop.
       model: draws the tokens; None: all of them are 0.
+      buckets: of an engine that is there; by default those that one with these settings and jobs has.
     """
 
     def __init__(
@@ -263,6 +264,7 @@ class Simulator:
         jobs: Sequence[Job] = (),
         look: "Callable[[Simulator], None]" = lambda simulator: None,
         model: FakeModel | None = None,
+        buckets: Buckets | None = None,
     ):
         limits = settings.limits
         self.settings, self.device, self.look, self.model = settings, device, look, model
@@ -270,7 +272,7 @@ class Simulator:
         self.scheduler = Scheduler(limits, self.pool, _Resident())
         rows = settings.max_grad_rows if jobs else 0
         sizes = limits.max_chunk_rows, limits.max_num_seqs, limits.row_block
-        buckets = Buckets.make(*sizes, rows, settings.stash_blocks > 0)
+        buckets = buckets or Buckets.make(*sizes, rows, settings.stash_blocks > 0)
         budget = LatencyBudget(settings.objectives, settings.finetune_floor)
         self.planner = Planner(self.scheduler, buckets, limits.max_model_len, budget, sharing(settings.sharing))
         self.training = VirtualTraining(settings, self.pool, jobs) if jobs else None

@@ -37,6 +37,13 @@ def test_the_simulator_predicts_finetuning_and_attainment(live, policy):
     assert abs(found["attainment_error"]) < WITHIN, found
 
 
+def test_the_simulator_predicts_requests_alone(live):
+    live.run("finetune-only", 0.0)  # as after other ways to share, the engine's programs are those for finetuning
+    measured = policies.Runs(live).cell("inference-only", RATE).serving
+    found = agreement(measured, live.predict("inference-only", RATE), goals_of(live.config))
+    assert abs(found["attainment_error"]) < WITHIN, found
+
+
 def test_the_engines_runs_leave_nothing_behind(live):
     core = live.engine.core
     for _ in range(2):
