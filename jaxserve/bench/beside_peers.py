@@ -202,14 +202,12 @@ def numbers(kinds: Mapping[str, Ran], goals: Mapping[str, float], turn: int) -> 
     rows = []
     for kind, ran in kinds.items():
         alone = kinds[ALONE if kind in (ALONE, "coserve") else PEER_ALONE].finetune_rate
-        in_time = sum(time <= ran.seconds for request in ran.requests for time in request.token_times)
         rows.append(
             {
                 "kind": kind,
                 "side": NAMES[kind],
                 "turn": turn,
                 **serving_numbers(ran.requests, ran.seconds, goals),
-                "output_tokens_per_s": in_time / ran.seconds,
                 "finetune_tokens_per_s": ran.finetune_rate,
                 "finetuning_kept": ran.finetune_rate / alone if alone else None,
                 "optimizer_steps": sum(map(len, ran.losses.values())),

@@ -8,6 +8,7 @@ import copy
 import multiprocessing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +18,12 @@ from jaxserve.bench.engine import load_engine, room_for
 from jaxserve.bench.finetune import make_examples
 from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch, run_name
-from jaxserve.bench.replay import Replay
+from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import run_load, sampling, warm_up_load
 from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
 from jaxserve.bench.virtual import simulated
-from jaxserve.bench.workload import Workload
+from jaxserve.bench.workload import BenchRequest, Workload
 from jaxserve.config import Config
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.planner import Planned
@@ -144,9 +145,7 @@ class Live:
         return Ran(
             name=name,
             seconds=lasted,
-            requests=[
-                _asked(request.tenant, record) for request, record in zip(load.requests, run.served, strict=False)
-            ],
+            requests=asked(load.requests, run.served),
             steps=[step._replace(at=step.at - replay.began) for step in watch.steps],
             preemptions=core.scheduler.counts().preemptions - before,
             evictions=watch.evictions,
@@ -205,7 +204,8 @@ class Live:
         jobs = [Job(name, own, data, start=None) for name, (own, data) in self.datasets.items()]  # pyright: ignore[reportArgumentType]
         times, loads, seconds = self.steps[run_name(how, rate)]
         device = MeasuredDevice(copy.deepcopy(times), loads, seconds)
-        simulator = Simulator(settings, device, [] if how == "inference-only" else jobs)
+        alone = how == "inference-only"  # on the programs of an engine that finetunes, as it was measured
+        simulator = Simulator(settings, device, [] if alone else jobs, buckets=core.planner.buckets)
         name = f"{how} at {rate:g}, simulated"
         return simulated(
             name, simulator, self.workload(name, rate, self.config.sweep.seconds).requests, self.config.sweep.seconds
@@ -221,17 +221,16 @@ def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
     return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}
 
 
-def _asked(tenant: str, record: Any) -> Asked:
-    whole = record.num_outputs == record.output_tokens
-    return Asked(
-        tenant=tenant.partition("\0")[2],
-        output_tokens=record.output_tokens,
-        prompt_tokens=record.prompt_tokens,
-        start=record.start,
-        token_times=record.token_times,
-        token_ids=record.token_ids,
-        error=None if whole and record.error is None else (record.error or NOT_OVER).replace("stopped", NOT_OVER),
-    )
+def asked(requests: Sequence[BenchRequest], served: Sequence[ServedRequest]) -> list[Asked]:
+    """What came of each; where the queue had no room until the run ended, the last ones were never sent."""
+    found = []
+    for request, record in zip_longest(requests, served):
+        one = Asked.of(replace(request, tenant=request.tenant.partition("\0")[2]))
+        if record is not None:
+            one.start, one.token_times, one.token_ids = record.start, record.token_times, record.token_ids
+            one.error = NOT_OVER if record.error == STOPPED else record.error
+        found.append(one)
+    return found
 
 
 def _finetune_alone(config: Config, name: str, parent: Connection) -> None:

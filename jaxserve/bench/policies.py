@@ -116,7 +116,7 @@ def numbers(cell: Cell, goals: Mapping[str, float], alone: float | None) -> dict
         "evictions": sum(ran.evictions for ran in {id(r): r for r in (serving, training) if r}.values()),
     }
     if serving is not None:
-        found |= serving_numbers(serving.requests, serving.seconds * serving.replicas / cell.serves, goals)
+        found |= serving_numbers(serving.requests, serving.seconds, goals, serving.replicas / cell.serves)
     watched = serving or training
     return found | (step_numbers(watched.steps, watched.seconds) if watched else {})
 

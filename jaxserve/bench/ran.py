@@ -17,6 +17,7 @@ import numpy as np
 
 from jaxserve.bench.replay import Mix, mix_of
 from jaxserve.bench.report import RequestRecord, share_met
+from jaxserve.bench.workload import BenchRequest
 from jaxserve.engine.planner import Planned, Planner
 from jaxserve.engine.times import StepLoad
 from jaxserve.kvcache.pages import PagePool
@@ -29,11 +30,22 @@ LATENCIES = ("ttft", "tpot", "tpot_all_tokens", "itl")
 
 @dataclass(kw_only=True)
 class Asked(RequestRecord):
-    """A request of a run; it counts as served when it had all its tokens."""
+    """A request of a run; it counts as served when it was over in time."""
 
     replica: int = 0
     tenant: str = ""
     output_tokens: int  # asked for
+
+    @classmethod
+    def of(cls, request: BenchRequest) -> "Asked":
+        """One that nobody has begun to answer."""
+        return cls(
+            tenant=request.tenant,
+            output_tokens=request.output_tokens,
+            prompt_tokens=len(request.prompt_ids),
+            start=request.arrival_s,
+            error=NOT_OVER,
+        )
 
 
 class StepRow(NamedTuple):
@@ -167,23 +179,27 @@ class Watch:
 # numbers
 
 
-def serving_numbers(requests: Sequence[Asked], seconds: float, goals: Mapping[str, float]) -> dict[str, Any]:
-    """Of one set of replicas; latencies in ms, rates per second.
+def serving_numbers(
+    requests: Sequence[Asked], seconds: float, goals: Mapping[str, float], replicas: float = 1.0
+) -> dict[str, Any]:
+    """Latencies in ms, rates per second.
 
     Args:
-      seconds: times the number of replicas, so that rates are a replica's.
+      seconds: requests came, and output tokens count, for so long.
+      replicas: among which the rates are shared.
     """
     done = [r for r in requests if r.error is None and r.token_times]
     values = {name: [v for r in done if (v := getattr(r, name)) is not None] for name in LATENCIES[:3]}
     values["itl"] = [later - earlier for r in done for earlier, later in pairwise(r.token_times)]
     met = share_met(requests, goals)
+    in_time = sum(time <= seconds for r in requests for time in r.token_times)
     return {
         "requests": len(requests),
         "completed": len(done),
         "attainment": met,
         "attainment_by_objective": {name: share_met(requests, {name: goal}) for name, goal in goals.items()},
-        "goodput": (met or 0.0) * len(requests) / seconds,
-        "output_tokens_per_s": sum(r.num_outputs for r in requests) / seconds,
+        "goodput": (met or 0.0) * len(requests) / (seconds * replicas),
+        "output_tokens_per_s": in_time / (seconds * replicas),
         **{f"{name}_ms": percentiles(values[name]) for name in LATENCIES},
     }
 

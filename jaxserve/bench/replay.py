@@ -18,6 +18,7 @@ from jaxserve.sampling import SamplingParams
 if TYPE_CHECKING:
     from jaxserve import Engine, Event, FinetuneJob
 
+STOPPED = "stopped"  # the error of requests that were in flight when a run was ended
 IDLE_SECONDS = 0.05  # most that the loop sleeps without looking around
 
 
@@ -139,7 +140,7 @@ class Replay(Runner):
         for request_id in list(self.alive):
             self.engine.abort(request_id)
         for record in self.alive.values():
-            record.error = "stopped"
+            record.error = STOPPED
 
     def _goes_on(self) -> bool:
         if self.stopped():

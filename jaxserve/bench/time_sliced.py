@@ -47,7 +47,7 @@ class TimeSliced:
         self.generate, self.backwards, self.clock = generate, backwards, clock
         self.policy, self.max_batch = policy, max_batch
         self.seconds, self.end = seconds, seconds + drain_seconds
-        self.requests = [(request, _asked(request)) for request in workload.requests]
+        self.requests = [(request, Asked.of(request)) for request in workload.requests]
         self.coming, self.waiting = deque(self.requests), deque[tuple[BenchRequest, Asked]]()
         self.steps: list[StepRow] = []
         self.losses: list[float] = []
@@ -117,13 +117,3 @@ class TimeSliced:
 
     def _note(self, at: float, mix: Mix) -> None:
         self.steps.append(StepRow(0, at, self.now - at, math.inf, "", mix, 0, len(self.waiting), 0.0))
-
-
-def _asked(request: BenchRequest) -> Asked:
-    return Asked(
-        tenant=request.tenant,
-        output_tokens=request.output_tokens,
-        prompt_tokens=len(request.prompt_ids),
-        start=request.arrival_s,
-        error=NOT_OVER,
-    )

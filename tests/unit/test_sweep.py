@@ -6,10 +6,10 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from jaxserve.bench import arrivals, parallel, policies, ran, sweep
-from jaxserve.bench.replay import Mix
+from jaxserve.bench import arrivals, live, parallel, policies, ran, sweep
+from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
 from jaxserve.bench.virtual import Virtual
-from jaxserve.bench.workload import Row
+from jaxserve.bench.workload import BenchRequest, Row
 from jaxserve.cli.app import app
 from jaxserve.config import Config, dump_config, resolve
 from jaxserve.errors import ConfigError
@@ -101,6 +101,28 @@ def test_figures_can_be_computed_again_from_the_tables(tmp_path):
     assert numbers["attainment"] == pytest.approx(1 / 3)
     assert numbers["tpot_ms"]["mean"] == pytest.approx(50.0)
     assert numbers["tpot_all_tokens_ms"]["mean"] == pytest.approx((100 / 3 + 25) / 2)
+
+
+def test_output_tokens_count_while_requests_come():
+    requests = [asked(0.1, 0.3, 1.9, 2.1, 2.2), asked(1.0, 1.5)]
+    assert ran.serving_numbers(requests, 2.0, GOALS)["output_tokens_per_s"] == 1.5
+    halved = ran.serving_numbers(requests, 2.0, GOALS, replicas=2)
+    assert (halved["output_tokens_per_s"], halved["goodput"]) == (0.75, 0.25)
+
+
+def test_requests_that_were_never_sent_have_missed_their_objectives():
+    load = [BenchRequest(arrival_s=i / 4, prompt_ids=(1, 2), output_tokens=3, tenant="run\0t") for i in range(5)]
+    each = {"prompt_tokens": 2, "output_tokens": 3}
+    served = [
+        ServedRequest(start=0.0, token_times=[0.1, 0.15, 0.2], over=True, **each),
+        ServedRequest(start=0.25, token_times=[0.3], over=True, **each),  # a stop token ended it
+        ServedRequest(start=0.5, token_times=[0.6], error=STOPPED, **each),
+        ServedRequest(start=0.75, error="the prompt is too long", **each),
+    ]
+    found = live.asked(load, served)
+    assert [r.error for r in found] == [None, None, ran.NOT_OVER, "the prompt is too long", ran.NOT_OVER]
+    assert {(r.tenant, r.start) for r in found} == {("t", i / 4) for i in range(5)}
+    assert ran.serving_numbers(found, 2.0, GOALS)["attainment"] == pytest.approx(2 / 5)
 
 
 def test_a_trace_is_brought_to_any_rate_and_length():
