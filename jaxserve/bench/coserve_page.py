@@ -27,8 +27,8 @@ NUM_BINS = 120  # of a plot over time, about
 KINDS = {  # of a step's tokens: label and colour, from the bottom of a plot to its top
     "decode": ("decode", 1),
     "prefill": ("prefill", 7),
-    "forward": ("finetuning, forward only", 6),
-    "backward": ("finetuning, forward and backward", 2),
+    "forward": ("finetuning, forward alone", 6),
+    "backward": ("finetuning, backward", 2),
 }
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.parallel import Pool
 from jaxserve.bench.policies import ALONE, ENOUGH, REQUESTS, Runs, claims, numbers
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
@@ -148,13 +149,16 @@ class Table:
     def told(self) -> dict[str, Any]:
         """Prints the table as its runs end, and returns it."""
         setting, device, targets, load, runs = self.setting, self.device, self.targets, self.load, self.runs
-        said, means = f"trace {load}", LENGTHS.get(load)
-        if means is not None:
-            said = f"{means.prompt} prompt and {means.output} output tokens on average ({means.source})"
+        means = LENGTHS.get(load)
+        if means is None:
+            said = f"at the first rate, {rows_at(self.config, RATES[0], self.config.sweep.seconds)[1]}"
+        else:
+            said = f"{means.prompt} prompt and {means.output} output tokens on average ({means.source}); "
+            said += "gaps are exponential"
         print(
             f"\n{setting.directory} on {setting.devices} x {device}, adapters on {targets}, "
             f"TPOT <= {setting.tpot_ms:g} ms"
-            f"\nRequests: {said}; gaps are exponential."
+            f"\nRequests: {said}."
         )
         print("\n".join(self.virtual.assumptions()))
         print(HEADER, flush=True)

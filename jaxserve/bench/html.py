@@ -26,7 +26,7 @@ class Series:
     y: Sequence[float]
     kind: Literal["line", "dots", "area"] = "line"
     color: int = 1  # 1 to 8
-    dashed: bool = False
+    dashed: bool = False  # dots are rings
 
 
 class Span(NamedTuple):
@@ -98,11 +98,12 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5, 10, ... where that is not too many, else the powers of ten."""
+    """1, 2, 5, 10, ... where that is not too many, else the powers of ten; other round numbers where it is too few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     steps = (1, 2, 5) if len(powers) <= 4 else (1,)
     found = [step * 10.0**power for power in powers for step in steps]
-    return [value for value in found if low * 0.999 <= value <= high * 1.001]
+    inside = [value for value in found if low * 0.999 <= value <= high * 1.001]
+    return inside if len(inside) > 1 else ticks(low, high)
 
 
 def number(value: float) -> str:
@@ -201,9 +202,9 @@ def _drawn(series: Series, below: Sequence[float], above: Sequence[float], axes:
     if series.kind == "line":
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         return [f'<polyline class="{color} line{" dashed" if series.dashed else ""}" points="{path}"/>']
-    tips = len(points) <= MOST_TIPS
+    tips, look = len(points) <= MOST_TIPS, f"{color} ring" if series.dashed else f"f{series.color} dot"
     return [
-        f'<circle class="f{series.color} dot" cx="{px:.1f}" cy="{py:.1f}" r="2.6">'
+        f'<circle class="{look}" cx="{px:.1f}" cy="{py:.1f}" r="2.6">'
         + (f"<title>{escape(series.label)}: {number(x)}, {number(y)}</title>" if tips else "")
         + "</circle>"
         for (px, py), x, y in zip(points, series.x, above, strict=True)
@@ -308,12 +309,13 @@ figcaption{font-weight:600}figure p{font-size:13px;margin:2px 0 6px}
 .legend i{display:inline-block;width:14px;height:10px;margin-right:6px;border-radius:2px;background:var(--c)}
 .legend i.line{height:0;border-radius:0;border-top:3px solid var(--c);background:none;vertical-align:middle}
 .legend i.line.dashed{border-top-style:dashed}.legend i.dots{width:9px;height:9px;border-radius:50%}
+.legend i.dots.dashed{background:none;border:2px solid var(--c)}
 .legend i.limit{height:0;border-radius:0;border-top:2px dashed var(--fg);background:none;vertical-align:middle}
 .legend i.span{background:var(--fg);opacity:.13}
 svg{display:block;width:100%;height:auto}svg text{fill:var(--muted);font-size:12px}
 svg .label{font-size:12.5px}.grid{stroke:var(--grid)}.axis,.tick{stroke:var(--muted)}
 .line{fill:none;stroke-width:2;stroke-linejoin:round}polyline.dashed{stroke-dasharray:5 4}
-.dot{opacity:.65}.area{opacity:.85}rect.span{fill:var(--fg);opacity:.08}
+.dot{opacity:.65}.ring{fill:none;stroke-width:1.6}.area{opacity:.85}rect.span{fill:var(--fg);opacity:.08}
 line.limit{stroke:var(--fg);stroke-width:1.5;stroke-dasharray:6 4}
 .scroll{overflow-x:auto}table{border-collapse:collapse;margin:8px 0;font-size:14px;min-width:50%}
 th,td{text-align:left;padding:6px 12px 6px 0;border-bottom:1px solid var(--grid);vertical-align:top}

@@ -42,9 +42,8 @@ def _tiles(result: Found) -> str:
     for claim in (result["claims"][:1] + result["claims"][-1:])[: len(result["claims"])]:
         times = claim["times_best_other"]
         value = "-" if times is None else f"{times:.2f} x"
-        tiles.append(
-            (f"{claim['rate']:g} requests/s", value, f"co-serving's finetuning over {claim['best_other'] or '-'}")
-        )
+        remark = f"co-serving's finetuning over {claim['best_other'] or '-'}; its requests met the objectives for "
+        tiles.append((f"{claim['rate']:g} requests/s", value, remark + _percent(claim["coserve_attainment"])))
     for cell in (cell for cell in result["cells"] if cell["policy"] == ALONE):
         tiles.append(("Finetuning alone", f"{cell['finetune_tokens_per_s']:,.0f} tokens/s", "per replica"))
         break
@@ -185,7 +184,7 @@ def _over_time(cell: Found, ran: Ran, bursts: Sequence[tuple[float, float]]) -> 
             x_label="measured, ms",
             y_label="predicted, ms",
             series=_predictions(steps),
-            note=f"90 % of all steps are within {cell['prediction_error_p90'] or 0:.1%}.",
+            note=f"90 % of all steps are within {_percent(cell['prediction_error_p90'])}.",
         ),
     ]
     title = f"Co-serving at {cell['rate']:g} requests/s over time"

@@ -28,6 +28,20 @@ def test_a_trace_has_its_own_lengths():
     assert (config.bench.trace, config.job.target_modules) == ("some.csv", "all-linear")
 
 
+def test_what_was_done_to_a_trace_is_said(tmp_path, monkeypatch, capsys):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,20,5\n1,30,4\n2,10,6\n")
+    monkeypatch.setattr(flexllm, "SETTINGS", (EIGHT,))
+    monkeypatch.setattr(flexllm, "TARGETS", {"down_proj": ("down_proj",)})
+    monkeypatch.setattr(flexllm, "RATES", (2.0,))
+    monkeypatch.setattr(flexllm, "POLICIES", ("coserve", "inference-only"))
+    models = Path(__file__).parents[2] / "configs" / "models"
+    flexllm.main(str(tmp_path), str(models), 5.0, ["h200"], [], str(trace))
+    said = capsys.readouterr().out
+    assert f"trace {trace}, time stretched 0.5 times to 2 requests/s" in said
+    assert "exponential" not in said
+
+
 def claim(rate, ours, other, attainment=1.0, alone=True):
     return {
         "rate": rate, "requests_alone_meet": alone, "coserve_attainment": attainment, "coserve_tokens_per_s": ours,
