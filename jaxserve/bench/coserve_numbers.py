@@ -126,7 +126,7 @@ def text_block(found: Mapping[str, Any]) -> str:
     lines += [f"requests        {served['completed']} done, {served['failed']} failed, {found['duration']:.1f} s"]
     lines += [f"output          {served['output_throughput']:.0f} tokens/s"]
     for name, label in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL")):
-        kinds = ", ".join(f"{kind} {served[f'{kind}_{name}_ms']:.1f}" for kind in ("mean", "median", "p99"))
+        kinds = ", ".join(f"{kind} {ms(served[f'{kind}_{name}_ms'], 1)}" for kind in ("mean", "median", "p99"))
         lines.append(f"{label:<15} {kinds} ms")
     if slo["attainment"] is not None:
         goals = " and ".join(f"{name.upper()} <= {goal:g} ms" for name, goal in slo["objectives_ms"].items())
@@ -139,6 +139,11 @@ def text_block(found: Mapping[str, Any]) -> str:
     for given in found["answers"]:
         lines += [given["prompt"].center(WIDTH, "-"), *(f"{name:<15} {text}" for name, text in given["texts"].items())]
     return "\n".join([*lines, "=" * WIDTH])
+
+
+def ms(value: float | None, digits: int) -> str:
+    """A latency that no request may have, as TPOT where all ask for one token."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _burst_line(name: str, part: Mapping[str, Any], jobs: bool) -> str:

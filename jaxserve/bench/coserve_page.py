@@ -13,6 +13,7 @@ from jaxserve.bench.coserve_numbers import (
     STEP_COLUMNS,
     Answer,
     Coserved,
+    ms,
     numbers,
     request_rows,
     step_rows,
@@ -57,8 +58,8 @@ def _tiles(found: Mapping[str, Any]) -> str:
     served, slo, tuned = found["requests"], found["slo"], found["finetune"]
     tiles = [
         ("Requests", f"{served['completed']}", f"{served['failed']} failed, in {found['duration']:.1f} s"),
-        ("Time to first token", f"{served['median_ttft_ms']:.0f} ms", f"median; p99 {served['p99_ttft_ms']:.0f} ms"),
-        ("Time per output token", f"{served['median_tpot_ms']:.1f} ms", f"median; p99 {served['p99_tpot_ms']:.1f} ms"),
+        ("Time to first token", *_latency(served, "ttft", 0)),
+        ("Time per output token", *_latency(served, "tpot", 1)),
     ]
     if slo["attainment"] is not None:
         goals = ", ".join(f"{name.upper()} {goal:g} ms" for name, goal in slo["objectives_ms"].items())
@@ -71,6 +72,11 @@ def _tiles(found: Mapping[str, Any]) -> str:
             change = f"{job[f'first_{key}']:.2f} → {job[f'last_{key}']:.2f}"
             tiles.append((f"{key.replace('_', ' ').capitalize()}, {job['adapter']}", change, f"{job['steps']} steps"))
     return html.tiles(tiles)
+
+
+def _latency(served: Mapping[str, Any], name: str, digits: int) -> tuple[str, str]:
+    median, p99 = (ms(served[f"{kind}_{name}_ms"], digits) for kind in ("median", "p99"))
+    return f"{median} ms", f"median; p99 {p99} ms"
 
 
 def _serving(done: Coserved, found: Mapping[str, Any]) -> str:
@@ -238,7 +244,7 @@ def _answers(answers: Sequence[Answer]) -> str:
 def _tables(found: Mapping[str, Any]) -> str:
     served = found["requests"]
     latency = [
-        [label, *(html.number(served[f"{kind}_{name}_ms"]) for kind in ("mean", "median", "p99"))]
+        [label, *(_number(served[f"{kind}_{name}_ms"]) for kind in ("mean", "median", "p99"))]
         for name, label in (
             ("ttft", "Time to first token"),
             ("tpot", "Time per output token, over the tokens after the first"),
@@ -250,7 +256,12 @@ def _tables(found: Mapping[str, Any]) -> str:
     blocks = [html.table(["Latency, ms", "mean", "median", "p99"], latency)]
     if found["bursts"]:
         rows = [
-            [name.replace("_", " "), str(part["requests"]), _percent(part["attainment"]), _per_s(part)]
+            [
+                name.replace("_", " "),
+                str(part["requests"]),
+                _percent(part["attainment"]),
+                _number(part["finetune_tokens_per_s"]),
+            ]
             for name, part in found["bursts"].items()
         ]
         blocks.append(html.table(["Arrived", "requests", "SLO attainment", "finetune tokens/s"], rows))
@@ -278,9 +289,8 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}"
 
 
-def _per_s(part: Mapping[str, Any]) -> str:
-    speed = part["finetune_tokens_per_s"]
-    return "-" if speed is None else html.number(speed)
+def _number(value: float | None) -> str:
+    return "-" if value is None else html.number(value)
 
 
 def _about(done: Coserved) -> str:

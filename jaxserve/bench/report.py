@@ -135,7 +135,7 @@ def share_met(records: Sequence[RequestRecord], goals: Mapping[str, float]) -> f
 
 
 def metrics(run: Run, goodput: Sequence[str] = ()) -> dict[str, Any]:
-    """The run's numbers under vLLM's keys; latencies in ms, throughputs per second."""
+    """The run's numbers under vLLM's keys; latencies in ms, None of no request, throughputs per second."""
     done, duration, goals = run.done, run.duration, objectives(goodput)
     inputs, outputs = sum(r.prompt_tokens for r in done), sum(r.num_outputs for r in done)
     numbers: dict[str, Any] = {
@@ -153,7 +153,8 @@ def metrics(run: Run, goodput: Sequence[str] = ()) -> dict[str, Any]:
     }
     for name, values in latencies(run).items():
         found = summary(values)
-        numbers |= {f"{kind}_{name}_ms": found[kind] * 1000 for kind in ("mean", "median", "std", "p99")}
+        kinds = ("mean", "median", "std", "p99")
+        numbers |= {f"{kind}_{name}_ms": found[kind] * 1000 if values else None for kind in kinds}
     return {**numbers, **_engine_metrics(run)}
 
 
@@ -263,5 +264,6 @@ def _engine_lines(numbers: Mapping[str, Any]) -> list[str]:
     return ["Engine".center(WIDTH, "-"), *(_line(label, value) for label, value in values.items())]
 
 
-def _line(label: str, value: float) -> str:
-    return f"{label:<40} " + (f"{value:<10.2f}" if isinstance(value, float) else f"{value:<10}")
+def _line(label: str, value: float | None) -> str:
+    shown = "-" if value is None else f"{value:.2f}" if isinstance(value, float) else value
+    return f"{label:<40} {shown:<10}"

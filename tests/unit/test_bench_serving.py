@@ -256,8 +256,16 @@ def test_goodput_counts_requests_that_meet_every_objective(goals, good):
 
 def test_a_run_in_which_nothing_succeeded_still_has_numbers():
     numbers = metrics(Run(requests=[record(0.0)], duration=1.0))
-    assert (numbers["completed"], numbers["output_throughput"], numbers["mean_ttft_ms"]) == (0, 0.0, 0.0)
+    assert (numbers["completed"], numbers["output_throughput"], numbers["mean_ttft_ms"]) == (0, 0.0, None)
     assert "Failed requests:                         1" in text_block(numbers)
+
+
+def test_a_latency_that_no_request_has_is_no_number():
+    single = RequestRecord(prompt_tokens=5, start=0.0, token_times=[0.5], token_ids=[1])
+    found = metrics(Run(requests=[single], steps=RUN.steps, duration=2.0))
+    assert found["mean_ttft_ms"] == 500.0
+    assert found["median_tpot_ms"] is found["p99_itl_ms"] is None
+    assert "Mean TPOT (ms):                          -         " in text_block(found).splitlines()
 
 
 def test_the_text_block_is_that_of_vllm_and_shows_goodput_only_where_asked_for():

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxserve.bench.coserve_numbers import Answer, Coserved
+from jaxserve.bench.coserve_numbers import Answer, Coserved, text_block
 from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.replay import Learnt, Mix, MixedRun, MixedStep, ServedRequest
 from jaxserve.cli import demo
@@ -100,6 +100,18 @@ def test_the_reports_numbers_are_those_of_the_results(left):
         f"{job['last_loss']:.4f}",
     ):
         assert shown in page, shown
+
+
+def test_a_latency_that_no_request_has_is_not_shown(tmp_path):
+    done = _done()
+    for request in done.run.requests:
+        request.token_times = request.token_times[:1]
+    found = write(tmp_path, done, "A run")
+    assert found["requests"]["median_tpot_ms"] is None
+    page = (tmp_path / REPORT).read_text()
+    assert "<b>- ms</b>" in page
+    assert "<b>0.0 ms</b>" not in page
+    assert "TPOT            mean -, median -, p99 - ms" in text_block(found)
 
 
 def test_what_models_say_is_text_and_no_markup(left):
