@@ -23,6 +23,7 @@ from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result
 from jaxserve.bench.time_sliced import POLICIES, TimeSliced
 from jaxserve.bench.workload import Workload
 from jaxserve.config import Config
+from jaxserve.config.runs import SamplingSection
 from jaxserve.config.schema import JobSection
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
@@ -77,8 +78,8 @@ def check(config: Config) -> None:
         f"lora.modules: {base}": bool(config.lora.modules),
         f"coserve.answer_with: {base}": bool(config.coserve.answer_with),
         "coserve.jobs: both sides train on made-up examples, see bench.finetune_*": bool(config.coserve.jobs),
-        "section job: both sides train with its defaults, see bench.adapter_*": bool(config.job.model_fields_set),
-        "section sampling: both sides are greedy": bool(config.sampling.model_fields_set),
+        "section job: both sides train with its defaults, see bench.adapter_*": config.job != JobSection(),
+        "section sampling: both sides are greedy": config.sampling != SamplingSection(),
     }
     problems = [text for text, holds in wrong.items() if holds]
     try:

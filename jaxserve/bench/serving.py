@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "torch", "transformers", "peft")
 WARM_UP_TOKENS = 4
 FIXED = frozenset({"max_tokens", "ignore_eos"})  # of the sampling: the load says how long answers are
+NOT_SAMPLED = {
+    "sampling.max_tokens": "the load says how long answers are",
+    "sampling.n": "a request of a benchmark has one answer, whose latencies are the request's",
+}
 PEERS = ("transformers", "peft")  # what bench.against names that loads the model itself
 
 
@@ -43,6 +47,9 @@ def main(config: Config) -> int:
 def check(config: Config) -> None:
     """Raises ConfigError for what cannot be run, before anything is loaded."""
     check_result_file(config)
+    wrong = unused(config, NOT_SAMPLED)
+    if wrong:
+        raise ConfigError(wrong)
     bench, adapters = config.bench, config.bench.num_adapters or len(config.lora.modules)
     if config.model.path is None:
         raise ConfigError(["MODEL: name a model directory, or set model.path"])

@@ -15,6 +15,7 @@ from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
 from jaxserve.bench.serving import (
+    NOT_SAMPLED,
     check_result_file,
     check_results_dir,
     circumstances_of,
@@ -78,7 +79,7 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
     """
     check_result_file(config)
     check_results_dir("sweep.results_dir", config.sweep.results_dir)
-    wrong, sweep = unused(config, not_used), config.sweep
+    wrong, sweep = unused(config, {**NOT_SAMPLED, **not_used}), config.sweep
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")
     if not goals_of(config):

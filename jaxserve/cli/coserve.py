@@ -13,6 +13,7 @@ from jaxserve.bench.engine import load_engine, model_path, options_of, room_for
 from jaxserve.bench.load import BASE, Bursts, make_load
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
+    NOT_SAMPLED,
     check_result_file,
     check_results_dir,
     circumstances,
@@ -104,7 +105,7 @@ def check(config: Config) -> list[Planned]:
     """The jobs; refuses what cannot be run before a model is loaded."""
     check_result_file(config)
     check_results_dir("coserve.results_dir", config.coserve.results_dir)
-    wrong = unused(config, UNUSED)
+    wrong = unused(config, {**UNUSED, **NOT_SAMPLED})
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")
     if not config.lora.enable_lora and config.coserve.jobs:

@@ -14,7 +14,7 @@ from jaxserve.bench.replay import Mix
 from jaxserve.bench.time_sliced import TimeSliced
 from jaxserve.bench.workload import BenchRequest, Workload
 from jaxserve.cli.app import app
-from jaxserve.config import Config
+from jaxserve.config import Config, dump_config, resolve
 from jaxserve.errors import ConfigError
 
 
@@ -189,6 +189,13 @@ def test_what_cannot_be_compared_is_refused_all_at_once(tmp_path):
         "results_dir",
     ):
         assert part in said
+
+
+def test_a_configuration_that_names_every_key_can_be_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(beside_peers, "require_peft", lambda asked: None)
+    given = Config(**settings(tmp_path))
+    (tmp_path / "config.yaml").write_text(dump_config(given.model_dump(mode="json"), "yaml"))
+    beside_peers.check(resolve(str(tmp_path / "config.yaml")))
 
 
 def test_a_missing_peer_is_named_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -402,6 +402,15 @@ def test_what_cannot_be_measured_is_refused(tmp_path, options, problem):
         serving.main(config(tmp_path, **options))
 
 
+@pytest.mark.parametrize("key", ["n", "max_tokens"])
+@pytest.mark.parametrize("main", [*MAINS[:1], *MAINS[2:]], ids=["serving", "sweep", "coserve"])
+def test_what_the_load_decides_is_not_asked_for(tmp_path, main, key):
+    asked = config(tmp_path)
+    asked = asked.model_copy(update={"sampling": asked.sampling.model_copy(update={key: 2})})
+    with pytest.raises(ConfigError, match=f"sampling.{key}: "):
+        main(asked)
+
+
 def test_a_missing_peer_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="torch is not installed; pip install torch transformers"):
