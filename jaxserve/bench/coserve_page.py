@@ -185,8 +185,7 @@ class _Frame:
 
     def __init__(self, done: Coserved):
         self.end = max(done.run.duration, 1e-3)
-        width = html.ticks(0.0, self.end, NUM_BINS)[1]
-        self.edges = np.arange(0.0, self.end + width, width).tolist()
+        self.edges = html.bins(self.end, NUM_BINS)
         self.centers = [(a + b) / 2 for a, b in zip(self.edges, self.edges[1:], strict=False)]
         self.spans = [Span(*span) for span in done.bursts if span[0] < self.end]
 

@@ -97,6 +97,13 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def bins(end: float, count: int) -> list[float]:
+    """Edges of about ``count`` bins from 0 to ``end``, of a round width but for the last, which ends where all does."""
+    width = ticks(0.0, end, count)[1]
+    edges = [i * width for i in range(math.ceil(end / width - 0.5))]
+    return [*edges, end] if edges[1:] else [0.0, end]
+
+
 def log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, ... where that is not too many, else the powers of ten; other round numbers where it is too few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

@@ -144,13 +144,12 @@ def _shown(cells: Sequence[Found]) -> Found | None:
 
 def _over_time(cell: Found, ran: Ran, bursts: Sequence[tuple[float, float]]) -> str:
     steps = [step for step in ran.steps if step.replica == 0 and step.end <= ran.seconds]
-    width = html.ticks(0.0, ran.seconds, NUM_BINS)[1]
-    edges = np.arange(0.0, ran.seconds + width, width)
+    edges = html.bins(ran.seconds, NUM_BINS)
     spans = [Span(*span) for span in bursts]
 
     def per_second(weights: Sequence[float]) -> list[float]:
         sums, _ = np.histogram([step.end for step in steps], bins=edges, weights=weights)
-        return (sums / width).tolist()
+        return (sums / np.diff(edges)).tolist()
 
     def mean(weights: Sequence[float]) -> list[float]:
         seconds = np.array(per_second([step.seconds for step in steps]))
@@ -169,22 +168,21 @@ def _over_time(cell: Found, ran: Ran, bursts: Sequence[tuple[float, float]]) -> 
             **options,
         )
 
-    x = edges.tolist()
     mix = [
-        Series(label=label, x=x, y=per_second([getattr(s.mix, kind) for s in steps]), kind="area", color=color)
+        Series(label=label, x=edges, y=per_second([getattr(s.mix, kind) for s in steps]), kind="area", color=color)
         for kind, (label, color) in KINDS.items()
     ]
-    usage = Series(label="in use", x=x, y=mean([step.kv_usage * 100 for step in steps]), kind="area", color=4)
+    usage = Series(label="in use", x=edges, y=mean([step.kv_usage * 100 for step in steps]), kind="area", color=4)
     plots = [
         over_time("Tokens by what they are for", "tokens/s", mix, stacked=True),
         over_time("KV pages in use", "%", [usage]),
-        over_time("Time of a step", "ms (log)", _step_times(steps), log=True),
+        over_time("Time of a step", "ms (log)", _step_times(steps), log=True, note=_said(steps)),
         Plot(
             title="Predicted against measured time of a step",
             x_label="measured, ms",
             y_label="predicted, ms",
             series=_predictions(steps),
-            note=f"90 % of all steps are within {_percent(cell['prediction_error_p90'])}.",
+            note=f"90 % of all steps are within {_percent(cell['prediction_error_p90'])}. {_said(steps)}",
         ),
     ]
     title = f"Co-serving at {cell['rate']:g} requests/s over time"
@@ -192,8 +190,16 @@ def _over_time(cell: Found, ran: Ran, bursts: Sequence[tuple[float, float]]) -> 
     return html.section(title, html.figures(*plots), text=text)
 
 
+def _every(steps: Sequence[StepRow]) -> int:
+    return -(-len(steps) // MOST_DOTS) or 1
+
+
 def _sample(steps: Sequence[StepRow]) -> Sequence[StepRow]:
-    return steps[:: -(-len(steps) // MOST_DOTS) or 1]
+    return steps[:: _every(steps)]
+
+
+def _said(steps: Sequence[StepRow]) -> str:
+    return f"One of {_every(steps)} steps is shown." if _every(steps) > 1 else ""
 
 
 def _step_times(steps: Sequence[StepRow]) -> list[Series]:

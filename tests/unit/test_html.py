@@ -1,6 +1,7 @@
 """Plots of the reports: what can be read off them."""
 
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -14,6 +15,15 @@ def test_an_axis_has_two_values_at_least(values):
     found = html.log_ticks(low, high)
     assert len(found) >= 2
     assert all(low <= value <= high for value in found)
+
+
+@pytest.mark.parametrize("end", [0.001, 0.3, 1.0, 4.07, 31.07, 60.0, 599.9])
+def test_bins_end_where_the_run_does(end):
+    edges = html.bins(end, 120)
+    widths = [right - left for left, right in pairwise(edges)]
+    assert (edges[0], edges[-1]) == (0.0, end)
+    assert 60 <= len(widths) <= 250
+    assert 0.49 * widths[0] < widths[-1] < 1.51 * widths[0]
 
 
 @pytest.mark.parametrize("kind", ["line", "dots"])

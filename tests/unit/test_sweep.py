@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from jaxserve.bench import arrivals, live, parallel, policies, ran, sweep
+from jaxserve.bench import arrivals, live, parallel, policies, ran, sweep, sweep_page
 from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
 from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row
@@ -108,6 +108,15 @@ def test_output_tokens_count_while_requests_come():
     assert ran.serving_numbers(requests, 2.0, GOALS)["output_tokens_per_s"] == 1.5
     halved = ran.serving_numbers(requests, 2.0, GOALS, replicas=2)
     assert (halved["output_tokens_per_s"], halved["goodput"]) == (0.75, 0.25)
+
+
+def test_a_plot_of_some_of_the_steps_says_so():
+    cell = {"rate": 1.0, "prediction_error_p90": 0.1}
+    made = ran.Ran(name="r", seconds=4.07, steps=[step(i / 100, 0.01, 7) for i in range(406)])
+    page = sweep_page._over_time(cell, made, [])
+    assert "One of" not in page
+    more = ran.Ran(name="r", seconds=4.07, steps=[step(i / 1000, 0.001, 7) for i in range(4060)])
+    assert "One of 3 steps is shown." in sweep_page._over_time(cell, more, [])
 
 
 def test_requests_that_were_never_sent_have_missed_their_objectives():
