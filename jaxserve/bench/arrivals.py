@@ -47,6 +47,10 @@ def trace_at(rows: Sequence[Row], rate: float, seconds: float, how: str, seed: i
     if last <= first:
         raise ConfigError(["bench.trace: all requests come at once; a rate needs arrivals over time"])
     own = (len(rows) - 1) / (last - first)
+    if how == "thin" and rate > own:
+        raise ConfigError(
+            [f"sweep.rates: {rate:g} requests/s of a trace that has {own:.3g}; thinning only slows down, stretch it"]
+        )
     scaled = rescale([row._replace(arrival_s=row.arrival_s - first) for row in rows], rate / own, how, seed)
     if not scaled:
         raise ConfigError([f"sweep.rates {rate:g}: thinning leaves none of the trace's {len(rows)} requests"])

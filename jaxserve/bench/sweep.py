@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.bench.arrivals import bursts_of, rows_at
-from jaxserve.bench.parallel import Pool, work_of
+from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
@@ -47,6 +47,7 @@ UNUSED = {
 def main(config: Config) -> int:
     """Runs the sweep that ``config`` describes, prints it and writes it down."""
     check(config)
+    check_rates(config)
     backend, start = make_backend(config), time.perf_counter()
     print("\n".join(preface(config, backend)))
     goals = goals_of(config)
@@ -94,6 +95,13 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
         raise ConfigError(wrong)
+
+
+def check_rates(config: Config) -> None:
+    """Raises ConfigError for a rate of any cell's runs at which there are no requests."""
+    for _, rate in calls_of(cells_of(config)):
+        if rate:
+            rows_at(config, rate * config.sweep.replicas, config.sweep.seconds)
 
 
 def goals_of(config: Config) -> dict[str, float]:

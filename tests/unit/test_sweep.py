@@ -148,6 +148,17 @@ def test_a_trace_is_brought_to_any_rate_and_length():
         arrivals.trace_at([Row(1.0, 5, 3)] * 3, 2.0, 20.0, "stretch")
 
 
+def test_a_rate_that_thinning_cannot_reach_is_refused_before_the_first_run(tmp_path):
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,3\n1,5,3\n2,5,3\n")
+    given = simulated(
+        bench={"trace": str(trace), "trace_scaling": "thin"},
+        sweep={"rates": (0.5,), "policies": ("coserve", "separate:25")},
+    )
+    with pytest.raises(ConfigError, match=r"sweep\.rates: 2 requests/s of a trace that has 1; thinning only slows"):
+        sweep.main(given)
+
+
 def simulated(**sections):
     model = {"path": "unused", "max_model_len": 2048}
     sweep_section = {"simulate": "h200", "seconds": 10.0, "rates": (4.0,), **sections.pop("sweep", {})}
