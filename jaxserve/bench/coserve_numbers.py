@@ -220,16 +220,14 @@ def recent(run: MixedRun, seconds: float, now: float) -> dict[str, Any]:
 
 
 def so_far(run: MixedRun, goodput: Sequence[str]) -> dict[str, Any]:
-    """Latencies and attainment of the requests that are over."""
+    """Latencies, None of no request, and attainment of the requests that are over."""
     over = [r for r in run.served if r.over]
     begun = [r for r in run.served if r.token_times]
-    tpots = [r.tpot for r in over if r.tpot is not None]
-    ttft, tpot = summary([r.ttft for r in begun]), summary(tpots)
-    return {
-        "done": len(over),
-        "median_ttft_ms": ttft["median"] * 1000,
-        "p99_ttft_ms": ttft["p99"] * 1000,
-        "median_tpot_ms": tpot["median"] * 1000,
-        "p99_tpot_ms": tpot["p99"] * 1000,
-        "attainment": attainment(over, goodput)["attainment"],
+    values = {"ttft": [r.ttft for r in begun], "tpot": [r.tpot for r in over if r.tpot is not None]}
+    found = {name: summary(each) if each else {} for name, each in values.items()}
+    latencies = {
+        f"{kind}_{name}_ms": found[name][kind] * 1000 if found[name] else None
+        for name in values
+        for kind in ("median", "p99")
     }
+    return {"done": len(over), **latencies, "attainment": attainment(over, goodput)["attainment"]}

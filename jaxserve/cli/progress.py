@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+from jaxserve.bench.coserve_numbers import ms
+
 State = Mapping[str, Any]
 LIVE_SECONDS = 0.25
 BARS = "▁▂▃▄▅▆▇█"
@@ -116,7 +118,7 @@ def _served(state: State) -> str:
             f"  {state['done']}/{state['requests']} requests, {state['running']} running, {state['waiting']} waiting"
         )
     if state["done"]:
-        text += f"  TTFT {state['median_ttft_ms']:.0f} ms, TPOT {state['median_tpot_ms']:.1f} ms"
+        text += f"  TTFT {ms(state['median_ttft_ms'], 0)} ms, TPOT {ms(state['median_tpot_ms'], 1)} ms"
     return text + ("" if state["attainment"] is None else f", SLO {state['attainment']:.1%}")
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxserve.bench.coserve_numbers import Answer, Coserved, text_block
+from jaxserve.bench.coserve_numbers import Answer, Coserved, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.replay import Learnt, Mix, MixedRun, MixedStep, ServedRequest
 from jaxserve.cli import demo
@@ -107,7 +107,8 @@ def test_a_latency_that_no_request_has_is_not_shown(tmp_path):
     for request in done.run.requests:
         request.token_times = request.token_times[:1]
     found = write(tmp_path, done, "A run")
-    assert found["requests"]["median_tpot_ms"] is None
+    assert found["requests"]["median_tpot_ms"] is so_far(done.run, done.goodput)["median_tpot_ms"] is None
+    assert so_far(done.run, done.goodput)["median_ttft_ms"] == pytest.approx(250.0)
     page = (tmp_path / REPORT).read_text()
     assert "<b>- ms</b>" in page
     assert "<b>0.0 ms</b>" not in page
