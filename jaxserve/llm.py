@@ -42,7 +42,7 @@ from jaxserve.models.loader import (
 )
 from jaxserve.outputs import Event, RequestOutput
 from jaxserve.prompts import Prompt, as_list, prompt_ids, require, spread
-from jaxserve.sampling import SamplingParams
+from jaxserve.sampling import SamplingParams, default_params
 from jaxserve.scheduler.request import Request
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
 from jaxserve.training import TrainingEngine
@@ -74,6 +74,7 @@ class Engine(TrainingEngine):
         super().__init__()
         self.model, self.config, self.tokenizer, self.name = model, config, tokenizer, name
         self.generation_config = generation_config or {}
+        self.default_params = default_params(self.generation_config)
         self.base_digest = digest = _base_digest(model, weights)
         sizes = core_config(config, model, params, mesh)
         self.core = EngineCore(model, params, mesh, sizes, self._eos_token_ids(), digest)
@@ -130,6 +131,7 @@ class Engine(TrainingEngine):
         dtype = stored_dtype(directory) if config.dtype == "auto" else config.dtype
         config = config.model_copy(update={"dtype": dtype})
         generation_config = load_generation_config(directory)
+        default_params(generation_config)
         tokenizer = _tokenizer(directory, config)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
@@ -223,6 +225,7 @@ class Engine(TrainingEngine):
 
         Args:
           prompt: text (special tokens are added as the tokenizer does) or token ids.
+          params: by default ``default_params``, what the model's generation_config.json recommends.
           adapter: name of a loaded adapter; None is the base model. The request keeps the version it starts with.
           priority: lower is served earlier, under scheduling_policy "priority".
           tenant, salt: requests share cached prefixes only within the same tenant and salt.
@@ -232,7 +235,7 @@ class Engine(TrainingEngine):
           InvalidRequest: what is wrong with it, or which limit it can never meet.
           AdapterNotFound: no such adapter.
         """
-        params = SamplingParams() if params is None else params
+        params = self.default_params if params is None else params
         texts = {"request_id": request_id or "", "adapter": "" if adapter is None else adapter}
         _check_options(priority, params, **texts, tenant=tenant, salt=salt, slo_class=slo_class)
         params.validate(self.model.vocab_size, max_logprobs=self.config.max_logprobs)
@@ -362,7 +365,7 @@ class Engine(TrainingEngine):
 
         Args:
           prompts: texts or lists of token ids, or one of them.
-          params: one for all, or one each.
+          params: one for all, or one each; by default as in ``add_request``.
           adapter: one for all, or one each; None is the base model.
 
         Raises:

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from typing import Any
 
-from jaxserve.errors import InvalidRequest
+from jaxserve.errors import InvalidRequest, ModelError
 
 MAX_CHOICES = 16
 MAX_LOGIT_BIAS = 300
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_LOGPROBS = 20
+GENERATION_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")  # of generation_config.json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,23 @@ class SamplingParams:
         for text in self.stops:
             if not isinstance(text, str) or not 1 <= len(text) <= MAX_STOP_CHARS:
                 _refuse("stop", text, f"strings of 1 to {MAX_STOP_CHARS} characters")
+
+
+def default_params(generation: Mapping[str, Any]) -> SamplingParams:
+    """What a model's generation_config.json recommends; ``do_sample`` false is greedy, as in transformers.
+
+    Raises:
+      ModelError: a value out of range.
+    """
+    fields = {name: generation[name] for name in GENERATION_FIELDS if generation.get(name) is not None}
+    if generation.get("do_sample") is False:
+        fields["temperature"] = 0.0
+    params = SamplingParams(**fields)
+    try:
+        params.validate(vocab_size=2**31)
+    except InvalidRequest as error:
+        raise ModelError(f"generation_config.json: {error}") from None
+    return params
 
 
 def _refuse(field: str, value: object, limit: str, param: str | None = None) -> None:

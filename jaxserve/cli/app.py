@@ -91,9 +91,8 @@ def generate(
     """Complete prompts and print the texts."""
     if not prompt:
         raise ConfigError(["--prompt: at least one is needed"])
-    failed, params = False, config.sampling.params()
-    engine = build_engine(config, len(prompt) * params.n, adapter)
-    for output in engine.generate(prompt, params, adapter=adapter):
+    failed, engine = False, build_engine(config, len(prompt) * config.sampling.params().n, adapter)
+    for output in engine.generate(prompt, config.sampling.params(engine.default_params), adapter=adapter):
         if json_lines:
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
         for choice in output.outputs:
@@ -111,10 +110,11 @@ def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
     """Talk to a model. /reset forgets the conversation, /adapter NAME changes the adapter, Ctrl-D leaves."""
     from jaxserve.cli.chat import talk
 
-    params = config.sampling.params()
+    engine = build_engine(config, config.sampling.params().n, adapter)
+    params = config.sampling.params(engine.default_params)
     if "max_tokens" not in config.sampling.model_fields_set:
         params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them
-    talk(build_engine(config, params.n, adapter), params, adapter)
+    talk(engine, params, adapter)
 
 
 @bench_app.command()

@@ -109,8 +109,10 @@ _SAMPLING_FIELDS: dict[str, Any] = {
 class SamplingSection(create_model("_SamplingFields", __base__=Section, **_SAMPLING_FIELDS)):
     """The fields of SamplingParams: what requests of the command line ask for."""
 
-    def params(self) -> SamplingParams:
-        return SamplingParams(**dict(self))
+    def params(self, default: SamplingParams | None = None) -> SamplingParams:
+        """The default, by default SamplingParams', with what is given in its place."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return dataclasses.replace(default or SamplingParams(), **given)
 
     @model_validator(mode="after")
     def _ranges(self):

@@ -32,6 +32,7 @@ class EchoEngine:
 
     def __init__(self, path: str, adapters: dict[str, str], options: dict):
         self.path, self.adapters, self.config, self.asked = path, adapters, EngineConfig(**options), []
+        self.default_params = SamplingParams(top_k=20)
         self.tokenizer = SimpleNamespace(apply_chat_template=lambda messages: messages[-1]["content"])
         self.queue: list[Event] = []
 
@@ -97,7 +98,12 @@ def test_generate_prints_each_text(engines, capsys):
     assert engine.path == "m"
     assert (engine.config.max_num_seqs, engine.config.tensor_parallel) == (3, 2)
     assert not engine.config.enable_prefix_caching
-    assert engine.asked == [(["a", "b"], SamplingParams(max_tokens=7), None)]
+    assert engine.asked == [(["a", "b"], SamplingParams(max_tokens=7, top_k=20), None)]
+
+
+def test_a_flag_overrides_what_the_model_recommends(engines, capsys):
+    assert run("generate", "m", "--prompt", "a", "--top-k", "0", "--temperature", "0.5") == 0
+    assert engines[0].asked[0][1] == SamplingParams(temperature=0.5)
 
 
 def test_generate_with_adapters(engines, capsys):
@@ -266,8 +272,8 @@ def test_chat_changes_adapters_and_survives_refusals(engines, capsys, monkeypatc
     assert captured.out == "HI\nOK\n\n"
     assert captured.err == "error: no adapter 'nobody'\nerror: the prompt is too long\n"
     assert engines[0].asked == [
-        ("hi", SamplingParams(max_tokens=5), "law"),
-        ("ok", SamplingParams(max_tokens=5), None),
+        ("hi", SamplingParams(max_tokens=5, top_k=20), "law"),
+        ("ok", SamplingParams(max_tokens=5, top_k=20), None),
     ]
 
 

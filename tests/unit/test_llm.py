@@ -122,6 +122,13 @@ def test_token_ids_come_in_any_sequence(engine, kind):
     assert single.token_ids == output.token_ids
 
 
+def test_a_request_without_params_is_drawn_as_the_model_recommends(engine, monkeypatch):
+    greedy = SamplingParams(temperature=0.0)
+    monkeypatch.setattr(engine, "default_params", greedy)
+    (with_params,), (without,) = engine.generate([[1, 2, 3]], greedy), engine.generate([[1, 2, 3]])
+    assert without.token_ids == with_params.token_ids
+
+
 def test_text_without_a_tokenizer_is_refused():
     engine = serving.engine(serving.model_dir(tokenizer=False), enable_lora=False)
     with pytest.raises(InvalidRequest, match="no tokenizer; give token ids"):

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from jaxserve.errors import InvalidRequest
-from jaxserve.sampling import SamplingParams
+from jaxserve.errors import InvalidRequest, ModelError
+from jaxserve.sampling import SamplingParams, default_params
 
 V = 100
 REFUSED = {
@@ -102,3 +102,12 @@ def test_one_stop_string_is_a_tuple_of_one():
 def test_penalties_off_their_neutral_value_are_in_use(field, value):
     assert SamplingParams(**{field: value}).uses_penalties
     assert not SamplingParams().uses_penalties
+
+
+def test_a_model_recommends_how_to_draw():
+    generation = {"temperature": 0.6, "top_p": 0.9, "top_k": None, "max_length": 4096, "do_sample": True}
+    assert default_params(generation) == SamplingParams(temperature=0.6, top_p=0.9)
+    assert default_params({"temperature": 0.6, "do_sample": False}) == SamplingParams(temperature=0.0)
+    assert default_params({}) == SamplingParams()
+    with pytest.raises(ModelError, match=r"generation_config\.json: top_p is '2'; it must be above 0.0 and at most 1.0"):
+        default_params({"top_p": 2})
