@@ -45,12 +45,17 @@ def room_alone(config: Config, rank: int | None) -> dict[str, Any]:
     return room if rank is None else room | {"max_lora_rank": rank}
 
 
-def room_to_answer(config: Config, seqs: int) -> dict[str, Any]:
-    """Options of an engine that runs so many sequences at once at most: few shapes are compiled."""
+def room_to_answer(config: Config, seqs: int, tokens: int = FEW_TOKENS) -> dict[str, Any]:
+    """Options of an engine that runs so many sequences at once at most: few shapes are compiled.
+
+    Args:
+      tokens: of all prompts together, about.
+    """
     engine, lora = config.engine, config.lora
     room: dict[str, Any] = {"max_num_seqs": min(seqs, engine.max_num_seqs)}
     if engine.enable_chunked_prefill:
-        room["max_num_batched_tokens"] = max(FEW_TOKENS, engine.max_num_seqs)
+        rows = 1 << (max(tokens, 1) - 1).bit_length()  # so that prompts of other lengths have shapes in common
+        room["max_num_batched_tokens"] = max(min(rows, FEW_TOKENS), engine.max_num_seqs)
     return room | ({"max_loras": min(len(lora.modules), lora.max_loras)} if lora.modules else {"enable_lora": False})
 
 

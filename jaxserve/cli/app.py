@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -91,7 +91,8 @@ def generate(
     """Complete prompts and print the texts."""
     if not prompt:
         raise ConfigError(["--prompt: at least one is needed"])
-    failed, engine = False, build_engine(config, len(prompt) * config.sampling.params().n, adapter)
+    seqs, tokens = len(prompt) * config.sampling.params().n, sum(len(text.encode()) for text in prompt)
+    failed, engine = False, build_engine(config, room_to_answer(config, seqs, tokens), adapter)
     for output in engine.generate(prompt, config.sampling.params(engine.default_params), adapter=adapter):
         if json_lines:
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
@@ -110,7 +111,7 @@ def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
     """Talk to a model. /reset forgets the conversation, /adapter NAME changes the adapter, Ctrl-D leaves."""
     from jaxserve.cli.chat import talk
 
-    engine = build_engine(config, config.sampling.params().n, adapter)
+    engine = build_engine(config, room_to_answer(config, config.sampling.params().n), adapter)
     params = config.sampling.params(engine.default_params)
     if "max_tokens" not in config.sampling.model_fields_set:
         params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them
@@ -334,9 +335,11 @@ def version() -> None:
     print(jaxserve.__version__)
 
 
-def build_engine(config: Config, seqs: int, adapter: str | None = None) -> "Engine":
-    """The engine of this configuration with its adapters loaded, for so many sequences at once; checks first that
-    ``adapter`` will be there.
+def build_engine(config: Config, room: dict[str, Any], adapter: str | None = None) -> "Engine":
+    """The engine of this configuration with its adapters loaded; checks first that ``adapter`` will be there.
+
+    Args:
+      room: options that hold where the user left them open.
 
     Raises:
       ConfigError: no model, or an adapter that lora.modules does not name.
@@ -344,7 +347,7 @@ def build_engine(config: Config, seqs: int, adapter: str | None = None) -> "Engi
     names = [module.name for module in config.lora.modules]
     if config.model.path is not None and adapter is not None and adapter not in names:
         raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
-    return load_engine(config, room_to_answer(config, seqs))
+    return load_engine(config, room)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

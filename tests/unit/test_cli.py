@@ -119,11 +119,13 @@ def test_an_engine_is_as_small_as_its_prompts_and_what_is_given_holds(engines, c
         config = engines[-1].config
         return config.max_num_seqs, config.max_num_batched_tokens, config.enable_lora and config.max_loras
 
-    assert sizes() == (2, 512, False)
-    assert sizes("--n", "3", "--lora-modules", "math=x") == (6, 512, 1)
+    assert sizes() == (2, 64, False)
+    assert sizes("--prompt", "c" * 200) == (3, 256, False)
+    assert sizes("--prompt", "c" * 2000) == (3, 512, False)
+    assert sizes("--n", "3", "--lora-modules", "math=x") == (6, 64, 1)
     assert sizes("--n", "16", "--no-enable-chunked-prefill") == (32, 2048, False)
     assert sizes("--max-num-seqs", "700", "--enable-lora", "--max-loras", "2") == (700, 700, 2)
-    assert sizes("--max-num-batched-tokens", "64") == (2, 64, False)
+    assert sizes("--max-num-batched-tokens", "80") == (2, 80, False)
 
 
 def test_generate_as_json_lines(engines, capsys):
