@@ -34,7 +34,7 @@ from jaxserve.errors import AdapterNotFound, ConfigError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.control import Controls
 from jaxserve.finetune.data import check_file
-from jaxserve.finetune.errors import DataError
+from jaxserve.finetune.errors import CheckpointError, DataError
 from jaxserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -80,13 +80,19 @@ def run(config: Config, json_lines: bool, title: str, prompts: Sequence[str] = (
     if prompts and not stopping():
         done = replace(done, answers=answer(engine, prompts, [job.adapter for job in jobs]))
     close(engine, handles, progress)
-    result = leave(config, done, title)
-    text = text_block(result)
-    if config.coserve.results_dir is not None:
-        text += f"\nreport: {Path(config.coserve.results_dir) / REPORT}"
+    result = numbers(done)
+    text, failed = text_block(result), result["requests"]["failed"] > 0
+    failed |= any(job.status != "succeeded" for job in handles.values())
+    try:
+        leave(config, done, result, title)
+    except (OSError, CheckpointError) as error:
+        progress.say(f"error: not all results were written: {error}")
+        failed = True
+    else:
+        if config.coserve.results_dir is not None:
+            text += f"\nreport: {Path(config.coserve.results_dir) / REPORT}"
     progress.finish(result, text)
-    failed = result["requests"]["failed"] or any(job.status != "succeeded" for job in handles.values())
-    return stopping.status or int(bool(failed))
+    return stopping.status or int(failed)
 
 
 def answer(engine: "Engine", prompts: Sequence[str], adapters: Sequence[str]) -> list[Answer]:
@@ -306,16 +312,15 @@ def close(engine: "Engine", jobs: "Mapping[str, FinetuneJob]", progress: Progres
             progress.event(adapter, event)
 
 
-def leave(config: Config, done: Coserved, title: str) -> dict[str, Any]:
+def leave(config: Config, done: Coserved, found: Mapping[str, Any], title: str) -> None:
     """Writes what the run leaves behind."""
-    place = None if config.coserve.results_dir is None else Path(config.coserve.results_dir)
-    found = numbers(done) if place is None else write(place, done, title)
     write_result(config, {**(done.circumstances or {}), **found})
-    if place is None:
-        return found
+    if config.coserve.results_dir is None:
+        return
+    place = Path(config.coserve.results_dir)
+    write(place, done, title)
     (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
     for adapter, job in done.jobs.items():
         if job.step > 0 and job.status != "failed":
             with suppress(AdapterNotFound):  # cancelled before it had a lane: nothing was learnt here
                 job.save(place / "adapters" / adapter)
-    return found

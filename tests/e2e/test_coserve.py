@@ -68,3 +68,13 @@ def test_its_job_is_listed_as_done(left, capsys):
     assert _run(["jobs", str(left / "jobs"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["adapter"], found["status"], found["step"], found["held"]) == ("polite", "succeeded", 4, False)
+
+
+def test_results_that_cannot_be_written_are_shown_all_the_same(left, capsys):
+    (left / "taken" / "results.json").mkdir(parents=True)
+    again = ["coserve", "--config", str(left / "run.yaml"), "--results-dir", str(left / "taken"), "--json"]
+    assert _run(again) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[-1]["type"] == "result"
+    assert lines[-1]["requests"]["completed"] == 6
+    assert "error: not all results were written: [Errno 21] Is a directory" in json.dumps(lines)

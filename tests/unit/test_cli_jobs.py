@@ -186,14 +186,19 @@ def _run(argv: list[str]) -> int:
 
 
 def test_a_resumed_job_cancelled_before_its_first_step_takes_no_results_away(tmp_path, monkeypatch):
-    def save(directory):
+    def cancelled(directory):
         raise AdapterNotFound("adapter 'a' is not loaded")
 
-    job = SimpleNamespace(step=3, status="cancelled", save=save)
-    monkeypatch.setattr(coserve, "write", lambda *_: {"found": 1})
+    saved = []
+    jobs = {
+        "a": SimpleNamespace(step=3, status="cancelled", save=cancelled),
+        "b": SimpleNamespace(step=3, status="succeeded", save=saved.append),
+    }
+    monkeypatch.setattr(coserve, "write", lambda *_: None)
     config = Config.model_validate({"coserve": {"results_dir": str(tmp_path)}})
-    done: Any = SimpleNamespace(jobs={"a": job}, circumstances=None)
-    assert coserve.leave(config, done, "") == {"found": 1}
+    done: Any = SimpleNamespace(jobs=jobs, circumstances=None)
+    coserve.leave(config, done, {}, "")
+    assert saved == [tmp_path / "adapters" / "b"]
 
 
 def test_data_that_the_engine_refuses_are_told_by_job():
