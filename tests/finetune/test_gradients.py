@@ -71,7 +71,7 @@ def masked(rate):
         ("llama", "full", LORAS, DROPOUT),
         ("gemma2", "none", LORAS, 0),
         ("llama", "elementwise", LORAS, 0),
-        ("gemma2", STASH, LORAS, 0),
+        pytest.param("gemma2", STASH, LORAS, 0, marks=pytest.mark.slow),
         ("qwen2", STASH, DORA_IA3, DROPOUT),
         pytest.param("qwen2", "attention", DORA_IA3, DROPOUT, marks=pytest.mark.slow),
         pytest.param("gemma3", "elementwise", LORAS, 0, marks=pytest.mark.slow),

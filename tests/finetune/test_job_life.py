@@ -88,6 +88,22 @@ def test_steps_without_dropout_are_compiled_for_the_first_job_that_has_none(engi
     assert new.stats()["recompiles"] == 0
 
 
+def test_dpo_drops_nothing(engine):
+    """Its slope comes from a forward of its own, under which the backward has to be the same function."""
+    rng = np.random.default_rng(7)
+    chosen, rejected = ((rng.integers(0, 300, 40).tolist(), None) for _ in range(2))
+    pair = {"chosen": chosen, "rejected": rejected, "reference_logprobs": [0.0, 0.0]}
+    norms = {}
+    for dropout in (0.0, 0.5):
+        for loss, batch in (("cross_entropy", [chosen]), ("dpo", [pair])):
+            engine.open_adapter("c", rank=4, dropout=dropout)
+            engine.forward_backward("c", batch, loss)
+            norms[loss, dropout] = engine.optim_step("c")["gradient_norm"]
+            engine.close_adapter("c")
+    assert norms["dpo", 0.0] == norms["dpo", 0.5] > 0
+    assert norms["cross_entropy", 0.0] != norms["cross_entropy", 0.5]
+
+
 def test_validation_is_measured_before_between_and_after_and_learns_nothing(engine, undisturbed):
     losses, validation, trained = undisturbed
     assert [step for step, _ in validation] == [0, 2, 4, 6]

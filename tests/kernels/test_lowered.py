@@ -1,6 +1,6 @@
 """A kernel is lowered once for a set of shapes, whichever programs call it, and not at all where it has been kept."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,19 @@ def kept_in(tmp_path):
         jax.config.update(name, value)
 
 
+@cache
+def arguments(case):
+    return jax.eval_shape(partial(case.make, jnp.bfloat16))
+
+
 def program(scale: float = 1.0, case=BENCH_CASES[0]) -> str:
     """One that writes keys and values, lowered for CUDA, each time anew."""
-    args = jax.eval_shape(partial(case.make, jnp.bfloat16))
 
     def write_scaled(k_PKGC, v_PKGC, k_TKC, *others):
         return paged_kv_write(k_PKGC, v_PKGC, k_TKC * scale, *others, implementation=MOSAIC)
 
     write = jax.jit(write_scaled, donate_argnums=(0, 1))
-    return write.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    return write.trace(*arguments(case)).lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_programs_share_an_op_of_the_same_shapes(exports):
