@@ -13,7 +13,8 @@ A advantage):
                          answer, q under a reference model            (Rafailov et al. 2023, eq. 7); without dropout
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +91,19 @@ class TrainingCalls:
             raise InvalidRequest(f"adapter {name!r} is not open for training; open_adapter opens it", "adapter")
         return self.sessions[name]
 
-    def at_rest(self, name: str) -> Session:
-        """The session once nothing of it is under way: a failed step takes batches back that were summed already."""
+    @contextmanager
+    def at_rest(self, name: str) -> Iterator[Session]:
+        """The session while nothing of it is under way: a failed step takes batches back that were summed already. No
+        thread hands in another batch, and none steps the engine, meanwhile."""
         session = self.of(name)
-        while self.trainer.is_under_way(session):
+        while True:
+            with self.engine.core.lock:
+                if not self.trainer.is_under_way(session):
+                    if session.done:
+                        raise InvalidRequest(f"training of adapter {name!r} has ended: {session.error}", "adapter")
+                    yield session
+                    return
             self.engine.drive()
-        if session.done:
-            raise InvalidRequest(f"training of adapter {name!r} has ended: {session.error}", "adapter")
-        return session
 
     # batches
 
@@ -215,34 +221,32 @@ class TrainingCalls:
     # optimizer steps and state
 
     def optim_step(self, name: str, overrides: Mapping[str, float | None]) -> dict[str, Any]:
-        session = self.at_rest(name)
         unknown = sorted(overrides.keys() - set(_OVERRIDES))
         if unknown:
             raise InvalidRequest(f"optim_step has no {unknown[0]!r}; there are {', '.join(_OVERRIDES)}", unknown[0])
-        hyper = _hyper(session.config, overrides)
-        with self.engine.core.lock:
+        with self.at_rest(name) as session:
+            hyper = _hyper(session.config, overrides)
             norm, applied = self.trainer.sessions.optim_step(session, hyper)
-        return {
-            "step": session.step,
-            "applied": applied,
-            "gradient_norm": norm,
-            "learning_rate": float(hyper["learning_rate"]),
-            "adapter_version": session.version,
-        }
+            return {
+                "step": session.step,
+                "applied": applied,
+                "gradient_norm": norm,
+                "learning_rate": float(hyper["learning_rate"]),
+                "adapter_version": session.version,
+            }
 
     def save_state(self, name: str, directory: Any) -> None:
-        session, engine, directory = self.at_rest(name), self.engine, checked_directory(directory)
-        with CheckpointWriter(directory, self._identity(session), keep=1) as writer:
-            with engine.core.lock:
+        directory = checked_directory(directory)
+        with CheckpointWriter(directory, self._identity(self.of(name)), keep=1) as writer:
+            with self.at_rest(name) as session:
                 state = self.trainer.sessions.state_of(session)
+                meta = {"step": session.step, "calls": session.num_batches}
             found = load_latest(directory)
-            writer.save(
-                0 if found is None else found.step + 1, state, {"step": session.step, "calls": session.num_batches}
-            )
+            writer.save(0 if found is None else found.step + 1, state, meta)
 
     def load_state(self, name: str, directory: Any) -> None:
-        session, directory = self.at_rest(name), checked_directory(directory)
-        with self.engine.core.lock:
+        directory = checked_directory(directory)
+        with self.at_rest(name) as session:
             like, passed_over = self.trainer.sessions.state_of(session), []
             found = load_latest(
                 directory, like=like, expect=self._identity(session), on_event=lambda _, why: passed_over.append(why)

@@ -2,6 +2,8 @@
 batches, same losses, same adapter."""
 
 import itertools
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -176,6 +178,26 @@ def test_forward_alone_learns_nothing(engine, opened):
     before = engine.adapters.get("a").weights.fetched.digest
     assert engine.optim_step("a")["gradient_norm"] == 0
     assert engine.adapters.get("a").weights.fetched.digest == before
+
+
+def test_a_batch_of_another_thread_waits_for_an_update(engine, opened, monkeypatch):
+    trainer, session = engine.core.trainer, engine._calls.sessions["a"]
+    is_under_way = trainer.is_under_way
+    other = threading.Thread(target=engine.forward_backward, args=("a", [([1, 2, 3], None)]))
+
+    def looked_at(job):
+        found = is_under_way(job)
+        if not found and other.ident is None:
+            other.start()
+            for _ in range(20):  # where nothing keeps it out, its batch is there before the update
+                if session.idle:
+                    time.sleep(0.01)
+        return found
+
+    monkeypatch.setattr(trainer, "is_under_way", looked_at)
+    assert engine.optim_step("a")["gradient_norm"] == 0
+    other.join()
+    assert engine.optim_step("a")["gradient_norm"] > 0
 
 
 def test_the_trainers_log_probabilities_are_the_samplers(engine, opened):
