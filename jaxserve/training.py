@@ -72,8 +72,8 @@ class TrainingEngine(ABC):
         After each optimizer step the adapter's new version answers requests from the next step on. The first job, and
         the first with dropout or of another method, has its steps with gradient rows compiled here, unless that was
         done at start-up (max_finetune_jobs, ``from_pretrained``'s jobs); a job's own small programs are compiled here,
-        too. With ``output_dir`` the job keeps checkpoints, and goes on from the
-        newest one when it is begun again with the same data and settings.
+        too. With ``output_dir`` the job keeps checkpoints, and goes on from the newest one when it is begun again with
+        the same data and settings.
 
         Args:
           data: a JSONL file (chat messages, prompt and completion, or text), or an iterable of what its lines hold or

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.load import BASE
 from jaxserve.bench.replay import Mix, MixedRun, MixedStep, ServedRequest
-from jaxserve.bench.report import is_good, metrics, objectives, share_met
-from jaxserve.metrics import summary
+from jaxserve.bench.report import in_ms, is_good, metrics, objectives, share_met
 
 if TYPE_CHECKING:
     from jaxserve import FinetuneJob
@@ -223,11 +222,6 @@ def so_far(run: MixedRun, goodput: Sequence[str]) -> dict[str, Any]:
     """Latencies, None of no request, and attainment of the requests that are over."""
     over = [r for r in run.served if r.over]
     begun = [r for r in run.served if r.token_times]
-    values = {"ttft": [r.ttft for r in begun], "tpot": [r.tpot for r in over if r.tpot is not None]}
-    found = {name: summary(each) if each else {} for name, each in values.items()}
-    latencies = {
-        f"{kind}_{name}_ms": found[name][kind] * 1000 if found[name] else None
-        for name in values
-        for kind in ("median", "p99")
-    }
+    tpots, kinds = [r.tpot for r in over if r.tpot is not None], ("median", "p99")
+    latencies = in_ms("ttft", [r.ttft for r in begun], kinds) | in_ms("tpot", tpots, kinds)
     return {"done": len(over), **latencies, "attainment": attainment(over, goodput)["attainment"]}

@@ -152,10 +152,14 @@ def metrics(run: Run, goodput: Sequence[str] = ()) -> dict[str, Any]:
         "max_concurrent_requests": _peak_requests(done),
     }
     for name, values in latencies(run).items():
-        found = summary(values)
-        kinds = ("mean", "median", "std", "p99")
-        numbers |= {f"{kind}_{name}_ms": found[kind] * 1000 if values else None for kind in kinds}
+        numbers |= in_ms(name, values, ("mean", "median", "std", "p99"))
     return {**numbers, **_engine_metrics(run)}
+
+
+def in_ms(name: str, values: Sequence[float], kinds: Sequence[str]) -> dict[str, float | None]:
+    """Keys of ``summary``, as median_NAME_ms, of latencies in seconds; None of none."""
+    found = summary(values)
+    return {f"{kind}_{name}_ms": found[kind] * 1000 if values else None for kind in kinds}
 
 
 def _engine_metrics(run: Run) -> dict[str, Any]:

@@ -99,9 +99,8 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
 
 def check_rates(config: Config) -> None:
     """Raises ConfigError for a rate of any cell's runs at which there are no requests."""
-    for _, rate in calls_of(cells_of(config)):
-        if rate:
-            rows_at(config, rate * config.sweep.replicas, config.sweep.seconds)
+    for rate in dict.fromkeys(rate for _, rate in calls_of(cells_of(config)) if rate):
+        rows_at(config, rate * config.sweep.replicas, config.sweep.seconds)
 
 
 def goals_of(config: Config) -> dict[str, float]:

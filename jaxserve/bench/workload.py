@@ -98,10 +98,11 @@ def _row(header: list[str], cells: list[str], earliest: float) -> Row | str:
     arrival = _float(fields["arrival_s"])
     if not earliest <= arrival < math.inf:
         return f"arrival_s: {short(fields['arrival_s'])} is not a time in seconds, {earliest:g} or later"
-    for name in ("prompt_tokens", "output_tokens"):
-        if not 1 <= _count(fields[name]) <= MOST_TOKENS:
+    counts = {name: _count(fields[name]) for name in ("prompt_tokens", "output_tokens")}
+    for name, count in counts.items():
+        if not 1 <= count <= MOST_TOKENS:
             return f"{name}: {short(fields[name])} is not a whole number from 1 to {MOST_TOKENS:,}"
-    return Row(arrival, _count(fields["prompt_tokens"]), _count(fields["output_tokens"]), fields.get("tenant", ""))
+    return Row(arrival, **counts, tenant=fields.get("tenant", ""))
 
 
 def _count(text: str) -> int:
