@@ -4,6 +4,7 @@ Plain Python over a scheduler, a queue of finetune windows and a model of step t
 simulator's are both built around it.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
@@ -29,6 +30,10 @@ GRADIENT_ROWS = 1.3  # rows forward that take as long as the backward of one: th
 # at equal prices all forwards would come first, and such backwards last.
 GRADIENT_WORTH = 1.8
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
+RECENT_STARTS = 8  # of requests, whose mean distance says when to expect the next one
+MAX_WAIT = 8  # steps in a row that finetuning stays out of for a longer one
+WORTH_WAITING = 1.05  # times the work per second that a longer one must promise: the model of step times errs
+SHORTEST = 1e-6  # seconds
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), chunk_rows=0)
 
@@ -42,6 +47,26 @@ class Finetuning(Protocol):
     def settle(self) -> None:
         """Moves on what waits for something else than a step."""
         ...
+
+
+class Room(NamedTuple):
+    """What the objectives leave of a step for finetune windows, in seconds."""
+
+    now: float  # that the step may take
+    most: float  # that any later one may take
+    gain: float = 0.0  # by which ``now`` grows with every step of requests alone, as long as no request comes
+    gap: float = NEVER  # between requests that come, in the mean
+
+
+UNLIMITED = Room(NEVER, NEVER)
+
+
+class Option(NamedTuple):
+    """A bucket with room for windows."""
+
+    work: float  # at most
+    seconds: float  # at least, judging by the requests alone
+    bucket: Bucket
 
 
 class Planned(NamedTuple):
@@ -77,6 +102,8 @@ class Planner:
         self._free_at = 0.0  # when the device is expected to be through with everything planned
         self._planned: deque[float] = deque()  # expected seconds of steps that have not been measured
         self._recent: deque[int] = deque(maxlen=RECENT_STEPS)
+        self._starts: deque[float] = deque(maxlen=RECENT_STARTS)  # of requests
+        self._waited = 0  # steps in a row that finetuning stayed out of
 
     def set_buckets(self, buckets: Buckets) -> None:
         self.buckets = buckets
@@ -98,17 +125,17 @@ class Planner:
         turn = self.sharing.turn(self) if finetuning is not None else Turn.REQUESTS
         chosen = None
         if finetuning is not None and turn is Turn.FINETUNE:
-            chosen = self._with_windows(finetuning.queue, None, NEVER)
+            chosen = self._with_windows(finetuning.queue, None, UNLIMITED)
         if chosen is None:
             plan = self.scheduler.plan(now, self._chunk_room(now, start))
             alone = plan and self._alone(plan)
             if finetuning is None or turn is not Turn.TOGETHER or (finetuning.held and plan is not None):
                 chosen = alone
             else:
-                chosen = self._with_windows(finetuning.queue, alone, self._allowed(alone, start))
+                chosen = self._with_windows(finetuning.queue, alone, self._room(alone, start))
         if chosen is None and turn is Turn.REQUESTS and self._is_held_up():
             assert finetuning is not None
-            chosen = self._with_windows(finetuning.queue, None, NEVER)
+            chosen = self._with_windows(finetuning.queue, None, UNLIMITED)
         if chosen is None:
             return None
         self.sharing.planned(chosen)
@@ -186,16 +213,21 @@ class Planner:
 
     # finetuning
 
-    def _allowed(self, alone: Planned | None, start: float) -> float:
-        """Seconds that the step may take with finetune windows in it."""
+    def _room(self, alone: Planned | None, start: float) -> Room:
+        """What the objectives leave of the step for finetune windows."""
+        limit = self.budget.arrival_limit
         if alone is None:
-            return self.budget.arrival_limit
+            return Room(limit, limit)
+        if alone.plan.started:
+            self._starts.append(start)
         if self.scheduler.backlog and self.budget.has_promises:
-            return 0.0  # prompts are waiting: the sooner this step is over, the better
+            return Room(0.0, 0.0)  # prompts are waiting: the sooner this step is over, the better
         slack = self.budget.slack(alone.plan.decoding, start, alone.seconds, planned=1)
-        return min(slack, self.budget.arrival_limit) / (1 + self.times.uncertainty)
+        sure = 1 / (1 + self.times.uncertainty)
+        gap = max(start - self._starts[0], SHORTEST) / len(self._starts) if self._starts else NEVER
+        return Room(min(slack, limit) * sure, limit * sure, (self.budget.tpot - alone.seconds) * sure, gap)
 
-    def _with_windows(self, queue: FinetuneQueue, alone: Planned | None, allowed: float) -> Planned | None:
+    def _with_windows(self, queue: FinetuneQueue, alone: Planned | None, room: Room) -> Planned | None:
         """The step of these requests with the windows that fit into it, if any do.
 
         Args:
@@ -208,13 +240,18 @@ class Planner:
         if not queue.active:
             return alone
         base = alone or Planned(NOTHING, StepLoad(self._fit(0, 0)), 0.0)
-        best = self._best(queue, base, allowed)
+        options = self._options(queue, base)
+        if self._waits(options, base, room):
+            self._waited += 1
+            return alone
+        best = self._best(queue, base, options, room.now)
         if best is None and alone is None:
-            best = self._least(queue, base, NEVER)
+            best = self._least(queue, base, options, NEVER)
         elif best is None and self.budget.credit > 0:
-            best = self._least(queue, base, base.seconds + self.budget.credit)
+            best = self._least(queue, base, options, base.seconds + self.budget.credit)
         if best is None:
             return alone
+        self._waited = 0
         queue.begin(best.plan.finetune)
         self._charge(queue, best.plan.finetune)
         self.budget.spend(best.seconds - base.seconds)
@@ -226,12 +263,30 @@ class Planner:
                 job, _ = queue.owner[window.seq]
                 self.scheduler.policy.charge(job.tenant, cost * window.length)
 
-    def _best(self, queue: FinetuneQueue, base: Planned, allowed: float) -> Planned | None:
+    def _waits(self, options: Iterable[Option], base: Planned, room: Room) -> bool:
+        """Whether finetuning stays out of this step so that a later one has the time for windows that get more done in
+        the seconds they add than any that fit now. A request that comes meanwhile has saved up nothing, and the wait
+        was in vain: the chance that none does counts."""
+        if room.gain <= 0:
+            return False
+        now = max((_rate(option, base) for option in options if option.seconds <= room.now), default=0.0)
+        for option in options:
+            if room.now < option.seconds <= room.most:
+                steps = math.ceil((option.seconds - room.now) / room.gain)
+                undisturbed = math.exp(-steps * base.seconds / room.gap)
+                if self._waited + steps <= MAX_WAIT and undisturbed * _rate(option, base) > WORTH_WAITING * now:
+                    return True
+        return False
+
+    def _best(self, queue: FinetuneQueue, base: Planned, options: list[Option], allowed: float) -> Planned | None:
         """The windows that get most work done per second in a step that takes no longer than ``allowed``."""
-        candidates = self._candidates(queue, base, allowed)
+        candidates = [
+            (_worth(work, seconds, allowed, bucket), bucket) for work, seconds, bucket in options if seconds <= allowed
+        ]
         if not candidates:
             return None
-        fitting = max(bucket.grad_rows for _, _, bucket in candidates)
+        candidates.sort(key=_promise, reverse=True)
+        fitting = max(bucket.grad_rows for _, bucket in candidates)
         self._recent.append(fitting)
         usual = max(self._recent) or queue.max_window
         best = self._draft(queue, base, allowed, candidates, usual)
@@ -239,32 +294,31 @@ class Planner:
             best = self._draft(queue, base, allowed, candidates, fitting)
         return best
 
-    def _least(self, queue: FinetuneQueue, base: Planned, allowed: float) -> Planned | None:
+    def _least(self, queue: FinetuneQueue, base: Planned, options: list[Option], allowed: float) -> Planned | None:
         """The windows that take the least time."""
-        shortest_first = sorted(self._candidates(queue, base, allowed), key=lambda candidate: candidate[1])
-        for candidate in shortest_first:
-            best = self._draft(queue, base, allowed, [candidate], candidate[2].grad_rows or queue.max_window)
+        for _, seconds, bucket in sorted(options, key=lambda option: option.seconds):
+            if seconds > allowed:
+                break
+            best = self._draft(queue, base, allowed, [(NEVER, bucket)], bucket.grad_rows or queue.max_window)
             if best is not None:
                 return best
         return None
 
-    def _candidates(self, queue: FinetuneQueue, base: Planned, allowed: float) -> list[tuple[float, float, Bucket]]:
-        """(worth at most, seconds at least, bucket) of every bucket with room to spare for windows and,
-        judging by its requests alone, short enough; the most promising first."""
+    def _options(self, queue: FinetuneQueue, base: Planned) -> list[Option]:
+        """Every bucket with room to spare for windows."""
         backward, forward, dropout = queue.left()
         rows, found = base.plan.chunk_rows, []
         buckets = self._with_room(rows, len(base.plan.decoding), dropout)
         for bucket, seconds in zip(buckets, self.times.predict_each(base.load, buckets), strict=True):
-            if seconds <= allowed:
-                grad_rows, room = bucket.grad_rows, bucket.chunk_rows - rows
-                work = self.gradient_worth * (grad_rows if grad_rows < backward else backward)
-                work += FORWARD_TOKEN * (room if room < forward else forward)
-                found.append((_worth(work, seconds, allowed, bucket), seconds, bucket))
-        return sorted(found, key=_promise, reverse=True)
+            grad_rows, room = bucket.grad_rows, bucket.chunk_rows - rows
+            work = self.gradient_worth * (grad_rows if grad_rows < backward else backward)
+            work += FORWARD_TOKEN * (room if room < forward else forward)
+            found.append(Option(work, seconds, bucket))
+        return found
 
     def _draft(self, queue: FinetuneQueue, base: Planned, allowed: float, candidates, usual: int) -> Planned | None:
         best, most, can_forward = None, 0.0, True
-        for promise, _, bucket in candidates:
+        for promise, bucket in candidates:
             if promise <= most:
                 break
             if not (bucket.grad_rows or can_forward):
@@ -312,7 +366,12 @@ def _with_room(buckets: Buckets, chunk_rows: int, decode_rows: int, dropout: boo
     ]
 
 
-def _promise(candidate: tuple[float, float, Bucket]) -> float:
+def _rate(option: Option, base: Planned) -> float:
+    """Work per second that windows add to the step without."""
+    return option.work / max(option.seconds - base.seconds, SHORTEST)
+
+
+def _promise(candidate: tuple[float, Bucket]) -> float:
     return candidate[0]
 
 

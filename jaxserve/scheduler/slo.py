@@ -32,7 +32,8 @@ class LatencyBudget:
     def __post_init__(self):
         ttft = min((o.ttft for o in self.objectives), default=NEVER)
         self.arrival_limit = ttft * (1 - MARGIN) / FIRST_TOKEN_STEPS  # a step's, for those who come while it runs
-        self.has_tpot = any(o.tpot < NEVER for o in self.objectives)
+        self.tpot = min((o.tpot for o in self.objectives), default=NEVER) * (1 - MARGIN)  # the shortest
+        self.has_tpot = self.tpot < NEVER
         self.has_promises = self.has_tpot or ttft < NEVER
 
     def slack(self, decoding: Iterable[Sequence], start: float, shortest: float, planned: int = 0) -> float:

@@ -11,6 +11,7 @@ import pytest
 from jaxserve.bench.roofline import DEVICES
 from jaxserve.bench.simulator import RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
+from jaxserve.engine import planner
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.limits import SchedulerConfig
 from jaxserve.scheduler.request import Objective
@@ -105,6 +106,38 @@ def test_a_burst_stops_finetuning_and_it_is_back_soon_after(device):
     usual, burst, after = run.finetune_rate(5, 10), run.finetune_rate(10.5, 13), run.finetune_rate(27, 32)
     assert burst < 0.2 * usual
     assert after > 0.7 * usual
+
+
+class Started:
+    """A device on which windows of any length take as long to begin, and a step of requests takes little."""
+
+    def seconds(self, planned):
+        bucket = planned.load.bucket
+        rows = 2 * bucket.grad_rows + bucket.chunk_rows
+        return 0.003 + (0.02 + 5e-5 * rows if rows else 0.0)
+
+
+def with_and_without_waiting(monkeypatch, device, requests):
+    """Finetune rates of both; the objectives are met in both."""
+    rates = []
+    for steps in (planner.MAX_WAIT, 0):
+        monkeypatch.setattr(planner, "MAX_WAIT", steps)
+        run = simulate(device, requests, 20.0, stash_blocks=128)[1]
+        assert run.attainment({"tpot": TPOT}) >= 0.99
+        rates.append(run.finetune_rate(2, 20))
+    return rates
+
+
+@pytest.mark.parametrize(("rate", "outputs"), [(0.5, 600), (20, 30)])
+def test_finetuning_stays_out_of_short_steps_for_the_sake_of_a_long_one(monkeypatch, rate, outputs):
+    waiting, never = with_and_without_waiting(monkeypatch, Started(), load(rate, 20, prompt=20, outputs=outputs))
+    assert waiting > 1.15 * never
+
+
+def test_finetuning_does_not_wait_for_time_that_the_next_request_will_take(monkeypatch, device):
+    slower = RooflineDevice(device.model, DEVICES["a100-80gb"], remat=None)
+    waiting, never = with_and_without_waiting(monkeypatch, slower, load(40, 20, prompt=50, outputs=20))
+    assert waiting > 0.97 * never
 
 
 @pytest.mark.parametrize("floor", [0.0, 0.2])
