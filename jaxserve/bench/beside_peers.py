@@ -17,7 +17,7 @@ from jaxserve.bench import sweep
 from jaxserve.bench.finetune import PeftPeer, how
 from jaxserve.bench.peers import TransformersPeer, require_peft, write_dummy_checkpoint
 from jaxserve.bench.policies import ALONE
-from jaxserve.bench.ran import Asked, Ran, serving_numbers
+from jaxserve.bench.ran import DRAIN_SECONDS, Asked, Ran, serving_numbers
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result
 from jaxserve.bench.time_sliced import POLICIES, TimeSliced
@@ -130,8 +130,6 @@ class Peer:
 
     def run(self, policy: str, load: Workload) -> Ran:
         """One run; see ``time_sliced``."""
-        from jaxserve.bench.live import DRAIN_SECONDS
-
         return TimeSliced(
             self.serving.generate,
             self.training.backwards(itertools.cycle(self.batches), self.padded),

@@ -17,7 +17,7 @@ from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.engine import load_engine, room_for
 from jaxserve.bench.finetune import make_examples
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch, run_name
+from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, Watch, run_name
 from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import run_load, sampling, warm_up_load
@@ -36,7 +36,6 @@ from jaxserve.finetune.job import Job
 if TYPE_CHECKING:
     from jaxserve import FinetuneJob
 
-DRAIN_SECONDS = 30.0  # after the last arrival; a request that is not over by then counts as missed
 READY_SECONDS = 600.0  # that a second process may take to load and compile
 TRAINED = "trained"  # the adapter of made-up examples
 ENDLESS: dict[str, Any] = {

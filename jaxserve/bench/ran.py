@@ -24,6 +24,7 @@ from jaxserve.kvcache.pages import PagePool
 from jaxserve.scheduler.scheduler import Scheduler
 
 NOT_OVER = "not over when the run ended"
+DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
 PERCENTILES = (50, 90, 99)
 LATENCIES = ("ttft", "tpot", "tpot_all_tokens", "itl")
 

@@ -20,7 +20,7 @@ from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import NOT_OVER, Asked, Ran, StepRow, Watch, run_name
+from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, Watch, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest, Row
@@ -35,7 +35,6 @@ from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
 
-DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
 RESERVE_BYTES = 2 << 30  # of each device: runtime, buffers of steps without gradient rows
 MAX_LENGTH = 8192  # of a sequence, where the configuration says nothing
 ROW_BLOCK = 64
