@@ -35,7 +35,9 @@ def rows_at(config: Config, rate: float, seconds: float) -> tuple[list[Row], str
 
 
 def trace_at(rows: Sequence[Row], rate: float, seconds: float, how: str, seed: int = 0) -> tuple[list[Row], str]:
-    """A trace brought to a mean rate. It begins again where it is too short.
+    """The beginning of a trace brought to a mean rate over ``seconds``. It begins again where it is too short.
+
+    A part of a trace rarely has the rate of the whole, so the rate is that of the rows which come.
 
     Args:
       how: "stretch" or "thin", as in ``rescale``.
@@ -46,21 +48,36 @@ def trace_at(rows: Sequence[Row], rate: float, seconds: float, how: str, seed: i
     first, last = rows[0].arrival_s, rows[-1].arrival_s
     if last <= first:
         raise ConfigError(["bench.trace: all requests come at once; a rate needs arrivals over time"])
-    own = (len(rows) - 1) / (last - first)
+    used, lasts = _beginning([row._replace(arrival_s=row.arrival_s - first) for row in rows], rate, seconds, how)
+    own = len(used) / lasts
     if how == "thin" and rate > own:
-        raise ConfigError(
-            [f"sweep.rates: {rate:g} requests/s of a trace that has {own:.3g}; thinning only slows down, stretch it"]
-        )
-    scaled = rescale([row._replace(arrival_s=row.arrival_s - first) for row in rows], rate / own, how, seed)
+        said = f"{rate:g} requests/s of a trace that has {own:.3g} in its first {lasts:.3g} s"
+        raise ConfigError([f"sweep.rates: {said}; thinning only slows down, stretch it"])
+    scaled = rescale(used, rate / own, how, seed)
     if not scaled:
-        raise ConfigError([f"sweep.rates {rate:g}: thinning leaves none of the trace's {len(rows)} requests"])
-    period = len(scaled) / rate
+        raise ConfigError([f"sweep.rates {rate:g}: thinning leaves none of the trace's {len(used)} requests"])
+    period = lasts * own / rate if how == "stretch" else lasts
     times = max(math.ceil(seconds / period), 1)
     repeated = [row._replace(arrival_s=row.arrival_s + turn * period) for turn in range(times) for row in scaled]
     said = {"stretch": f"time stretched {own / rate:.3g} times", "thin": f"thinned to {rate / own:.3g} of its rows"}
     again = f", {times} times over" if times > 1 else ""
     found = sorted(row for row in repeated if row.arrival_s < seconds)
     return found, f"{said[how]} to {rate:g} requests/s{again}"
+
+
+def _beginning(rows: list[Row], rate: float, seconds: float, how: str) -> tuple[list[Row], float]:
+    """The first rows, as many as ``seconds`` take: of stretched ones at ``rate``, of thinned ones as they are; and the
+    time until the next one comes."""
+    if how == "thin":
+        count, lasts = sum(row.arrival_s < seconds for row in rows), seconds
+    else:
+        count = min(math.ceil(rate * seconds), len(rows))
+        while count < len(rows) and rows[count].arrival_s <= 0:  # all so far come at once
+            count += 1
+        lasts = rows[min(count, len(rows) - 1)].arrival_s
+    if count == len(rows):  # the gap behind the last one is as long as the others are on average
+        lasts = rows[-1].arrival_s * count / (count - 1)
+    return rows[:count], lasts
 
 
 def bursts_of(config: Config, seconds: float) -> list[tuple[float, float]]:

@@ -148,6 +148,26 @@ def test_a_trace_is_brought_to_any_rate_and_length():
         arrivals.trace_at([Row(1.0, 5, 3)] * 3, 2.0, 20.0, "stretch")
 
 
+def test_the_rate_is_that_of_the_rows_which_come():
+    times = [float(i) for i in range(100)] + [100 + i / 10 for i in range(1000)]  # quiet, then ten times as busy
+    rows = [Row(time, 5, 3) for time in times]
+    for rate, seconds in ((2.0, 20.0), (0.5, 60.0), (20.0, 40.0)):
+        found, said = arrivals.trace_at(rows, rate, seconds, "stretch")
+        assert len(found) == rate * seconds
+        assert "over" not in said
+    thin, said = arrivals.trace_at(rows, 0.5, 60.0, "thin", seed=1)
+    assert "thinned to 0.5 of its rows" in said
+    assert len(thin) == pytest.approx(30, abs=8)
+    with pytest.raises(ConfigError, match=r"2 requests/s of a trace that has 1 in its first 60 s"):
+        arrivals.trace_at(rows, 2.0, 60.0, "thin")
+
+
+def test_a_trace_that_begins_with_many_at_once_is_stretched():
+    rows = [Row(0.0, 5, 3)] * 9 + [Row(3.0, 5, 3)] * 9
+    found, _ = arrivals.trace_at(rows, 1.0, 6.0, "stretch")
+    assert [row.arrival_s for row in found] == [0.0] * 9
+
+
 def test_a_rate_that_thinning_cannot_reach_is_refused_before_the_first_run(tmp_path):
     trace = tmp_path / "trace.csv"
     trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,3\n1,5,3\n2,5,3\n")
@@ -155,7 +175,7 @@ def test_a_rate_that_thinning_cannot_reach_is_refused_before_the_first_run(tmp_p
         bench={"trace": str(trace), "trace_scaling": "thin"},
         sweep={"rates": (0.5,), "policies": ("coserve", "separate:25")},
     )
-    with pytest.raises(ConfigError, match=r"sweep\.rates: 2 requests/s of a trace that has 1; thinning only slows"):
+    with pytest.raises(ConfigError, match=r"sweep\.rates: 2 requests/s of a trace that has 1 in its first 3 s"):
         sweep.main(given)
 
 
