@@ -29,6 +29,7 @@ from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.planner import Planned
 from jaxserve.engine.sharing import CoServing, sharing
 from jaxserve.engine.times import StepLoad, StepTimes
+from jaxserve.errors import EngineError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset
 from jaxserve.finetune.job import Job
@@ -101,25 +102,28 @@ class Live:
         ours, theirs = context.Pipe()
         other = context.Process(target=_finetune_alone, args=(self.config, f"spatial finetuning at {rate:g}", theirs))
         other.start()
+        theirs.close()  # or its end would not be seen here
         try:
             if not ours.poll(READY_SECONDS):
-                raise TimeoutError(f"the second process was not ready after {READY_SECONDS:g} s")
+                raise EngineError(f"the second process was not ready after {READY_SECONDS:g} s")
             ours.recv()
             ours.send("go")
             serving = self.watched(f"spatial requests at {rate:g}", "inference-only", rate)
             ours.send("stop")
             training = ours.recv()
             other.join()
+        except (EOFError, ConnectionError):
+            raise EngineError("the second process has ended; it said why above") from None
         finally:
             other.kill()  # nothing, where it is over
         return serving, training
 
-    def watched(self, name: str, how: str, rate: float, stopped: Callable[[], bool] | None = None) -> Ran:
+    def watched(self, name: str, how: str, rate: float, may_end: Callable[[], bool] = lambda: True) -> Ran:
         """One run.
 
         Args:
           how: a name of ``engine.sharing``.
-          stopped: ends it; by default it ends after the run's seconds, when the requests are over.
+          may_end: asked once the run's seconds and its requests are over.
         """
         engine, seconds = self.engine, self.config.sweep.seconds
         core, load = engine.core, self.workload(name, rate, seconds)
@@ -128,10 +132,10 @@ class Live:
 
         def over() -> bool:
             served = not (replay.waiting or replay.alive)
-            return replay.now >= seconds and (served or replay.now >= seconds + DRAIN_SECONDS)
+            return replay.now >= seconds and (served or replay.now >= seconds + DRAIN_SECONDS) and may_end()
 
         params = sampling(self.config, fixed=frozenset({"max_tokens"}))
-        replay = Replay(engine, load, jobs, params, stopped=stopped or over, clock=core.clock)
+        replay = Replay(engine, load, jobs, params, stopped=over, clock=core.clock)
         before = core.scheduler.counts().preemptions
         try:
             with Watch(core)() as watch:
@@ -140,10 +144,9 @@ class Live:
             core.planner.sharing = CoServing()
             self._end(jobs.values())
         self.steps[name] = copy.deepcopy(core.planner.times), watch.loads, [step.seconds for step in watch.steps]
-        lasted = seconds if stopped is None else min(seconds, run.duration)
         return Ran(
             name=name,
-            seconds=lasted,
+            seconds=seconds,
             requests=asked(load.requests, run.served),
             steps=[step._replace(at=step.at - replay.began) for step in watch.steps],
             preemptions=core.scheduler.counts().preemptions - before,
@@ -235,10 +238,10 @@ def asked(requests: Sequence[BenchRequest], served: Sequence[ServedRequest]) -> 
 def _finetune_alone(config: Config, name: str, parent: Connection) -> None:
     """The second process: loads, says so, and finetunes from one word of its parent to the next."""
     live = Live(config)
-    live.watched("warm-up", "finetune-only", 0.0, stopped=lambda: True)  # compiles what jobs need
+    live._end(live._start().values())  # compiles what jobs need
     parent.send("ready")
     parent.recv()
-    parent.send(live.watched(name, "finetune-only", 0.0, stopped=parent.poll))
+    parent.send(live.watched(name, "finetune-only", 0.0, may_end=parent.poll))
 
 
 def agreement(measured: Ran, simulated: Ran, goals: Mapping[str, float]) -> dict[str, Any]:

@@ -52,3 +52,10 @@ def test_the_engines_runs_leave_nothing_behind(live):
         assert core.trainer.queue.active == []
         assert core.pool.num_used == 0
         assert live.engine.list_adapters() == []
+
+
+def test_beside_few_requests_a_second_process_finetunes_for_all_of_the_runs_seconds(live):
+    serving, training = live.spatial(0.1)
+    assert max(request.token_times[-1] for request in serving.requests) < 8.0
+    assert training.steps[-1].end > 9.0
+    assert training.finetune_rate > 0

@@ -12,7 +12,7 @@ from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row
 from jaxserve.cli.app import app
 from jaxserve.config import Config, dump_config, resolve
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, EngineError
 from jaxserve.models.config import ModelConfig
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
@@ -132,6 +132,14 @@ def test_requests_that_were_never_sent_have_missed_their_objectives():
     assert [r.error for r in found] == [None, None, ran.NOT_OVER, "the prompt is too long", ran.NOT_OVER]
     assert {(r.tenant, r.start) for r in found} == {("t", i / 4) for i in range(5)}
     assert ran.serving_numbers(found, 2.0, GOALS)["attainment"] == pytest.approx(2 / 5)
+
+
+def test_a_second_process_that_ends_is_not_waited_for(tmp_path, capfd):
+    engine = object.__new__(live.Live)
+    engine.config = Config(model={"path": str(tmp_path / "nowhere")})
+    with pytest.raises(EngineError, match="the second process has ended"):
+        engine.spatial(1.0)
+    assert "nowhere" in capfd.readouterr().err
 
 
 def test_a_trace_is_brought_to_any_rate_and_length():
