@@ -21,7 +21,7 @@ from jaxserve.bench.ran import DRAIN_SECONDS, Asked, Ran, serving_numbers
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result
 from jaxserve.bench.time_sliced import POLICIES, TimeSliced
-from jaxserve.bench.workload import Workload
+from jaxserve.bench.workload import NOBODY, Workload
 from jaxserve.config import Config
 from jaxserve.config.runs import SamplingSection
 from jaxserve.config.schema import JobSection
@@ -178,7 +178,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 def run_sides(live: "Live", peer: Peer, load: Workload, turn: int) -> dict[str, Ran]:
     """Every kind of run once, the sides in turn."""
-    rate, nobody = live.config.bench.request_rate, Workload(requests=(), source="no requests")
+    rate = live.config.bench.request_rate
     assert rate is not None, "check() was not called"
 
     def ours(sharing: str, rate: float) -> Ran:
@@ -189,7 +189,7 @@ def run_sides(live: "Live", peer: Peer, load: Workload, turn: int) -> dict[str, 
         "serve-first": peer.run("serve-first", load),
         ALONE: ours(ALONE, 0.0),
         "alternate": peer.run("alternate", load),
-        PEER_ALONE: peer.run("serve-first", nobody),
+        PEER_ALONE: peer.run("serve-first", NOBODY),
     }
 
 

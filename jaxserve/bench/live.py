@@ -148,6 +148,7 @@ class Live:
             name=name,
             seconds=seconds,
             requests=asked(load.requests, run.served),
+            clipped=load.num_clipped,
             steps=[step._replace(at=step.at - replay.began) for step in watch.steps],
             preemptions=core.scheduler.counts().preemptions - before,
             evictions=watch.evictions,
@@ -209,9 +210,8 @@ class Live:
         alone = how == "inference-only"  # on the programs of an engine that finetunes, as it was measured
         simulator = Simulator(settings, device, [] if alone else jobs, buckets=core.planner.buckets)
         name = f"{how} at {rate:g}, simulated"
-        return simulated(
-            name, simulator, self.workload(name, rate, self.config.sweep.seconds).requests, self.config.sweep.seconds
-        )
+        seconds = self.config.sweep.seconds
+        return simulated(name, simulator, self.workload(name, rate, seconds), seconds)
 
 
 def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:

@@ -112,6 +112,7 @@ def numbers(cell: Cell, goals: Mapping[str, float], alone: float | None) -> dict
         "arithmetic": cell.arithmetic,
         "finetune_tokens_per_s": cell.finetune_rate,
         "finetuning_kept": cell.finetune_rate / alone if alone else None,
+        "clipped": serving.clipped if serving else 0,
         "preemptions": serving.preemptions if serving else 0,
         "evictions": sum(ran.evictions for ran in {id(r): r for r in (serving, training) if r}.values()),
     }

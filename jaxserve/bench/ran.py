@@ -75,6 +75,7 @@ class Ran:
     seconds: float  # requests came, and finetune tokens count, for so long
     replicas: int = 1
     requests: list[Asked] = field(default_factory=list)
+    clipped: int = 0  # requests cut to the model's length
     steps: list[StepRow] = field(default_factory=list)
     preemptions: int = 0  # of requests
     evictions: int = 0  # of finetune sequences, whose pages requests needed

@@ -65,7 +65,7 @@ def main(config: Config) -> int:
         "claims": claims(found),
         "agreement": agreements(backend, runs, config, goals),
     }
-    print("\n".join([*claim_lines(result["claims"]), *agreement_lines(result["agreement"])]))
+    print("\n".join([*clip_lines(found), *claim_lines(result["claims"]), *agreement_lines(result["agreement"])]))
     write_result(config, result)
     if config.sweep.results_dir is not None:
         leave(config, Path(config.sweep.results_dir), runs, result)
@@ -175,6 +175,15 @@ def line(cell: Mapping[str, Any]) -> str:
         f"{ms('itl', 'p99'):>8} {'-' if goodput is None else f'{goodput:.2f}':>8} {share('kv_usage_mean'):>5} "
         f"{cell['preemptions'] + cell['evictions']:>4} {share('prediction_error_p90', 1):>6}"
     )
+
+
+def clip_lines(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where requests did not fit the model; a line for each rate, whose ways to share have the same requests."""
+    first = {cell["rate"]: cell for cell in reversed(cells) if cell["clipped"]}
+    return [
+        f"at {rate:g} requests/s {cell['clipped']} of {cell['requests']} requests were clipped to the model's length"
+        for rate, cell in sorted(first.items())
+    ]
 
 
 def claim_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:

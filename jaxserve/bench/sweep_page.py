@@ -240,6 +240,8 @@ def _tables(result: Found) -> str:
         [
             f"{cell['rate']:g}",
             cell["policy"],
+            str(cell.get("requests", "-")),
+            str(cell["clipped"]),
             _number(cell["finetune_tokens_per_s"]),
             _percent(cell["finetuning_kept"], 0),
             _percent(cell.get("attainment")),
@@ -258,7 +260,7 @@ def _tables(result: Found) -> str:
     ]
     latencies = ("TTFT", "TPOT", "TPOT, all tokens", "ITL")
     header = [
-        "requests/s", "policy", "finetune tokens/s", "kept", "objectives met",
+        "requests/s", "policy", "requests", "clipped", "finetune tokens/s", "kept", "objectives met",
         *(f"{name} {kind}, ms" for name in latencies for kind in ("mean", "p99")),
         "goodput", "KV", "preempted", "gave way", "prediction error p90",
     ]  # fmt: skip

@@ -23,7 +23,7 @@ from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, Watch, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
-from jaxserve.bench.workload import BenchRequest, Row
+from jaxserve.bench.workload import NOBODY, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens, window_remat
 from jaxserve.engine.planner import Planned
@@ -298,26 +298,26 @@ class Virtual:
 
     def replica(self, kind: str, rate: float, number: int) -> tuple[Ran, ...]:
         """One replica's part in ``run`` of a way to share, or in ``spatial``. It does not depend on the others."""
-        requests = self._requests(rate, number)
+        load = self._load(rate, number)
         if kind == "spatial":
-            return self._spatial(requests, number)
+            return self._spatial(load, number)
         settings = settings_of(self.config, self.model, self.device, kind)
-        return (self._replica(settings, self.make_device(settings), requests, number),)
+        return (self._replica(settings, self.make_device(settings), load, number),)
 
-    def _spatial(self, requests: Sequence[BenchRequest], number: int) -> tuple[Ran, Ran]:
+    def _spatial(self, load: Workload, number: int) -> tuple[Ran, Ran]:
         plain = settings_of(self.config, self.model, self.device, "inference-only", copies=2)
         device, tuning = self.make_device(plain), replace(plain, sharing="finetune-only")
         asking = _Measured(device, self._bandwidth_of_finetuning, is_shared=True)
-        served = self._replica(plain, asking, requests, number)
+        served = self._replica(plain, asking, load, number)
         rest = BesideRequests(device, [(step.at, step.end) for step in served.steps], asking.bandwidth)
-        return served, self._replica(tuning, rest, [], number)
+        return served, self._replica(tuning, rest, NOBODY, number)
 
     @cached_property
     def _bandwidth_of_finetuning(self) -> float:
         """The share of it that finetuning asks for when it is alone."""
         plain = settings_of(self.config, self.model, self.device, "finetune-only", copies=2)
         probe = _Measured(self.make_device(plain))
-        self._replica(plain, probe, [], 0)
+        self._replica(plain, probe, NOBODY, 0)
         return probe.bandwidth
 
     @cached_property
@@ -325,9 +325,9 @@ class Virtual:
         """Of all replicas together, at so many requests per second."""
         return lru_cache(lambda rate: rows_at(self.config, rate, self.config.sweep.seconds)[0] if rate else [])
 
-    def _requests(self, rate: float, replica: int) -> tuple[BenchRequest, ...]:
+    def _load(self, rate: float, replica: int) -> Workload:
         config, replicas = self.config, self.config.sweep.replicas
-        load = make_load(
+        return make_load(
             config,
             self._rows(rate * replicas)[replica::replicas],
             "",
@@ -337,18 +337,15 @@ class Virtual:
             tokenizer=self.tokenizer,
             seed=config.bench.seed + replica,
         )
-        return load.requests
 
-    def _replica(self, settings: Settings, device: Device, requests: Sequence[BenchRequest], replica: int) -> Ran:
+    def _replica(self, settings: Settings, device: Device, load: Workload, replica: int) -> Ran:
         jobs = [] if settings.sharing == "inference-only" else self.jobs()
-        return simulated("", Simulator(settings, device, jobs), requests, self.config.sweep.seconds, replica)
+        return simulated("", Simulator(settings, device, jobs), load, self.config.sweep.seconds, replica)
 
 
-def simulated(
-    name: str, simulator: Simulator, requests: Sequence[BenchRequest], seconds: float, replica: int = 0
-) -> Ran:
+def simulated(name: str, simulator: Simulator, load: Workload, seconds: float, replica: int = 0) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
-    coming, cpu = sorted(requests, key=lambda request: request.arrival_s), time.process_time()
+    coming, cpu = sorted(load.requests, key=lambda request: request.arrival_s), time.process_time()
     with Watch(simulator, replica)() as watch:
         run = simulator(coming, seconds)
         while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
@@ -371,6 +368,7 @@ def simulated(
         name=name,
         seconds=seconds,
         requests=asked,
+        clipped=load.num_clipped,
         steps=watch.steps,
         preemptions=run.preemptions,
         evictions=watch.evictions,
@@ -385,6 +383,7 @@ def _joined(name: str, seconds: float, replicas: Sequence[Ran]) -> Ran:
         seconds=seconds,
         replicas=len(replicas),
         requests=[request for ran in replicas for request in ran.requests],
+        clipped=sum(ran.clipped for ran in replicas),
         steps=steps,
         preemptions=sum(ran.preemptions for ran in replicas),
         evictions=sum(ran.evictions for ran in replicas),

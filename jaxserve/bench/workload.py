@@ -55,6 +55,9 @@ class Workload:
         return replace(self, requests=requests)
 
 
+NOBODY = Workload(requests=(), source="no requests")
+
+
 def read_trace(path: str | Path, limit: int | None = None) -> list[Row]:
     """The first ``limit`` rows of a CSV with columns arrival_s, prompt_tokens, output_tokens and maybe tenant.
 

@@ -285,6 +285,17 @@ def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
     sweep.check(resolve(str(tmp_path / "config.yaml")))
 
 
+@pytest.mark.parametrize("policy", ["coserve", "spatial"])
+def test_requests_that_are_cut_to_the_models_length_are_counted(policy):
+    config = simulated(bench={"random_input_len": 2000, "random_output_len": 100}, sweep={"replicas": 2})
+    cell = policies.Runs(Virtual(config=config, model=EIGHT)).cell(policy, 0.5)
+    cut = [r for r in cell.serving.requests if r.prompt_tokens + r.output_tokens == 2048]
+    found = policies.numbers(cell, GOALS, None)
+    assert 0 < found["clipped"] == len(cut) < found["requests"]
+    (line,) = sweep.clip_lines([found])
+    assert line == f"at 0.5 requests/s {len(cut)} of {found['requests']} requests were clipped to the model's length"
+
+
 def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
     arguments = [
