@@ -1,6 +1,9 @@
 """The engine of a configuration."""
 
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.assets import locate
@@ -68,6 +71,15 @@ def model_path(config: Config) -> str:
     if config.model.path is None:
         raise ConfigError(["MODEL: name a model directory, or set model.path"])
     return locate(config.model.path)
+
+
+@contextmanager
+def stage(text: str) -> Iterator[None]:
+    """Says that something takes a while, and how long it took; on stderr, for results go to stdout."""
+    start = time.monotonic()
+    print(f"{text} ...", file=sys.stderr, flush=True)
+    yield
+    print(f"{text}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
 
 
 def load_engine(config: Config, room: Mapping[str, Any] | None = None, jobs: Sequence[FinetuneConfig] = ()) -> "Engine":

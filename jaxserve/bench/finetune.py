@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxserve.adapters.peft_io import save_peft
-from jaxserve.bench.engine import options_of, room_alone
+from jaxserve.bench.engine import options_of, room_alone, stage
 from jaxserve.bench.peers import require_peft
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import (
@@ -175,7 +175,8 @@ def measure(config: Config, path: str, scratch: Path) -> dict[str, Any]:
 
     bench, peer = config.bench, config.bench.against == "peft"
     options = beside_peer(config, options_of(config, room_alone(config, bench.adapter_rank)))
-    engine = Engine.from_pretrained(path, **options)
+    with stage("compiling the step's shapes"):
+        engine = Engine.from_pretrained(path, **options)
     longest = min(bench.finetune_longest, engine.core.config.max_example_len)
     shortest = min(bench.finetune_shortest, longest)
     examples = make_examples(bench.finetune_examples, shortest, longest, engine.model.vocab_size, bench.seed)

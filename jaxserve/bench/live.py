@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 from jaxserve.assets import locate
 from jaxserve.bench.arrivals import rows_at
-from jaxserve.bench.engine import load_engine, room_for
+from jaxserve.bench.engine import load_engine, room_for, stage
 from jaxserve.bench.finetune import make_examples
 from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, Watch, run_name
 from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
-from jaxserve.bench.serving import run_load, sampling, warm_up_load
+from jaxserve.bench.serving import made_up_rows, run_load, sampling, trace_rows, warm_up_load
 from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
 from jaxserve.bench.virtual import simulated
-from jaxserve.bench.workload import BenchRequest, Workload
+from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.planner import Planned
@@ -71,17 +71,21 @@ class Live:
         self.config = config
         self.jobs = endless_jobs(config)
         settings = list(self.jobs.values())
-        self.engine = load_engine(config, room_for(config, settings), settings)
+        with stage("compiling the step's shapes"):
+            self.engine = load_engine(config, room_for(config, settings), settings)
         self.datasets: dict[str, tuple[FinetuneConfig, Dataset]] = {}  # of the jobs, by adapter
         self.steps: dict[str, tuple[StepTimes, list[StepLoad], list[float]]] = {}  # by run: its device
-        load = self.workload("warm-up", 1.0, 8.0)
+        load = self._load(*(made_up_rows(config) if config.bench.trace is None else trace_rows(config)))
         run_load(config, self.engine, warm_up_load(load, self.engine.config.max_num_seqs))
 
     def workload(self, name: str, rate: float, seconds: float) -> Workload:
         """The requests; ``name`` is in their tenant's, so that no run finds another one's prompts in the cache."""
-        config, engine = self.config, self.engine
-        rows, source = rows_at(config, rate, seconds) if rate else ([], "no requests")
-        load = make_load(
+        load = self._load(*(rows_at(self.config, rate, seconds) if rate else ([], "no requests")))
+        return replace(load, requests=tuple(replace(r, tenant=f"{name}\0{r.tenant}") for r in load.requests))
+
+    def _load(self, rows: Sequence[Row], source: str) -> Workload:
+        engine, config = self.engine, self.config
+        return make_load(
             config,
             rows,
             source,
@@ -90,7 +94,6 @@ class Live:
             max_model_len=engine.core.config.max_model_len,
             tokenizer=engine.tokenizer,
         )
-        return replace(load, requests=tuple(replace(r, tenant=f"{name}\0{r.tenant}") for r in load.requests))
 
     # a Backend
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.compare import Comparison, against_base, against_transformers, fastest
+from jaxserve.bench.engine import stage
 from jaxserve.bench.peers import TransformersPeer, require_transformers, write_dummy_checkpoint
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
@@ -140,7 +141,8 @@ def beside_peer(config: Config, options: dict[str, Any]) -> dict[str, Any]:
 def measure(config: Config, path: str) -> dict[str, Any]:
     """Loads, runs, prints; returns what goes to the result file."""
     rows, source = trace_rows(config) if config.bench.trace is not None else made_up_rows(config)
-    engine = make_engine(config, path)
+    with stage("compiling the step's shapes"):
+        engine = make_engine(config, path)
     names = make_adapters(config, engine)
     workload = make_workload(
         rows,
