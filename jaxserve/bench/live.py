@@ -6,6 +6,7 @@ device, on which the simulator runs the same load: how far the two are apart is 
 
 import copy
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -145,7 +146,7 @@ class Live:
                 run = replay()
         finally:
             core.planner.sharing = CoServing()
-            self._end(jobs.values())
+        self._end(jobs.values())
         self.steps[name] = copy.deepcopy(core.planner.times), watch.loads, [step.seconds for step in watch.steps]
         return Ran(
             name=name,
@@ -240,6 +241,7 @@ def asked(requests: Sequence[BenchRequest], served: Sequence[ServedRequest]) -> 
 
 def _finetune_alone(config: Config, name: str, parent: Connection) -> None:
     """The second process: loads, says so, and finetunes from one word of its parent to the next."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends this process
     live = Live(config)
     live._end(live._start().values())  # compiles what jobs need
     parent.send("ready")

@@ -4,6 +4,7 @@ A process imports JAX, with its threads, on the way to the job machinery, so the
 """
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
@@ -35,7 +36,8 @@ class Pool:
 
     def submit(self, function: Callable[..., tuple[Ran, ...]], *args: object) -> "Future[tuple[Ran, ...]]":
         if self._executor is None:  # as late as this: what needs no runs starts no processes
-            self._executor = ProcessPoolExecutor(self.processes, mp_context=get_context("spawn"))
+            quietly = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all, and this process says so
+            self._executor = ProcessPoolExecutor(self.processes, get_context("spawn"), signal.signal, quietly)
         return self._executor.submit(function, *args)
 
     def backend(self, virtual: Virtual, cells: Sequence[tuple[str, float]]) -> Backend:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.bench.arrivals import bursts_of, rows_at
 from jaxserve.bench.parallel import Pool, calls_of, work_of
-from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Cell, Runs, claims, numbers
+from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
 from jaxserve.bench.serving import (
@@ -26,7 +26,7 @@ from jaxserve.bench.serving import (
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config, dump_config
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, JaxServeError
 
 SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
 UNUSED = {
@@ -49,26 +49,38 @@ def main(config: Config) -> int:
     check(config)
     check_rates(config)
     backend, start = make_backend(config), time.perf_counter()
-    print("\n".join(preface(config, backend)))
-    goals = goals_of(config)
+    said, goals = preface(config, backend), goals_of(config)
+    print("\n".join(said))
+    found, ended = list[dict[str, Any]](), None
     with Pool(config.sweep.processes) as pool:
         runs = Runs(pool.backend(backend, cells_of(config)) if isinstance(backend, Virtual) else backend)
-        found = [cell for cell, _ in told(runs, config, goals)]
+        try:
+            for cell in told(runs, config, goals):
+                found.append(cell)
+        except (KeyboardInterrupt, JaxServeError) as error:
+            if not found:
+                raise
+            ended = error  # what was measured so far may have taken an hour
+    if ended is not None:
+        said.append(f"Ended early: {len(found)} of {len(cells_of(config))} cells were run.")
+        print(said[-1])
     if isinstance(backend, Virtual):
         print(work_of(runs, pool.processes, time.perf_counter() - start))
     result = {
         **circumstances_of(config),
         "simulated": None if config.sweep.simulate == "none" else config.sweep.simulate,
-        "preface": preface(config, backend),
+        "preface": said,
         "objectives_ms": {name: goal * 1000 for name, goal in goals.items()},
         "cells": found,
         "claims": claims(found),
-        "agreement": agreements(backend, runs, config, goals),
+        "agreement": agreements(backend, runs, found, goals),
     }
     print("\n".join([*clip_lines(found), *claim_lines(result["claims"]), *agreement_lines(result["agreement"])]))
     write_result(config, result)
     if config.sweep.results_dir is not None:
         leave(config, Path(config.sweep.results_dir), runs, result)
+    if ended is not None:
+        raise ended
     return 0
 
 
@@ -129,17 +141,16 @@ def preface(config: Config, backend: Backend) -> list[str]:
     ]
 
 
-def told(runs: Runs, config: Config, goals: Mapping[str, float]) -> Iterator[tuple[dict[str, Any], Cell]]:
+def told(runs: Runs, config: Config, goals: Mapping[str, float]) -> Iterator[dict[str, Any]]:
     """Every cell, each printed when it is there."""
     sweep, alone = config.sweep, None
     print(HEADER, flush=True)
     if ALONE in sweep.policies:
         alone = runs.cell(ALONE, sweep.rates[0]).finetune_rate
     for policy, rate in cells_of(config):
-        cell = runs.cell(policy, rate)
-        found = numbers(cell, goals, alone)
+        found = numbers(runs.cell(policy, rate), goals, alone)
         print(line(found), flush=True)
-        yield found, cell
+        yield found
 
 
 def cells_of(config: Config) -> list[tuple[str, float]]:
@@ -205,20 +216,22 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def agreements(backend: Backend, runs: Runs, config: Config, goals: Mapping[str, float]) -> list[dict[str, Any]]:
+def agreements(
+    backend: Backend, runs: Runs, cells: Sequence[Mapping[str, Any]], goals: Mapping[str, float]
+) -> list[dict[str, Any]]:
     """The engine's runs beside the simulator's of the same load; none where all is simulated."""
     if isinstance(backend, Virtual):
         return []
     from jaxserve.bench.live import Live, agreement
 
     assert isinstance(backend, Live)
-    shared = [name for name in config.sweep.policies if name.partition(":")[0] not in SPLIT and name != ALONE]
     found = []
-    for rate in config.sweep.rates:
-        for policy in shared:
-            measured = runs.cell(policy, rate).serving
-            if measured is not None and (backend.datasets or policy == REQUESTS):
-                found.append(agreement(measured, backend.predict(policy, rate), goals))
+    for policy, rate in ((cell["policy"], cell["rate"]) for cell in cells):
+        if policy.partition(":")[0] in SPLIT or policy == ALONE:
+            continue
+        measured = runs.cell(policy, rate).serving
+        if measured is not None and (backend.datasets or policy == REQUESTS):
+            found.append(agreement(measured, backend.predict(policy, rate), goals))
     return found
 
 

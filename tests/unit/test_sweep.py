@@ -296,6 +296,33 @@ def test_requests_that_are_cut_to_the_models_length_are_counted(policy):
     assert line == f"at 0.5 requests/s {len(cut)} of {found['requests']} requests were clipped to the model's length"
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("the second process has ended")], ids=type)
+def test_a_sweep_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch, capsys, error):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
+    config = simulated(
+        sweep={
+            "policies": ("coserve", "temporal:8", "inference-only"), "rates": (1.0, 2.0), "seconds": 2.0,
+            "processes": 1, "results_dir": str(tmp_path / "out"),
+        }
+    )  # fmt: skip
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    run = Virtual.run
+
+    def failing(self, sharing, rate):
+        if (sharing, rate) == ("temporal:8", 2.0):
+            raise error
+        return run(self, sharing, rate)
+
+    monkeypatch.setattr(Virtual, "run", failing)
+    with pytest.raises(type(error)):
+        sweep.main(config)
+    assert "Ended early: 4 of 6 cells were run." in capsys.readouterr().out
+    result = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [cell["policy"] for cell in result["cells"]] == [*config.sweep.policies, "coserve"]
+    assert "Ended early" in (tmp_path / "out" / "report.html").read_text()
+    assert len(ran.read_tables(tmp_path / "out")) == 4
+
+
 def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
     arguments = [
