@@ -104,7 +104,9 @@ def shared(config: Config, scratch: Path) -> Config:
     save_peft(random_adapter(load_config(Path(path)), bench.adapter_rank, targets, bench.seed), scratch / "start")
     job = JobSection(start=str(scratch / "start"), rank=bench.adapter_rank, schedule="constant", shuffle=False)
     files = {"path": path, "load_format": "auto", "dtype": dtype}
-    return config.model_copy(update={"model": model.model_copy(update=files), "job": job})
+    return config.model_copy(
+        update={"model": model.model_copy(update=files), "job": job, "sampling": SamplingSection()}
+    )
 
 
 class Peer:

@@ -19,7 +19,7 @@ from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
 from jaxserve.bench.runner import GREEDY, Runner
 from jaxserve.bench.workload import Row, Workload, make_workload, random_rows, read_trace, rescale
-from jaxserve.config import Config
+from jaxserve.config import Config, dump_config
 from jaxserve.errors import ConfigError
 from jaxserve.sampling import SamplingParams
 
@@ -97,7 +97,7 @@ def unused(config: Config, reasons: Mapping[str, str]) -> list[str]:
     """Lines for the keys that a command has no use for but were given, with the reason of each.
 
     Args:
-      reasons: by "section.key". A key with its default was not given: what a run leaves as config.yaml names all.
+      reasons: by "section.key". A key with its default was not given: `jaxserve config show` writes them all.
     """
     lines = []
     for name, reason in reasons.items():
@@ -112,6 +112,12 @@ def write_result(config: Config, result: dict[str, Any]) -> None:
     """To the result file, where there is to be one; ``check_result_file`` made its folder."""
     if config.bench.result_file is not None:
         Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def write_config(config: Config, place: Path) -> None:
+    """Writes config.yaml: the keys that were given. A run makes the others fit them; results.json has them all."""
+    given = config.model_dump(mode="json", exclude_unset=True)
+    (place / "config.yaml").write_text(dump_config(given, "yaml"), encoding="utf-8")
 
 
 @contextmanager

@@ -21,11 +21,12 @@ from jaxserve.bench.serving import (
     circumstances_of,
     goodput_of,
     unused,
+    write_config,
     write_result,
 )
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual
-from jaxserve.config import Config, dump_config
+from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 
 SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
@@ -254,7 +255,7 @@ def leave(config: Config, place: Path, runs: Runs, result: Mapping[str, Any]) ->
     made = list(runs)
     write_tables(place, made)
     (place / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
+    write_config(config, place)
     page = report(result, made, bursts_of(config, config.sweep.seconds))
     (place / REPORT).write_text(page, encoding="utf-8")
     print(f"report: {place / REPORT}")

@@ -24,12 +24,13 @@ from jaxserve.bench.serving import (
     trace_rows,
     unused,
     warm_up_load,
+    write_config,
     write_result,
 )
 from jaxserve.bench.workload import Workload
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
-from jaxserve.config import Config, dump_config
+from jaxserve.config import Config
 from jaxserve.errors import AdapterNotFound, ConfigError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.control import Controls
@@ -319,7 +320,7 @@ def leave(config: Config, done: Coserved, found: Mapping[str, Any], title: str) 
         return
     place = Path(config.coserve.results_dir)
     write(place, done, title)
-    (place / "config.yaml").write_text(dump_config(config.model_dump(mode="json"), "yaml"), encoding="utf-8")
+    write_config(config, place)
     for adapter, job in done.jobs.items():
         if job.step > 0 and job.status != "failed":
             with suppress(AdapterNotFound):  # cancelled before it had a lane: nothing was learnt here

@@ -6,13 +6,16 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from jaxserve.bench import arrivals, live, parallel, policies, ran, sweep, sweep_page
+from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page
+from jaxserve.bench.engine import options_of, room_for
 from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
+from jaxserve.bench.runner import GREEDY
 from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row
 from jaxserve.cli.app import app
-from jaxserve.config import Config, dump_config, resolve
+from jaxserve.config import Config, resolve
 from jaxserve.errors import ConfigError, EngineError
+from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.models.config import ModelConfig
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
@@ -281,8 +284,14 @@ def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
 
 
 def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
-    (tmp_path / "config.yaml").write_text(dump_config(simulated().model_dump(mode="json"), "yaml"))
-    sweep.check(resolve(str(tmp_path / "config.yaml")))
+    given = simulated(coserve={"jobs": ("a=a.jsonl", "b=b.jsonl")})
+    serving.write_config(given, tmp_path)
+    again = resolve(str(tmp_path / "config.yaml"))
+    sweep.check(again)
+    assert serving.sampling(again) == GREEDY
+    options = [options_of(config, room_for(config, [FinetuneConfig()] * 2)) for config in (given, again)]
+    assert options[0] == options[1]
+    assert options[0]["max_finetune_jobs"] == 2
 
 
 @pytest.mark.parametrize("policy", ["coserve", "spatial"])
