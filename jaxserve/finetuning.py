@@ -19,7 +19,7 @@ from jaxserve.engine.lanes import weights_of
 from jaxserve.engine.trainer import Trainer
 from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest
 from jaxserve.files import checked_directory
-from jaxserve.finetune.checkpoint import load_latest
+from jaxserve.finetune.checkpoint import CheckpointWriter, load_latest
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.data import Dataset, Source, load_dataset
 from jaxserve.finetune.durable import OnEvent
@@ -147,6 +147,17 @@ def check_start(config: FinetuneConfig, model: ModelConfig, max_lora_rank: int, 
     method_of(described).shapes(described, model)
     if config.method != "ia3":
         _check_rank(config.rank, max_lora_rank)
+
+
+def check_folder(config: FinetuneConfig, adapter: str) -> None:
+    """Refuses an output_dir that ``make_job`` would, as far as it can be told before a model is loaded; makes it.
+
+    Raises:
+      CheckpointMismatch, CheckpointError: as ``JobFolder``.
+    """
+    if config.output_dir is not None:
+        known = {"adapter": adapter, "config": config.digest()}
+        CheckpointWriter(Path(config.output_dir) / CHECKPOINTS, known).close()
 
 
 def _check_fit(start: AdapterWeights, config: FinetuneConfig, max_rank: int) -> None:

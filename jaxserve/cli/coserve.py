@@ -152,9 +152,10 @@ def check_data(job: Planned) -> None:
 
 
 def check_adapters(config: Config, jobs: Sequence[Planned], room: Mapping[str, Any]) -> None:
-    """Raises AdapterError or InvalidRequest for adapters that the engine, with this room, could not train or name."""
+    """Raises AdapterError or InvalidRequest for adapters that the engine, with this room, could not train or name, and
+    CheckpointError for directories that their jobs could not have."""
     from jaxserve.adapters.store import check_name
-    from jaxserve.finetuning import check_start
+    from jaxserve.finetuning import check_folder, check_start
     from jaxserve.models.loader import load_config
 
     path = model_path(config)
@@ -162,6 +163,8 @@ def check_adapters(config: Config, jobs: Sequence[Planned], room: Mapping[str, A
     for job in jobs:
         check_name(job.adapter, [Path(path).resolve().name])
         check_start(job.config, model, limit, [module.name for module in config.lora.modules])
+    for job in jobs:
+        check_folder(job.config, job.adapter)
 
 
 def plan(config: Config, adapter: str, data: str, settings: Mapping[str, Any], own_dir: bool = True) -> Planned:

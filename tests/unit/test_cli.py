@@ -1,6 +1,7 @@
 """The command line, with an engine that answers with its arguments."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from jaxserve.cli import main
 from jaxserve.cli.flags import flags
 from jaxserve.config import Config, EngineConfig, resolve
 from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest, ModelError
+from jaxserve.finetune.checkpoint import CheckpointWriter
+from jaxserve.finetune.folder import CHECKPOINTS
 from jaxserve.models.config import ModelConfig
 from jaxserve.outputs import Completion, Event, RequestOutput
 from jaxserve.sampling import SamplingParams
@@ -210,6 +213,27 @@ def test_two_jobs_with_one_directory_are_refused_before_a_model_is_loaded(engine
     flags = [part for job in jobs for part in ("--finetune-jobs", json.dumps(job))]
     assert run("coserve", "demo:storyteller", *flags) == 2
     assert f"{tmp_path} is the output_dir of two jobs" in capsys.readouterr().err
+    assert not engines
+
+
+@pytest.mark.parametrize("command", ["finetune", "coserve"])
+def test_a_directory_that_a_job_cannot_have_is_refused_before_a_model_is_loaded(engines, capsys, tmp_path, command):
+    where = {
+        "finetune": ["demo:pirate", "--adapter", "a", "--output-dir", str(tmp_path / "a")],
+        "coserve": ["--finetune-jobs", "a=demo:pirate", "--output-dir", str(tmp_path)],
+    }
+
+    def said() -> str:
+        assert run(command, "demo:storyteller", *where[command]) in (1, 2)
+        return capsys.readouterr().err
+
+    with CheckpointWriter(tmp_path / "a" / CHECKPOINTS, {"adapter": "another"}) as other:
+        assert "another process writes checkpoints here" in said()
+        other.save(1, {"x": np.zeros(1)}, {})
+    assert 'adapter is "another", not "a"' in said()
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").touch()
+    assert "checkpoints cannot be written here" in said()
     assert not engines
 
 
