@@ -19,11 +19,13 @@ from typing import Any
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.parallel import Pool
 from jaxserve.bench.policies import ALONE, ENOUGH, REQUESTS, Runs, claims, numbers
+from jaxserve.bench.serving import check_results_dir
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 
+TABLES = "tables.json"
 RATES = (1.0, 2.0, 3.0, 4.0, 5.0)  # requests per second and replica
 POLICIES = (
     "coserve", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic", "separate:25", "separate:50",
@@ -83,6 +85,7 @@ def main(
     missing = [str(path) for path in directories if not path.is_dir()]
     if missing:
         raise ConfigError([f"--models {models}: no {', '.join(missing)}"])
+    check_results_dir("--out", out)
     found, begun = [], deque()
     with Pool() as pool:
         for load in [trace] if trace else lengths or LENGTHS:
@@ -92,12 +95,17 @@ def main(
                         begun.append(Table(setting, path, device, targets, seconds, load, pool))
                         if len(begun) > 1:  # the processes never wait for one table's last run
                             found.append(begun.popleft().told())
-        found += [each.told() for each in begun]
-    place = Path(out)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / "tables.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print("\n".join(["", *asked_lines(found), f"tables: {place / 'tables.json'}"]))
+                            _leave(found, out)
+        for each in begun:
+            found.append(each.told())
+            _leave(found, out)
+    print("\n".join(["", *asked_lines(found), f"tables: {Path(out) / TABLES}"]))
     return 0
+
+
+def _leave(found: Sequence[dict[str, Any]], out: str) -> None:
+    """Writes the tables so far: all of them take an hour."""
+    (Path(out) / TABLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str) -> Config:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from jaxserve.bench import flexllm
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.cli.app import app
+from jaxserve.errors import ConfigError
 
 EIGHT = flexllm.SETTINGS[0]
 
@@ -40,6 +41,15 @@ def test_what_was_done_to_a_trace_is_said(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     assert f"trace {trace}, time stretched 0.5 times to 2 requests/s" in said
     assert "exponential" not in said
+    (table,) = json.loads((tmp_path / "tables.json").read_text())
+    assert [cell["policy"] for cell in table["cells"]] == ["coserve", "inference-only"]
+
+
+def test_a_folder_that_takes_no_tables_is_refused_before_the_first_run(tmp_path):
+    (tmp_path / "file").touch()
+    models = Path(__file__).parents[2] / "configs" / "models"
+    with pytest.raises(ConfigError, match=r"--out .* cannot be written"):
+        flexllm.main(str(tmp_path / "file"), str(models), 5.0, ["h200"], ["azure"], None)
 
 
 def claim(rate, ours, other, attainment=1.0, alone=True):
