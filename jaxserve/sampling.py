@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Rational, Real
 from typing import Any
 
 from jaxserve.errors import InvalidRequest, ModelError
@@ -44,6 +45,10 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        for each in fields(self):
+            object.__setattr__(self, each.name, _plain(getattr(self, each.name)))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -130,6 +135,21 @@ def default_params(generation: Mapping[str, Any]) -> SamplingParams:
     except InvalidRequest as error:
         raise ModelError(f"generation_config.json: {error}") from None
     return params
+
+
+def plain_number(value: Any) -> Any:
+    """A number of another library's, as numpy's, as Python's own; anything else as it is."""
+    if isinstance(value, int | float):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) and not isinstance(value, Rational) else value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {plain_number(key): plain_number(each) for key, each in value.items()}
+    return [plain_number(each) for each in value] if isinstance(value, list) else plain_number(value)
 
 
 def _refuse(field: str, value: object, limit: str, param: str | None = None) -> None:

@@ -7,6 +7,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from jaxserve.config.messages import problems
 from jaxserve.errors import ConfigError
+from jaxserve.sampling import plain_number
 
 
 def _without_nul(path: str) -> str:
@@ -37,7 +38,7 @@ class Keywords(Section):
 
     def __init__(self, **fields: Any):
         try:
-            super().__init__(**fields)
+            super().__init__(**{name: plain_number(value) for name, value in fields.items()})
         except ValidationError as error:
             raise ConfigError([p.line() for p in problems(error, type(self))]) from None
 

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import tiny_models
 
@@ -54,6 +55,13 @@ BAD = {
 @pytest.fixture
 def model():
     return ModelConfig.from_dict(tiny_models.config_dict("llama"))
+
+
+def test_numbers_of_numpy_are_pythons():
+    config = FinetuneConfig(rank=np.int8(4), seed=np.int64(3), learning_rate=np.float32(0.5))
+    assert repr(config) == repr(FinetuneConfig(rank=4, seed=3, learning_rate=0.5))
+    with pytest.raises(ConfigError, match=r"rank = 4\.5"):
+        FinetuneConfig(rank=np.float32(4.5))
 
 
 def test_every_field_has_its_bad_values_in_this_file():

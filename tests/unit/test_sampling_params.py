@@ -1,7 +1,9 @@
 """What a request may ask for, and how it is refused."""
 
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from jaxserve.errors import InvalidRequest, ModelError
@@ -12,14 +14,14 @@ REFUSED = {
     "max_tokens": [0, -1, 1.5, "5", True, 2**31, 2**63],
     "min_tokens": [-1, 1.0, None, 17],
     "n": [0, -1, 17, 10**9, 1.0, True],
-    "temperature": [-0.1, 2.1, math.nan, math.inf, "hot", None, True, 10**400],
+    "temperature": [-0.1, 2.1, math.nan, math.inf, "hot", None, True, 10**400, Fraction(10**400), np.float32(3)],
     "top_p": [0, 0.0, -1, 1.1, math.nan, "1"],
     "top_k": [-2, 2**40, 1.0, None, True],
     "min_p": [-0.1, 2, math.nan],
     "repetition_penalty": [0, -1, 10.5, math.inf],
     "presence_penalty": [-2.1, 3, math.nan],
     "frequency_penalty": [-2.1, 3, math.nan],
-    "seed": [1.5, "7", True, 2**64, -(2**63) - 1],
+    "seed": [1.5, "7", True, 2**64, -(2**63) - 1, np.float64(1), np.bool_(True), np.arange(2)],
     "logprobs": [-1, 21, True, 1.0],
     "prompt_logprobs": [-1, 21, True],
     "stop": [[""], "", "x" * 257, ["a"] * 17, [3], 3, b"x", {"a": 1}],
@@ -66,6 +68,19 @@ def test_a_bad_value_is_refused_with_its_field_and_limit(field, value):
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field in ACCEPTED for value in ACCEPTED[field]])
 def test_a_value_at_the_limit_is_accepted(field, value):
     SamplingParams(**{field: value}).validate(V)
+
+
+def test_numbers_of_numpy_are_pythons():
+    params = SamplingParams(
+        max_tokens=np.int32(4),
+        temperature=np.float32(0.5),
+        seed=np.uint64(2**64 - 1),
+        stop_token_ids=[np.int64(3)],
+        logit_bias={np.int16(5): np.float16(-1)},
+    )
+    params.validate(V)
+    same = SamplingParams(max_tokens=4, temperature=0.5, seed=2**64 - 1, stop_token_ids=[3], logit_bias={5: -1.0})
+    assert repr(params) == repr(same)
 
 
 def test_every_field_is_tested():
