@@ -110,6 +110,14 @@ COMMON = {
 
 # Other initialisations take something out of the base weights as well, which an adapter alone cannot bring along.
 _INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+_IN_ANY_CASE = ("gaussian", "mica")  # to PEFT
+
+
+def _is_init(value: Any) -> bool:
+    if isinstance(value, str) and value.lower() in _IN_ANY_CASE:
+        return True
+    return isinstance(value, (bool, str, type(None))) and value in _INITS
+
 
 LORA = COMMON | {
     "r": Field(_is_rank, f"an integer from 1 to {MAX_RANK}", required=True),
@@ -124,8 +132,9 @@ LORA = COMMON | {
     "layers_pattern": SOME_NAMES,
     "bias": Field(lambda value: value in ("none", None), "'none': trained biases are not supported"),
     "init_lora_weights": Field(
-        lambda value: isinstance(value, (bool, str, type(None))) and value in _INITS,
-        f"one of {_INITS}: others change the base weights too; convert the adapter to plain LoRA when saving it",
+        _is_init,
+        f"one of {_INITS}: others are not PEFT's, or change the base weights too; convert the adapter to plain LoRA "
+        "when saving it",
     ),
     # other maths
     "alora_invocation_tokens": UNUSED,
