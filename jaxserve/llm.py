@@ -377,10 +377,16 @@ class Engine(TrainingEngine):
         try:
             while todo or not all(i in self._finished for i in ids):
                 while todo and self.queue_has_room(todo[0][1]):
-                    prompt, param, name = todo.popleft()
-                    with self._turn():
-                        ids.append(self.add_request(prompt, param, adapter=name))
-                        self._live[ids[-1]].collect = True
+                    prompt, param, name = todo[0]
+                    try:
+                        with self._turn():
+                            ids.append(self.add_request(prompt, param, adapter=name))
+                            self._live[ids[-1]].collect = True
+                    except InvalidRequest as error:
+                        if error.param != "max_queue" or (param or self.default_params).n > self.config.max_queue:
+                            raise
+                        break  # other threads' requests took the room
+                    todo.popleft()
                 self.drive()
         except BaseException:
             for request_id in ids:

@@ -197,6 +197,20 @@ def test_a_full_queue_refuses_and_generate_waits_for_room(engine):
     serving.check_idle(engine)
 
 
+def test_generate_waits_for_room_that_another_thread_took(engine, monkeypatch):
+    add, others = engine.add_request, []
+
+    def later(*args, **options):
+        if not others:
+            others.extend(add([i], ONE) for i in range(6))
+        return add(*args, **options)
+
+    monkeypatch.setattr(engine, "add_request", later)
+    assert [output.prompt_token_ids for output in engine.generate([[7], [8]], ONE)] == [[7], [8]]
+    assert {event.request_id for event in serving.drain(engine)} == set(others)
+    serving.check_idle(engine)
+
+
 def test_requests_may_come_from_other_threads(engine):
     failures, added = [], []
 
