@@ -279,6 +279,10 @@ def _items(batch: Any) -> list[Any]:
     return items
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is_clip(clip: Any) -> bool:
     if not isinstance(clip, Sequence) or len(clip) != 2 or not all(isinstance(end, Real) for end in clip):
         return False
@@ -319,8 +323,10 @@ def _hyper(config: FinetuneConfig, overrides: Mapping[str, float | None]) -> Hyp
         if value is None:
             continue
         least, most = LEAST if name in _DIVISORS else 0, BELOW_1 if name in _SHARES else MOST
-        if not isinstance(value, Real) or isinstance(value, bool) or not least <= value <= most:
+        unclipped = name == "max_grad_norm" and _is_number(value) and value == np.inf
+        if not unclipped and not (_is_number(value) and least <= value <= most):
             limit = "below 1" if name in _SHARES else f"at most {most:.3g}"
+            limit += ", or inf for no clipping" if name == "max_grad_norm" else ""
             raise InvalidRequest(f"{name} is {value!r}; it must be a number from {least:.3g}, {limit}", name)
         hyper[name] = np.float32(value)
     return hyper

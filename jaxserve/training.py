@@ -155,7 +155,7 @@ class TrainingEngine(ABC):
 
         Args:
           overrides: learning_rate, beta1, beta2, eps, momentum, weight_decay, max_grad_norm, in place of the
-            config's.
+            config's, which None stands for; with max_grad_norm inf nothing is clipped.
 
         Returns: step, applied (False where a gradient was not finite: nothing has changed), gradient_norm,
           learning_rate, adapter_version.

@@ -200,6 +200,21 @@ def test_a_batch_of_another_thread_waits_for_an_update(engine, opened, monkeypat
     assert engine.optim_step("a")["gradient_norm"] > 0
 
 
+def test_an_update_clips_as_it_is_told_and_by_default_as_the_config_says(engine):
+    lengths = []
+    for limit in (None, 1e-2, np.float32(np.inf)):
+        engine.open_adapter("c", rank=4, **PLAIN_SGD | {"max_grad_norm": 1e-3})
+        before = engine.adapters.get("c").weights.fetched
+        engine.forward_backward("c", [([1, 2, 3], None)])
+        norm = engine.optim_step("c", max_grad_norm=limit)["gradient_norm"]
+        after = engine.adapters.get("c").weights.fetched
+        change = [after.pairs[key].b - before.pairs[key].b for key in before.pairs]  # a has no gradient: b is zero
+        lengths.append(float(np.sqrt(sum((b.astype(np.float64) ** 2).sum() for b in change))))
+        engine.close_adapter("c")
+    assert norm > 1e-2
+    assert lengths == pytest.approx([1e-3, 1e-2, norm], rel=1e-3)
+
+
 def test_the_trainers_log_probabilities_are_the_samplers(engine, opened):
     """Sampled tokens, taken in again by the trainer: the same kernels and version, so (on CPU) the same bits."""
     rng = np.random.default_rng(9)
@@ -337,7 +352,9 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         (lambda: engine.optim_step("a", learning_rate=float("nan")), "learning_rate is nan"),
         (lambda: engine.optim_step("a", learning_rate=1e39), "learning_rate is 1e.39; .* from 0, at most 3.4e.38"),
         (lambda: engine.optim_step("a", eps=0), "eps is 0; it must be a number from 1.18e-38"),
-        (lambda: engine.optim_step("a", max_grad_norm=0.0), "max_grad_norm is 0.0; it must be a number from 1.18e-38"),
+        (lambda: engine.optim_step("a", max_grad_norm=0.0), "max_grad_norm is 0.0; .* from 1.18e-38.* or inf for no"),
+        (lambda: engine.optim_step("a", max_grad_norm=1e39), "max_grad_norm is 1e.39"),
+        (lambda: engine.optim_step("a", eps=float("inf")), "eps is inf"),
         (lambda: engine.optim_step("a", beta1=1.0), "beta1 is 1.0; it must be a number from 0, below 1"),
         (lambda: engine.optim_step("a", beta1=1 - 1e-9), "beta1 is 0.999999999; it must be a number from 0, below 1"),
         (lambda: engine.optim_step("a", beta2=2), "beta2 is 2; it must be a number from 0, below 1"),
