@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from jaxserve.training import TrainingEngine
 
 LOSSES = ("cross_entropy", "importance_sampling", "ppo", "dpo")
+PPO_CLIP, DPO_BETA = (0.8, 1.2), 0.1
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
 _SHARES = ("beta1", "beta2", "momentum")
 _DIVISORS = ("eps", "max_grad_norm")  # where a gradient is 0
@@ -130,7 +131,7 @@ class TrainingCalls:
 
     def dpo(self, name: str, batch: Iterable[Any], beta: float, reference: str | None) -> BatchResult:
         """One forward for the sums, then cross entropy whose weights are the loss's slope; both without dropout."""
-        if not isinstance(beta, Real) or not 0 < beta < np.inf:
+        if not _is_number(beta) or not 0 < beta < np.inf:
             raise InvalidRequest(f"beta is {beta!r}; it must be a number above 0", "beta")
         if reference is not None:
             require("reference", reference, str, "the name of an adapter, or None for the base model")
@@ -284,7 +285,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_clip(clip: Any) -> bool:
-    if not isinstance(clip, Sequence) or len(clip) != 2 or not all(isinstance(end, Real) for end in clip):
+    if not isinstance(clip, Sequence) or len(clip) != 2 or not all(map(_is_number, clip)):
         return False
     low, high = map(float, clip)
     return 0 < low <= 1 <= high < np.inf

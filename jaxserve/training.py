@@ -20,7 +20,7 @@ from jaxserve.finetune.session import BatchResult
 from jaxserve.finetuning import FinetuneJob, make_job
 from jaxserve.models.config import ModelConfig
 from jaxserve.outputs import RequestOutput
-from jaxserve.primitives import LOSSES, TrainingCalls
+from jaxserve.primitives import DPO_BETA, LOSSES, PPO_CLIP, TrainingCalls
 from jaxserve.prompts import Prompt, require
 from jaxserve.sampling import SamplingParams
 from jaxserve.tokenizer import Tokenizer
@@ -121,8 +121,8 @@ class TrainingEngine(ABC):
         batch: Iterable[Any],
         loss: str = "cross_entropy",
         *,
-        clip: tuple[float, float] = (0.8, 1.2),
-        beta: float = 0.1,
+        clip: tuple[float, float] | None = None,
+        beta: float | None = None,
         reference: str | None = None,
     ) -> BatchResult:
         """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs.
@@ -133,18 +133,22 @@ class TrainingEngine(ABC):
             advantages are one per token, entry t is about predicting token t. For dpo {"chosen", "rejected"}, and
             "reference_logprobs" (two sums) if they are known.
           loss: cross_entropy, importance_sampling, ppo or dpo; see ``jaxserve.primitives``. All are sums over tokens.
-          clip: the range of ppo's ratio; beta: of dpo; reference: dpo's reference, an adapter or None for the base.
+          clip: the range of ppo's ratio, by default (0.8, 1.2); beta: of dpo, by default 0.1; reference: dpo's
+            reference, an adapter or None for the base. A loss that has no such thing refuses it.
 
         Returns: each token's loss and log-probability; of dpo each pair's loss, and accuracy and margin as metrics.
 
         Raises:
           InvalidRequest: what is wrong with which item; nothing was computed.
         """
-        if loss == "dpo":
-            return self._calls.dpo(adapter, batch, beta, reference)
         if loss not in LOSSES:
             raise InvalidRequest(f"loss is {loss!r}; it must be one of {', '.join(LOSSES)}", "loss")
-        return self._calls.forward_backward(adapter, batch, loss, clip)
+        for name, value, owner in (("clip", clip, "ppo"), ("beta", beta, "dpo"), ("reference", reference, "dpo")):
+            if value is not None and loss != owner:
+                raise InvalidRequest(f"{name} is {value!r}; loss {loss} has none, it is of {owner}", name)
+        if loss == "dpo":
+            return self._calls.dpo(adapter, batch, DPO_BETA if beta is None else beta, reference)
+        return self._calls.forward_backward(adapter, batch, loss, PPO_CLIP if clip is None else clip)
 
     def forward(self, adapter: str, batch: Iterable[Any]) -> BatchResult:
         """Losses and log-probabilities of a batch under an open adapter, without gradients and without dropout."""

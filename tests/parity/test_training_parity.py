@@ -137,7 +137,7 @@ def test_gradients_of_token_losses_are_torchs(engine, opened, tmp_path, loss):
     batches = [datums(rng), datums(rng, 2)]
     total = 0.0
     for batch in batches:  # two calls, one gradient
-        result = engine.forward_backward("a", batch, loss, clip=clip)
+        result = engine.forward_backward("a", batch, loss, **({"clip": clip} if loss == "ppo" else {}))
         for datum, losses, logprobs in zip(batch, result.losses, result.logprobs, strict=True):
             value = torch_loss(opened, datum, loss, clip)
             value.backward()
@@ -318,12 +318,26 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         ),
         (lambda: engine.forward_backward("a", 5), "batch is a int"),
         (lambda: engine.forward_backward("a", good), "batch is a dict"),
-        (lambda: engine.forward_backward("a", [good], clip=(1.2, 0.8)), "clip is"),
-        (lambda: engine.forward_backward("a", [good], clip=("a", "b")), "clip is"),
-        (lambda: engine.forward_backward("a", [good], clip=5), "clip is 5"),
+        *(
+            (
+                lambda clip=clip: engine.forward_backward(
+                    "a", [{**good, "logprobs": [0] * 3, "advantages": [1] * 3}], "ppo", clip=clip
+                ),
+                r"clip is .*; it must be \(low, high\)",
+            )
+            for clip in ((1.2, 0.8), ("a", "b"), 5, (True, True))
+        ),
+        (lambda: engine.forward_backward("a", [good], clip=(0.8, 1.2)), "clip is .*; loss cross_entropy has none"),
+        (lambda: engine.forward_backward("a", [good], beta=0.1), "beta is 0.1; loss cross_entropy has none"),
+        (
+            lambda: engine.forward_backward("a", [good], "ppo", reference="b"),
+            "reference is 'b'; loss ppo has none, it is of dpo",
+        ),
+        (lambda: engine.forward_backward("a", [good], "dpo", clip=(0.8, 1.2)), "loss dpo has none, it is of ppo"),
         (lambda: engine.forward_backward("a", [good], "dpo"), "must have chosen and rejected"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=0), "beta is 0"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta="x"), "beta is 'x'"),
+        (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=True), "beta is True"),
         (
             lambda: engine.forward_backward(
                 "a", [{"chosen": good, "rejected": {"input_ids": [1] * engine.config.max_model_len}}], "dpo"
