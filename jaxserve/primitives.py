@@ -44,6 +44,7 @@ PPO_CLIP, DPO_BETA = (0.8, 1.2), 0.1
 _KINDS = {"cross_entropy": CROSS_ENTROPY, "importance_sampling": IMPORTANCE_SAMPLING, "ppo": PPO}
 _SHARES = ("beta1", "beta2", "momentum")
 _DIVISORS = ("eps", "max_grad_norm")  # where a gradient is 0
+MAX_SHOWN = 3  # things in a directory that are no saved state
 _OVERRIDES = ("learning_rate", "beta1", "beta2", "eps", "momentum", "weight_decay", "max_grad_norm")
 
 
@@ -250,11 +251,12 @@ class TrainingCalls:
         with self.at_rest(name) as session:
             like, passed_over = self.trainer.sessions.state_of(session), []
             found = load_latest(
-                directory, like=like, expect=self._identity(session), on_event=lambda _, why: passed_over.append(why)
+                directory, like=like, expect=self._identity(session), on_event=lambda *what: passed_over.append(what)
             )
             if found is None:
-                why = "".join(f"; {each}" for each in passed_over)
-                raise InvalidRequest(f"there is no saved state in {str(directory)!r}{why}", "directory")
+                why = [f"; {each}" for _, each in sorted(passed_over)]  # damaged ones before unknown names
+                why[MAX_SHOWN:] = [f"; and {len(why) - MAX_SHOWN} more"] if len(why) > MAX_SHOWN else []
+                raise InvalidRequest(f"there is no saved state in {str(directory)!r}{''.join(why)}", "directory")
             self.trainer.sessions.set_state(session, found.state, **found.meta)
 
     def _identity(self, session: Session) -> dict[str, Any]:

@@ -264,6 +264,11 @@ def test_a_saved_state_goes_on_bit_by_bit(engine, tmp_path):
         engine.load_state("b", tmp_path / "state")
     with pytest.raises(jaxserve.InvalidRequest, match="no saved state"):
         engine.load_state("b", tmp_path / "nothing")
+    for number in range(9):
+        (tmp_path / f"foreign{number}").touch()
+        (tmp_path / "state" / f"foreign{number}").touch()
+    with pytest.raises(jaxserve.InvalidRequest, match=r"'foreign0' is no checkpoint.*'foreign2'.*; and 7 more$"):
+        engine.load_state("b", tmp_path)
     (saved,) = (tmp_path / "state").glob("step-*/job.json")
     saved.write_bytes(saved.read_bytes()[:-1])
     with pytest.raises(
