@@ -64,9 +64,7 @@ class TrainingCalls:
         with engine.core.compiles.preparing():
             training = trainer.prepare(session, None)
         with engine.core.lock:
-            if len(self.sessions) >= trainer.shape.num_lanes:
-                most = trainer.shape.num_lanes
-                raise InvalidRequest(f"max_finetune_jobs is {most}, and as many adapters are open", "max_finetune_jobs")
+            self.check_room()
             trainer.submit(training)
             self.sessions[name] = session
         session.announce()
@@ -75,6 +73,14 @@ class TrainingCalls:
                 del self.sessions[name]
                 raise InvalidRequest(f"adapter {name!r} was not opened: {session.error}", "adapter")
             engine.drive()
+
+    def check_room(self) -> None:
+        """Raises InvalidRequest where open adapters have every lane: they keep it until a call gives it back."""
+        trainer, num_open = self.engine.core.trainer, sum(not session.done for session in list(self.sessions.values()))
+        if trainer is not None and num_open >= trainer.shape.num_lanes:
+            raise InvalidRequest(
+                f"max_finetune_jobs is {trainer.shape.num_lanes}, and as many adapters are open", "max_finetune_jobs"
+            )
 
     def close(self, name: str) -> None:
         """Gives the lane back; published versions stay."""

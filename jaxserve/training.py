@@ -86,6 +86,7 @@ class TrainingEngine(ABC):
           ConfigError, DataError, InvalidRequest, AdapterError, CheckpointError: before anything is trained.
         """
         require("tenant", tenant, str, "a string")
+        self._calls.check_room()
         job = make_job(self, data, adapter, _config(config, fields), tenant)
         self._jobs.append(FinetuneJob(self, job))
         return self._jobs[-1]

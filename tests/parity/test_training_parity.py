@@ -386,6 +386,7 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         ),
         (lambda: engine.open_adapter("a", rank=4), "being trained"),
         (lambda: engine.open_adapter("c", rank=4), "max_finetune_jobs is 1"),
+        (lambda: engine.finetune([([1, 2, 3], None)], "c"), "max_finetune_jobs is 1, and as many adapters are open"),
     ]
     for call, message in wrong:
         with pytest.raises(jaxserve.InvalidRequest, match=message):
