@@ -70,8 +70,8 @@ class TrainingCalls:
         session.announce()
         while session.status is not JobStatus.RUNNING:
             if session.done:
-                del self.sessions[name]
-                raise InvalidRequest(f"adapter {name!r} was not opened: {session.error}", "adapter")
+                self.sessions.pop(name, None)
+                raise InvalidRequest(f"adapter {name!r} was not opened: {_end_of(session)}", "adapter")
             engine.drive()
 
     def check_room(self) -> None:
@@ -108,7 +108,7 @@ class TrainingCalls:
             with self.engine.core.lock:
                 if not self.trainer.is_under_way(session):
                     if session.done:
-                        raise InvalidRequest(f"training of adapter {name!r} has ended: {session.error}", "adapter")
+                        raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
                     yield session
                     return
             self.engine.drive()
@@ -122,7 +122,7 @@ class TrainingCalls:
             batch = session.hand_in(examples, purpose, loss)
         while (result := session.result(batch)) is None:
             if session.done:
-                raise InvalidRequest(f"training of adapter {name!r} has ended: {session.error}", "adapter")
+                raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
             self.engine.drive()
         return result
 
@@ -270,6 +270,10 @@ class TrainingCalls:
 
 
 _PAIR_KEYS = frozenset({"chosen", "rejected", "reference_logprobs"})
+
+
+def _end_of(session: Session) -> str:
+    return session.error or "it was closed"
 
 
 def _sums(examples: Sequence[Example], logprobs: Sequence[np.ndarray]) -> np.ndarray:

@@ -215,6 +215,33 @@ def test_an_update_clips_as_it_is_told_and_by_default_as_the_config_says(engine)
     assert lengths == pytest.approx([1e-3, 1e-2, norm], rel=1e-3)
 
 
+def test_what_another_thread_closes_ends_with_that(engine):
+    def closed_while(call):
+        errors = []
+
+        def attempt():
+            try:
+                call()
+            except jaxserve.InvalidRequest as error:
+                errors.append(str(error))
+
+        with engine._next, engine._stepping:  # it waits in the middle
+            other = threading.Thread(target=attempt)
+            other.start()
+            while not (session := engine._calls.sessions.get("d")) or (session.status == "running" and session.idle):
+                time.sleep(0.01)
+            engine.close_adapter("d")
+        other.join()
+        return errors
+
+    assert closed_while(lambda: engine.open_adapter("d", rank=4)) == ["adapter 'd' was not opened: it was closed"]
+    engine.open_adapter("d", rank=4)
+    batch = [([1, 2, 3], None)]
+    assert closed_while(lambda: engine.forward_backward("d", batch)) == [
+        "training of adapter 'd' has ended: it was closed"
+    ]
+
+
 def test_the_trainers_log_probabilities_are_the_samplers(engine, opened):
     """Sampled tokens, taken in again by the trainer: the same kernels and version, so (on CPU) the same bits."""
     rng = np.random.default_rng(9)
