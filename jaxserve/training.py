@@ -170,7 +170,8 @@ class TrainingEngine(ABC):
     def sample(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> list[RequestOutput]:
-        """``generate`` with the drawn tokens' log-probabilities, which a policy loss asks for."""
+        """``generate`` with the drawn tokens' log-probabilities, which a policy loss asks for. Without params they are
+        drawn from the distribution that these are of, whatever generation_config.json recommends."""
         params = SamplingParams() if params is None else params
         require("params", params, SamplingParams, "a SamplingParams")
         if params.logprobs is None:
@@ -190,6 +191,7 @@ class TrainingEngine(ABC):
 
         Raises:
           CheckpointError: it is the state of another model or adapter configuration.
+          InvalidRequest: there is none.
         """
         self._calls.load_state(adapter, directory)
 
