@@ -3,6 +3,7 @@
 import os
 from collections.abc import Collection
 from dataclasses import replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -264,7 +265,9 @@ class FinetuneJob:
 
     def events(self, after: int = -1) -> list[JobEvent]:
         """Progress so far: events with a number above ``after``."""
-        return self._job.events(after)
+        if not isinstance(after, Integral):
+            raise InvalidRequest(f"after is {str(after)[:64]!r}; it must be the number of an event", "after")
+        return self._job.events(int(after))
 
     def wait(self) -> "FinetuneJob":
         """Steps the engine until the job is over, or paused by anybody; requests in flight are served along the way."""

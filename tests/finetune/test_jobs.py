@@ -99,6 +99,10 @@ def test_a_saved_adapter_serves_as_the_live_one_does(engine, tmp_path):
     with pytest.raises(CheckpointError, match=r"adapter 'a' was not written: .*Not a directory"):
         job.save(tmp_path / "a" / "adapter_config.json" / "b")
     assert [event.number for event in job.events(-9)] == [event.number for event in job.events()]
+    assert [event.number for event in job.events(np.int64(1))] == [event.number for event in job.events()][2:]
+    for after in ("x", None, 1.5):
+        with pytest.raises(jaxserve.InvalidRequest, match=r"after is .*; it must be the number of an event"):
+            job.events(after)
 
 
 def test_a_job_saves_what_it_has_learnt_whatever_else_has_its_name(engine, tmp_path):
