@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.adapters.peft_io import load_peft
+from jaxserve.adapters.peft_io import check_base, load_peft
 from jaxserve.adapters.scales import SCALED_METHODS
 from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
-from jaxserve.adapters.weights import AdapterWeights
+from jaxserve.adapters.weights import AdapterWeights, Weights
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compiles import use_compilation_cache
 from jaxserve.engine.loop import EngineCore
@@ -179,12 +179,15 @@ class Engine(TrainingEngine):
         _require_lora(self.config)
         return self._described(self.adapters.load(name, path))
 
-    def put_adapter(self, name: str, weights: AdapterWeights) -> AdapterInfo:
-        """Publishes weights held in memory under a name."""
+    def put_adapter(self, name: str, weights: Weights) -> AdapterInfo:
+        """Publishes weights held in memory under a name, as they are now."""
         _require_lora(self.config)
-        _require_servable(weights, self.config)
-        self.core.prepare(weights)
-        return self._described(self.adapters.put(name, weights))
+        require("weights", weights, Weights, "those of an adapter")
+        held = weights.fetched  # those of an adapter that is being trained are on the device
+        check_base(held.base_digest, self.base_digest)
+        _require_servable(held, self.config)
+        self.core.prepare(held)
+        return self._described(self.adapters.put(name, held))
 
     def _read(self, path: Path, *args: Any, **options: Any) -> AdapterWeights:
         """Reads a directory for the store on the caller's thread, and again when its weights have left the host."""

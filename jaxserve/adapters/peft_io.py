@@ -64,6 +64,14 @@ def load_peft(
             return _read_tensors(file, size, config, method, model, max_rank, base_digest)
 
 
+def check_base(found: bytes | None, own: bytes | None) -> None:
+    """Raises AdapterError where an adapter's base model and this one are known, and differ."""
+    if found is not None and own is not None and found != own:
+        raise AdapterError(
+            f"adapter was trained on base model {found.hex()[:12]}..., this one is {own.hex()[:12]}...", "base_digest"
+        )
+
+
 def _read_config(directory: int) -> dict[str, Any]:
     with files.open_regular(directory, CONFIG_FILE) as (file, size):
         if size > MAX_CONFIG_BYTES:
@@ -99,9 +107,7 @@ def _read_tensors(
     names = {_filed(name, model, root): name for name in expected}
     _check_header(header, {filed: expected[name] for filed, name in names.items()}, model, root)
     found_digest = _base_digest(metadata)
-    if base_digest is not None and found_digest not in (None, base_digest):
-        found, own = found_digest.hex()[:12], base_digest.hex()[:12]
-        raise AdapterError(f"adapter was trained on base model {found}..., this one is {own}...", "base_digest")
+    check_base(found_digest, base_digest)
     _check_extent(header, size - len(start))
     tensors = _parse(start + file.read(size - len(start)))
     stored = {str(tensor.dtype) for tensor in tensors.values()}

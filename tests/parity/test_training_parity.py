@@ -215,6 +215,21 @@ def test_an_update_clips_as_it_is_told_and_by_default_as_the_config_says(engine)
     assert lengths == pytest.approx([1e-3, 1e-2, norm], rel=1e-3)
 
 
+def test_the_weights_of_a_moment_can_be_published_under_another_name(engine, opened):
+    params = jaxserve.SamplingParams(max_tokens=8, temperature=0.0)
+    engine.put_adapter("then", engine.adapters.get("a").weights)
+    before, then = (
+        engine.sample([[5, 6, 7]] * 2, params, adapter="a"),
+        engine.sample([[5, 6, 7]], params, adapter="then"),
+    )
+    assert serving.bits(before[0]) == serving.bits(then[0])
+    engine.forward_backward("a", [([5, 6, 7, 8], None)])
+    engine.optim_step("a", learning_rate=0.1)
+    assert serving.bits(engine.sample([[5, 6, 7]], params, adapter="a")[0]) != serving.bits(before[0])
+    assert serving.bits(engine.sample([[5, 6, 7]], params, adapter="then")[0]) == serving.bits(before[0])
+    engine.unload_adapter("then")
+
+
 def test_what_another_thread_closes_ends_with_that(engine):
     def closed_while(call):
         errors = []

@@ -373,6 +373,20 @@ def test_a_rank_beyond_the_engines_is_refused(engine):
     assert engine.list_adapters() == []
 
 
+@pytest.mark.parametrize("weights", [3, None, {}])
+def test_weights_of_another_kind_are_refused(engine, weights):
+    with pytest.raises(InvalidRequest, match=r"weights is .*; it must be those of an adapter"):
+        engine.put_adapter("it", weights)
+
+
+def test_weights_of_another_base_are_refused_and_those_of_an_unknown_one_are_not(engine):
+    weights = load_peft(serving.adapter_dir(serving.model_dir()), engine.model)
+    with pytest.raises(AdapterError, match="adapter was trained on base model 6f74686572"):
+        engine.put_adapter("it", dataclasses.replace(weights, base_digest=b"other"))
+    assert engine.put_adapter("it", weights).rank == 4
+    engine.unload_adapter("it")
+
+
 def test_a_refused_request_leaves_its_adapter_unpinned(engine):
     engine.load_adapter("it", serving.adapter_dir(serving.model_dir()))
     with pytest.raises(InvalidRequest):
