@@ -18,7 +18,7 @@ from typing import Any
 
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.parallel import Pool
-from jaxserve.bench.policies import ALONE, ENOUGH, REQUESTS, Runs, claims, numbers
+from jaxserve.bench.policies import ALONE, ENOUGH, OURS, REQUESTS, Runs, claims, numbers
 from jaxserve.bench.serving import check_results_dir
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
@@ -28,8 +28,8 @@ from jaxserve.errors import ConfigError
 TABLES = "tables.json"
 RATES = (1.0, 2.0, 3.0, 4.0, 5.0)  # requests per second and replica
 POLICIES = (
-    "coserve", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic", "separate:25", "separate:50",
-    "separate:75", "spatial", REQUESTS, ALONE,
+    OURS, "coserve:25", "coserve:50", "coserve:75", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic",
+    "separate:25", "separate:50", "separate:75", "spatial", REQUESTS, ALONE,
 )  # fmt: skip
 TTFT_MS = 5000.0
 TARGETS = {"down_proj": ("down_proj",), "all-linear": "all-linear"}
@@ -204,14 +204,17 @@ def asked_lines(tables: Sequence[dict[str, Any]]) -> Iterator[str]:
         here = [claim for table, claim in claimed if table is found and claim["times_best_other"] is not None]
         yield (
             f"  {found['requests']}, {found['model']}, {found['device']}, {found['targets']}: times the best other "
-            + ", ".join(f"{claim['times_best_other']:.2f} ({claim['best_other']})" for claim in here)
+            + ", ".join(
+                f"{claim['times_best_other']:.2f} ({claim['coserve_policy']} over {claim['best_other']})"
+                for claim in here
+            )
             + f"; at least {TIMES_OTHER:g} in {sum(claim['times_best_other'] >= TIMES_OTHER for claim in here)} "
             f"of {len(here)}"
         )
     for found in tables:
         if (found["requests"], found["model"], found["targets"]) != ("sharegpt", SETTINGS[0].directory, "down_proj"):
             continue
-        ours = {cell["rate"]: cell for cell in found["cells"] if cell["policy"] == "coserve"}
+        ours = {cell["rate"]: cell for cell in found["cells"] if cell["policy"] == OURS}
         kept, wanted = ours[RATES[-1]]["finetuning_kept"], KEPT.get(found["device"])
         yield (
             f"8B with lengths like FlexLLM's on {found['device']}: kept at {RATES[-1]:g} requests/s {kept:.1%}"
@@ -229,7 +232,7 @@ def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float) -> Iterator
     half of those that a trained one does (2 of 4 P), and decoding rides along for nothing."""
     for cell in cells:
         ran = runs.cell(cell["policy"], cell["rate"]).serving
-        if cell["policy"] != "coserve" or ran is None:
+        if cell["policy"] != OURS or ran is None:
             continue
         prompts = sum(step.mix.prefill for step in ran.steps if step.end <= ran.seconds) / ran.seconds / ran.replicas
         kept = cell["finetune_tokens_per_s"] / alone
@@ -240,7 +243,7 @@ def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float) -> Iterator
 
 
 def _beside_published(found: dict[str, Any]) -> Iterator[str]:
-    ours = {cell["rate"]: cell["finetune_tokens_per_s"] for cell in found["cells"] if cell["policy"] == "coserve"}
+    ours = {cell["rate"]: cell["finetune_tokens_per_s"] for cell in found["cells"] if cell["policy"] == OURS}
     for rate, theirs in found["published"].items():
         yield (
             f"at {rate:g} requests/s FlexLLM published {theirs:g} tokens/s, measured, with requests and examples of "

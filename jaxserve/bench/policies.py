@@ -1,8 +1,9 @@
 """Ways to share devices between requests and finetuning, put together from runs of replicas.
 
-Most ways are one run: every replica does the same. ``separate:S`` gives S percent of the replicas to requests, so each
-of those gets 100/S times the rate, and finetunes on the others; ``spatial`` runs two processes on each device. What a
-way comes to is always per replica, so that all of them are judged by the devices they take.
+Most ways are one run: every replica does the same. ``separate:S`` and ``coserve:S`` give S percent of the replicas to
+requests, so each of those gets 100/S times the rate, and finetune on the others; with ``coserve:S`` those that get
+requests finetune as well. ``spatial`` runs two processes on each device. What a way comes to is always per replica, so
+that all of them are judged by the devices they take.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,8 @@ from jaxserve.bench.ran import Ran, run_name, serving_numbers, step_numbers
 ENOUGH = 0.99  # share of requests that must meet their objectives for a rate to count as served
 ALONE = "finetune-only"
 REQUESTS = "inference-only"
+OURS = "coserve"
+SOME = {"separate": REQUESTS, OURS: OURS}  # NAME:S to what the replicas do that get the requests
 
 
 class Backend(Protocol):
@@ -36,14 +39,17 @@ class Cell:
     rate: float  # requests per second and replica
     serving: Ran | None
     training: Ran | None
-    serves: float = 1.0  # share of the replicas that serve
-    trains: float = 1.0  # share of the replicas that finetune
+    serves: float = 1.0  # share of the replicas that do as ``serving``
+    trains: float = 1.0  # share of the replicas that do as ``training``
     arithmetic: str = ""
 
     @property
     def finetune_rate(self) -> float:
         """Tokens per second and replica, those that only serve among them."""
-        return self.trains * self.training.finetune_rate if self.training is not None else 0.0
+        trained = self.trains * self.training.finetune_rate if self.training is not None else 0.0
+        if self.serving is None or self.serving is self.training:
+            return trained
+        return self.serves * self.serving.finetune_rate + trained
 
 
 class Runs:
@@ -58,19 +64,19 @@ class Runs:
 
     def cell(self, policy: str, rate: float) -> Cell:
         """Of a policy's name, which ``SweepSection`` has checked."""
-        kind, _, number = policy.partition(":")
-        if kind == "separate":
-            return self._separate(policy, rate, int(number) / 100)
         if policy == "spatial":
             serving, training = self._get(f"spatial at {rate:g}", lambda: self.backend.spatial(rate))
             return Cell(policy=policy, rate=rate, serving=serving, training=training)
+        if not shares_one_engine(policy):
+            kind, _, number = policy.partition(":")
+            return self._some(policy, rate, int(number) / 100, SOME[kind])
         ran = self._run(policy, rate)
         serving, training = (None if policy == ALONE else ran), (None if policy == REQUESTS else ran)
         return Cell(policy=policy, rate=rate, serving=serving, training=training)
 
-    def _separate(self, policy: str, rate: float, serves: float) -> Cell:
-        serving, training = self._run(REQUESTS, rate / serves), self._run(ALONE, rate)
-        trains = 1 - serves
+    def _some(self, policy: str, rate: float, serves: float, sharing: str) -> Cell:
+        serving, training, trains = self._run(sharing, rate / serves), self._run(ALONE, rate), 1 - serves
+        finetunes = "" if sharing == REQUESTS else f" and finetune, {_each(serves, serving)}"
         return Cell(
             policy=policy,
             rate=rate,
@@ -79,9 +85,8 @@ class Runs:
             serves=serves,
             trains=trains,
             arithmetic=(
-                f"{serves:.0%} of the replicas serve, {rate:g} / {serves:g} = {rate / serves:g} requests/s each; "
-                f"{trains:.0%} finetune, {trains:g} x {training.finetune_rate:.0f} = "
-                f"{trains * training.finetune_rate:.0f} tokens/s per replica"
+                f"{serves:.0%} of the replicas serve, {rate:g} / {serves:g} = {rate / serves:g} requests/s each"
+                f"{finetunes}; {trains:.0%} finetune, {_each(trains, training)}"
             ),
         )
 
@@ -93,6 +98,21 @@ class Runs:
         if name not in self._known:
             self._known[name] = make()
         return self._known[name]
+
+
+def is_ours(policy: str) -> bool:
+    """Whether it is co-serving, on all replicas or on some."""
+    return policy.partition(":")[0] == OURS
+
+
+def shares_one_engine(policy: str) -> bool:
+    """Whether every replica shares its device in this way, in one process."""
+    kind, _, number = policy.partition(":")
+    return kind != "spatial" and not (number and kind in SOME)
+
+
+def _each(share: float, ran: Ran) -> str:
+    return f"{share:g} x {ran.finetune_rate:.0f} = {share * ran.finetune_rate:.0f} tokens/s per replica"
 
 
 def numbers(cell: Cell, goals: Mapping[str, float], alone: float | None) -> dict[str, Any]:
@@ -123,7 +143,8 @@ def numbers(cell: Cell, goals: Mapping[str, float], alone: float | None) -> dict
 
 
 def claims(cells: Sequence[Mapping[str, Any]], enough: float = ENOUGH) -> list[dict[str, Any]]:
-    """Co-serving beside the best other way that keeps the objectives, at every rate at which requests alone keep them.
+    """Co-serving, on as many of the replicas as is best, beside the best other way that keeps the objectives, at every
+    rate.
 
     Args:
       cells: of ``numbers``.
@@ -131,16 +152,19 @@ def claims(cells: Sequence[Mapping[str, Any]], enough: float = ENOUGH) -> list[d
     found = []
     for rate in sorted({cell["rate"] for cell in cells}):
         here = {cell["policy"]: cell for cell in cells if cell["rate"] == rate}
-        if "coserve" not in here:
+        all_ours = [cell for name, cell in here.items() if is_ours(name)]
+        if not all_ours:
             continue
-        plain, ours = here.get(REQUESTS), here["coserve"]
+        plain, ours = here.get(REQUESTS), _best(cell for cell in all_ours if _keeps(cell, enough)) or all_ours[0]
         served = None if plain is None else (plain["attainment"] or 0.0) >= enough
-        best = _best(cell for name, cell in here.items() if name not in ("coserve", ALONE) and _keeps(cell, enough))
+        others = (cell for name, cell in here.items() if not is_ours(name) and name != ALONE)
+        best = _best(cell for cell in others if _keeps(cell, enough))
         rival = best["finetune_tokens_per_s"] if best else 0.0
         found.append(
             {
                 "rate": rate,
                 "requests_alone_meet": served,
+                "coserve_policy": ours["policy"],
                 "coserve_attainment": ours["attainment"],
                 "coserve_tokens_per_s": ours["finetune_tokens_per_s"],
                 "best_other": best and best["policy"],

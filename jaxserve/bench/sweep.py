@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.bench.arrivals import bursts_of, rows_at
 from jaxserve.bench.parallel import Pool, calls_of, work_of
-from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers
+from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
 from jaxserve.bench.ran import write_tables
 from jaxserve.bench.report import objectives
 from jaxserve.bench.serving import (
@@ -29,7 +29,6 @@ from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 
-SPLIT = ("spatial", "separate")  # ways that are no sharing of one engine
 UNUSED = {
     "coserve.results_dir": "the sweep's results go to sweep.results_dir (--sweep-dir)",
     "bench.request_rate": "the sweep has its rates in sweep.rates",
@@ -202,7 +201,8 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for claim in found:
         times, other = claim["times_best_other"], claim["best_other"]
-        text = f"at {claim['rate']:g} requests/s co-serving finetunes {claim['coserve_tokens_per_s']:.0f} tokens/s"
+        ours, tokens = claim["coserve_policy"], claim["coserve_tokens_per_s"]
+        text = f"at {claim['rate']:g} requests/s {ours} finetunes {tokens:.0f} tokens/s"
         if times is not None:
             text += f", {times:.2f} times the best other way that meets the objectives ({other})"
         elif other is None:
@@ -228,7 +228,7 @@ def agreements(
     assert isinstance(backend, Live)
     found = []
     for policy, rate in ((cell["policy"], cell["rate"]) for cell in cells):
-        if policy.partition(":")[0] in SPLIT or policy == ALONE:
+        if not shares_one_engine(policy) or policy == ALONE:
             continue
         measured = runs.cell(policy, rate).serving
         if measured is not None and (backend.datasets or policy == REQUESTS):

@@ -8,7 +8,7 @@ import numpy as np
 from jaxserve.bench import html
 from jaxserve.bench.coserve_page import KINDS
 from jaxserve.bench.html import Limit, Plot, Series, Span
-from jaxserve.bench.policies import ALONE, ENOUGH, REQUESTS
+from jaxserve.bench.policies import ALONE, ENOUGH, OURS, REQUESTS
 from jaxserve.bench.ran import Ran, StepRow
 
 REPORT = "report.html"
@@ -42,7 +42,8 @@ def _tiles(result: Found) -> str:
     for claim in (result["claims"][:1] + result["claims"][-1:])[: len(result["claims"])]:
         times = claim["times_best_other"]
         value = "-" if times is None else f"{times:.2f} x"
-        remark = f"co-serving's finetuning over {claim['best_other'] or '-'}; its requests met the objectives for "
+        remark = f"the finetuning of {claim['coserve_policy']} over {claim['best_other'] or '-'}; "
+        remark += "its requests met the objectives for "
         tiles.append((f"{claim['rate']:g} requests/s", value, remark + _percent(claim["coserve_attainment"])))
     for cell in (cell for cell in result["cells"] if cell["policy"] == ALONE):
         tiles.append(("Finetuning alone", f"{cell['finetune_tokens_per_s']:,.0f} tokens/s", "per replica"))
@@ -137,7 +138,7 @@ def _pages(cells: Sequence[Found]) -> str:
 
 def _shown(cells: Sequence[Found]) -> Found | None:
     """Co-serving at the highest rate at which it keeps the objectives, or at the lowest."""
-    ours = sorted((cell for cell in cells if cell["policy"] == "coserve"), key=lambda cell: cell["rate"])
+    ours = sorted((cell for cell in cells if cell["policy"] == OURS), key=lambda cell: cell["rate"])
     kept = [cell for cell in ours if (cell["attainment"] or 0.0) >= ENOUGH]
     return (kept[-1:] or ours[:1] or [None])[0]
 
@@ -269,6 +270,7 @@ def _tables(result: Found) -> str:
         [
             f"{claim['rate']:g}",
             {True: "yes", False: "no", None: "-"}[claim["requests_alone_meet"]],
+            claim["coserve_policy"],
             _percent(claim["coserve_attainment"]),
             _number(claim["coserve_tokens_per_s"]),
             claim["best_other"] or "-",
@@ -278,7 +280,7 @@ def _tables(result: Found) -> str:
         for claim in result["claims"]
     ]
     columns = [
-        "requests/s", "requests alone meet the objectives", "co-serving meets them for", "its tokens/s",
+        "requests/s", "requests alone meet the objectives", "co-serving", "meets them for", "its tokens/s",
         "best other that meets them", "its tokens/s ", "times",
     ]  # fmt: skip
     blocks.append(html.table(columns, claims))
@@ -301,7 +303,7 @@ def _tables(result: Found) -> str:
 def _about(result: Found) -> str:
     shares = {cell["arithmetic"] for cell in result["cells"] if cell["arithmetic"]}
     rows = [["", text] for text in result["preface"]]
-    rows += [["separate", text] for text in sorted(shares)]
+    rows += [["arithmetic", text] for text in sorted(shares)]
     rows += [["date", result["date"]], *([name, text] for name, text in result["versions"].items())]
     text = (
         "requests.csv and steps.csv beside this page hold every request and every step; each figure follows from them."

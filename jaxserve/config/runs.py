@@ -175,17 +175,20 @@ class BenchSection(Section):
     """Add each request's and each step's numbers to them."""
 
 
-POLICIES = r"^(coserve|temporal:[1-9]\d*|temporal-dynamic|separate:(25|50|75)|spatial|inference-only|finetune-only)$"
+POLICIES = (
+    r"^((coserve|separate):(25|50|75)|coserve|temporal:[1-9]\d*|temporal-dynamic|spatial|(inference|finetune)-only)$"
+)
 
 
 class SweepSection(Section):
     """Of bench coserve and bench flexllm; of bench peers, seconds."""
 
     policies: Annotated[tuple[Annotated[str, Field(pattern=POLICIES)], ...], Field(strict=False, min_length=1)] = (
-        "coserve", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic", "separate:25", "separate:50",
-        "separate:75", "spatial", "inference-only", "finetune-only",
+        "coserve", "coserve:25", "coserve:50", "coserve:75", "temporal:64", "temporal:128", "temporal:512",
+        "temporal-dynamic", "separate:25", "separate:50", "separate:75", "spatial", "inference-only", "finetune-only",
     )  # fmt: skip
-    """Ways to share the devices: coserve, temporal:N (one sequence is finetuned on after every N steps of requests),
+    """Ways to share the devices: coserve, coserve:25, :50 or :75 (so many percent of the replicas get the requests and
+    co-serve, the others finetune), temporal:N (one sequence is finetuned on after every N steps of requests),
     temporal-dynamic (only when there are no requests), separate:25, :50 or :75 (so many percent of the replicas serve,
     the others finetune), spatial (two processes on each device), inference-only, finetune-only."""
     rates: Annotated[

@@ -54,7 +54,8 @@ def test_a_folder_that_takes_no_tables_is_refused_before_the_first_run(tmp_path)
 
 def claim(rate, ours, other, attainment=1.0, alone=True):
     return {
-        "rate": rate, "requests_alone_meet": alone, "coserve_attainment": attainment, "coserve_tokens_per_s": ours,
+        "rate": rate, "requests_alone_meet": alone, "coserve_policy": "coserve:50", "coserve_attainment": attainment,
+        "coserve_tokens_per_s": ours,
         "best_other": "separate:25", "best_other_tokens_per_s": other, "times_best_other": ours / other,
     }  # fmt: skip
 
@@ -71,7 +72,7 @@ def test_what_is_asked_is_judged_where_requests_alone_keep_their_objectives():
     }  # fmt: skip
     met, ratios, like_theirs = flexllm.asked_lines([table])
     assert met == "of 2 cells in which requests alone meet their objectives for 99%, co-serving does in 1"
-    assert "1.25 (separate:25), 1.11 (separate:25); at least 1.2 in 1 of 2" in ratios
+    assert "1.25 (coserve:50 over separate:25), 1.11 (coserve:50 over separate:25); at least 1.2 in 1 of 2" in ratios
     assert "70.0% of 68% asked" in like_theirs
     assert "at 1: 2.00 of 1.8 asked; times published at 5: 1.25 of 1.8 asked" in like_theirs
     assert len(list(flexllm.asked_lines([table | {"requests": "azure"}]))) == 2  # theirs were not so long

@@ -64,6 +64,33 @@ def test_separate_replicas_are_counted_per_replica():
     assert found["goodput"] == 0.25  # one request in a second, on a quarter of the replicas
 
 
+def test_replicas_that_get_all_requests_finetune_beside_them():
+    backend = Arithmetic()
+    cell = policies.Runs(backend).cell("coserve:50", 2.0)
+    assert backend.asked == [("coserve", 4.0), ("finetune-only", 0.0)]
+    assert cell.finetune_rate == 0.5 * 60 + 0.5 * 100
+    assert "4 requests/s each and finetune, 0.5 x 60 = 30 tokens/s per replica; 50% finetune" in cell.arithmetic
+    assert policies.numbers(cell, GOALS, alone=100.0)["goodput"] == 0.5  # one request in a second, on half of them
+
+
+def test_co_serving_counts_on_as_many_replicas_as_is_best():
+    class Convex(Arithmetic):
+        def run(self, sharing, rate):
+            made = super().run(sharing, rate)
+            if sharing == "coserve":
+                made.steps = [step(0, 1.0, int(90 - 2 * rate))]
+            return made
+
+    runs = policies.Runs(Convex())
+    names = ("coserve", "coserve:25", "coserve:50", "separate:50", "inference-only")
+    found = [policies.numbers(runs.cell(name, rate), GOALS, 100.0) for rate in (1.0, 3.0, 9.0) for name in names]
+    light, heavy, too_heavy = policies.claims(found)
+    assert (light["coserve_policy"], light["coserve_tokens_per_s"]) == ("coserve:25", 0.25 * 82 + 75)
+    assert (light["best_other"], light["times_best_other"]) == ("separate:50", pytest.approx(95.5 / 50))
+    assert heavy["coserve_policy"] == "coserve:50"  # on a quarter of them first tokens are late
+    assert (too_heavy["coserve_policy"], too_heavy["coserve_attainment"]) == ("coserve", 0.0)
+
+
 def test_a_run_that_several_ways_need_is_made_once():
     backend = Arithmetic()
     runs = policies.Runs(backend)
