@@ -104,7 +104,7 @@ def main(
 
 
 def _leave(found: Sequence[dict[str, Any]], out: str) -> None:
-    """Writes the tables so far: all of them take an hour."""
+    """Writes the tables so far: all of them take long, and may be stopped."""
     (Path(out) / TABLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
