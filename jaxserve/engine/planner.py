@@ -32,7 +32,7 @@ GRADIENT_WORTH = 1.8
 RECENT_STEPS = 8  # whose room for gradient rows says what is usual
 RECENT_STARTS = 8  # of requests, whose mean distance says when to expect the next one
 MAX_WAIT = 8  # steps in a row that finetuning stays out of for a longer one
-WORTH_WAITING = 1.05  # times the work per second that a longer one must promise: the model of step times errs
+WORTH_WAITING = 1.05  # times the work per second that a longer one must promise, more where step times are unsure
 SHORTEST = 1e-6  # seconds
 
 NOTHING = StepPlan(index=NO_REQUESTS, chunks=(), chunk_rows=0)
@@ -270,11 +270,12 @@ class Planner:
         if room.gain <= 0:
             return False
         now = max((_rate(option, base) for option in options if option.seconds <= room.now), default=0.0)
+        least = WORTH_WAITING * (1 + self.times.uncertainty) * now
         for option in options:
             if room.now < option.seconds <= room.most:
                 steps = math.ceil((option.seconds - room.now) / room.gain)
                 undisturbed = math.exp(-steps * base.seconds / room.gap)
-                if self._waited + steps <= MAX_WAIT and undisturbed * _rate(option, base) > WORTH_WAITING * now:
+                if self._waited + steps <= MAX_WAIT and undisturbed * _rate(option, base) > least:
                     return True
         return False
 
