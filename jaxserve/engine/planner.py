@@ -273,7 +273,7 @@ class Planner:
         least = WORTH_WAITING * (1 + self.times.uncertainty) * now
         for option in options:
             if room.now < option.seconds <= room.most:
-                steps = math.ceil((option.seconds - room.now) / room.gain)
+                steps = (option.seconds - room.now) / room.gain
                 undisturbed = math.exp(-steps * base.seconds / room.gap)
                 if self._waited + steps <= MAX_WAIT and undisturbed * _rate(option, base) > least:
                     return True
