@@ -24,6 +24,7 @@ from jaxserve.bench.serving import (
     circumstances_of,
     model_directory,
     peer_dtype,
+    unused,
     write_result,
 )
 from jaxserve.config import Config
@@ -33,6 +34,15 @@ from jaxserve.finetune.config import FinetuneConfig
 if TYPE_CHECKING:
     from jaxserve import Engine
 
+UNUSED: dict[str, str] = dict.fromkeys(
+    (
+        "bench.trace", "bench.trace_speed", "bench.trace_scaling", "bench.num_prompts", "bench.request_rate",
+        "bench.burstiness", "bench.random_input_len", "bench.random_output_len", "bench.random_range_ratio",
+        "bench.shared_prefix_len", "bench.max_concurrency", "bench.num_adapters", "bench.lora_assignment",
+        "bench.goodput", "bench.save_detailed", "lora.modules",
+    ),
+    "bench finetune sends no requests and trains one adapter, see bench.finetune_* and bench.adapter_*",
+)  # fmt: skip
 Examples = Sequence[list[int]]  # token ids
 
 
@@ -157,8 +167,13 @@ def how(padded: bool) -> str:
 def main(config: Config) -> int:
     """Runs the benchmark that ``config`` describes and prints it."""
     check_result_file(config)
+    wrong = unused(config, UNUSED)
     if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+        wrong.append("MODEL: name a model directory, or set model.path")
+    if not config.lora.enable_lora:
+        wrong.append("lora.enable_lora is off: nothing can be finetuned")
+    if wrong:
+        raise ConfigError(wrong)
     if config.bench.against not in ("none", "peft"):
         raise ConfigError([f"bench.against {config.bench.against}: jaxserve bench finetune compares with peft"])
     if config.bench.against == "peft":

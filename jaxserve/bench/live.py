@@ -138,7 +138,7 @@ class Live:
             served = not (replay.waiting or replay.alive)
             return replay.now >= seconds and (served or replay.now >= seconds + DRAIN_SECONDS) and may_end()
 
-        params = sampling(self.config, fixed=frozenset({"max_tokens"}))
+        params = sampling(self.config)
         replay = Replay(engine, load, jobs, params, stopped=over, clock=core.clock)
         before = core.scheduler.counts().preemptions
         try:

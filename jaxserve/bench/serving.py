@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 PACKAGES = ("jaxserve", "jax", "jaxlib", "numpy", "torch", "transformers", "peft")
 WARM_UP_TOKENS = 4
-FIXED = frozenset({"max_tokens", "ignore_eos"})  # of the sampling: the load says how long answers are
 NOT_SAMPLED = {
     "sampling.max_tokens": "the load says how long answers are",
     "sampling.n": "a request of a benchmark has one answer, whose latencies are the request's",
@@ -64,6 +63,10 @@ def check(config: Config) -> None:
     if bench.against == "transformers":
         if adapters:
             raise ConfigError(["bench.against transformers runs the base model; leave the adapters out"])
+        if sampling(config) != GREEDY:
+            raise ConfigError(["bench.against transformers is greedy and goes on after end tokens; leave sampling out"])
+        if bench.request_rate is not None:
+            raise ConfigError(["bench.against transformers has all requests at once; leave bench.request_rate out"])
         require_transformers()
 
 
@@ -147,6 +150,8 @@ def beside_peer(config: Config, options: dict[str, Any]) -> dict[str, Any]:
 def measure(config: Config, path: str) -> dict[str, Any]:
     """Loads, runs, prints; returns what goes to the result file."""
     rows, source = trace_rows(config) if config.bench.trace is not None else made_up_rows(config)
+    if config.bench.trace is not None and config.bench.against == "transformers":
+        rows, source = [row._replace(arrival_s=0.0) for row in rows], f"{source}, all at once as for transformers"
     with stage("compiling the step's shapes"):
         engine = make_engine(config, path)
     names = make_adapters(config, engine)
@@ -224,9 +229,9 @@ def made_up_rows(config: Config) -> tuple[list[Row], str]:
     return rows, f"random lengths, {when}, seed {bench.seed}"
 
 
-def sampling(config: Config, fixed: frozenset[str] = FIXED) -> SamplingParams:
-    """Greedy to the requested length, but for what the user asked for; ``fixed`` names what nobody may ask for."""
-    given = config.sampling.model_fields_set - fixed
+def sampling(config: Config) -> SamplingParams:
+    """Greedy to the requested length, but for what the user asked for; the load says what the most tokens are."""
+    given = config.sampling.model_fields_set - {"max_tokens"}
     return replace(GREEDY, **{name: getattr(config.sampling, name) for name in given})
 
 

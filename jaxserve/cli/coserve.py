@@ -258,7 +258,7 @@ def coserve(
         engine,
         workload,
         jobs,
-        sampling(config, fixed=frozenset({"max_tokens"})),
+        sampling(config),
         max_concurrency=config.bench.max_concurrency,
         stopped=stopped,
         each_turn=look_around,

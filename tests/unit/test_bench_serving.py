@@ -19,7 +19,7 @@ from jaxserve.bench.report import (
 from jaxserve.bench.runner import Runner
 from jaxserve.bench.workload import BenchRequest, Workload
 from jaxserve.cli import coserve
-from jaxserve.config import Config
+from jaxserve.config import Config, Entry, resolve
 from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.outputs import Event
 
@@ -409,6 +409,44 @@ def test_what_the_load_decides_is_not_asked_for(tmp_path, main, key):
     asked = asked.model_copy(update={"sampling": asked.sampling.model_copy(update={key: 2})})
     with pytest.raises(ConfigError, match=f"sampling.{key}: "):
         main(asked)
+
+
+def test_answers_end_at_end_tokens_where_that_is_asked_for():
+    assert serving.sampling(resolve(flags={})).ignore_eos
+    asked = resolve(flags={("sampling", "ignore_eos"): Entry(False, "--no-ignore-eos")})
+    assert not serving.sampling(asked).ignore_eos
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(("sampling", "ignore_eos"), False), (("sampling", "temperature"), 0.5)], ids=str
+)
+def test_beside_transformers_nothing_is_asked_for_that_it_would_not_do(tmp_path, key, value):
+    given = {("model", "path"): "unused", ("bench", "against"): "transformers", key: value}
+    asked = resolve(flags={path: Entry(given[path], "--flag") for path in given})
+    with pytest.raises(ConfigError, match="leave sampling out"):
+        serving.main(asked)
+    with pytest.raises(ConfigError, match=r"leave bench\.request_rate out"):
+        serving.main(config(tmp_path, against="transformers", request_rate=2.0))
+
+
+def test_beside_transformers_the_requests_of_a_trace_come_at_once(tmp_path, capsys):
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers")
+    path = tmp_path / "trace.csv"
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,4\n600,7,3\n", encoding="utf-8")
+    found = result(tmp_path, against="transformers", trace=str(path))
+    assert found["duration"] < 300
+    assert "all at once as for transformers; 0 of 2 clipped" in capsys.readouterr().out
+
+
+def test_what_a_benchmark_of_finetuning_has_no_use_for_is_refused(tmp_path):
+    asked = config(tmp_path, trace="some.csv", goodput=("ttft:5",))
+    with pytest.raises(ConfigError) as error:
+        finetune.main(asked)
+    assert {line.partition(":")[0] for line in error.value.errors} == {
+        "bench.trace", "bench.num_prompts", "bench.random_input_len", "bench.random_output_len", "bench.goodput",
+        "lora.enable_lora is off",
+    }  # fmt: skip
 
 
 def test_a_missing_peer_is_named_before_anything_is_loaded(tmp_path, monkeypatch):
