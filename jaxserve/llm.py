@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxserve.adapters.peft_io import check_base, load_peft
+from jaxserve.adapters.peft_io import check_base, check_fit, load_peft
 from jaxserve.adapters.scales import SCALED_METHODS
 from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
 from jaxserve.adapters.weights import AdapterWeights, Weights
@@ -180,11 +180,17 @@ class Engine(TrainingEngine):
         return self._described(self.adapters.load(name, path))
 
     def put_adapter(self, name: str, weights: Weights) -> AdapterInfo:
-        """Publishes weights held in memory under a name, as they are now."""
+        """Publishes weights held in memory under a name, as they are now.
+
+        Raises:
+          AdapterError: they are of another model, or of a rank above max_lora_rank.
+          InvalidRequest: a bad name, or no weights.
+        """
         _require_lora(self.config)
         require("weights", weights, Weights, "those of an adapter")
         held = weights.fetched  # those of an adapter that is being trained are on the device
         check_base(held.base_digest, self.base_digest)
+        check_fit(held, self.model)
         _require_servable(held, self.config)
         self.core.prepare(held)
         return self._described(self.adapters.put(name, held))

@@ -23,8 +23,9 @@ from jaxserve.adapters.fields import CONFIG_FILE, MAX_RANK, show
 from jaxserve.adapters.lora import PREFIX
 from jaxserve.adapters.method import Method, method_of, named
 from jaxserve.adapters.targets import VISION, respelled
-from jaxserve.adapters.weights import MEMBERS, AdapterWeights, ModelShape
+from jaxserve.adapters.weights import MEMBERS, AdapterWeights, Key, ModelShape, module_name
 from jaxserve.errors import AdapterError
+from jaxserve.models.config import member_dims
 
 TENSOR_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
@@ -70,6 +71,22 @@ def check_base(found: bytes | None, own: bytes | None) -> None:
         raise AdapterError(
             f"adapter was trained on base model {found.hex()[:12]}..., this one is {own.hex()[:12]}...", "base_digest"
         )
+
+
+def check_fit(weights: AdapterWeights, model: ModelShape) -> None:
+    """Raises AdapterError where weights held in memory adapt what this model has not, or has in another size."""
+    dims = member_dims(model)
+    found: list[tuple[Key, str, int]] = []
+    for key, pair in weights.pairs.items():
+        found += [(key, "inputs", pair.a.shape[1]), (key, "outputs", pair.b.shape[0])]
+    for key, vector in weights.vectors.items():
+        found.append((key, "inputs" if vector.kind == "input_scale" else "outputs", len(vector.value)))
+    for (layer, member), side, size in found:
+        name, expected = module_name(layer, member, weights.root), dims[member][side == "outputs"]
+        if not 0 <= layer < model.num_layers:
+            raise AdapterError(f"{name} is adapted; the model has {model.num_layers} layers", "weights")
+        if size != expected:
+            raise AdapterError(f"{name} is adapted for {size} {side}; the model's has {expected}", "weights")
 
 
 def _read_config(directory: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The requests of a co-serving run: arrivals with bursts, and real prompts where there are some."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +15,12 @@ from jaxserve.finetune.records import Problems, read_lines
 from jaxserve.tokenizer import Tokenizer
 
 BASE = "base"  # the base model, where adapters are named
+
+
+def unknown_answers(config: Config, trained: Iterable[str]) -> list[str]:
+    """A line for each name in coserve.answer_with that is no adapter's, ``trained`` ones among them."""
+    known = {BASE, *(module.name for module in config.lora.modules), *trained}
+    return [f"coserve.answer_with: there is no {name!r}" for name in config.coserve.answer_with if name not in known]
 
 
 class Bursts(NamedTuple):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.bench.arrivals import bursts_of, rows_at
+from jaxserve.bench.load import unknown_answers
 from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
 from jaxserve.bench.ran import write_tables
@@ -93,6 +94,7 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
     check_result_file(config)
     check_results_dir("sweep.results_dir", config.sweep.results_dir)
     wrong, sweep = unused(config, {**NOT_SAMPLED, **not_used}), config.sweep
+    wrong += unknown_answers(config, [job.adapter for job in config.coserve.jobs])
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")
     if not goals_of(config):

@@ -10,7 +10,7 @@ from jaxserve.assets import locate
 from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, recent, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.engine import load_engine, model_path, options_of, room_for
-from jaxserve.bench.load import BASE, Bursts, make_load
+from jaxserve.bench.load import BASE, Bursts, make_load, unknown_answers
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
     NOT_SAMPLED,
@@ -125,8 +125,7 @@ def check(config: Config) -> list[Planned]:
             jobs.append(plan(config, entry.adapter, entry.data, entry.settings))
         except ConfigError as error:
             wrong += [f"job of adapter {entry.adapter!r}: {line}" for line in error.errors]
-    known = {BASE, *(module.name for module in config.lora.modules), *(job.adapter for job in jobs)}
-    wrong += [f"coserve.answer_with: there is no {name!r}" for name in config.coserve.answer_with if name not in known]
+    wrong += unknown_answers(config, [job.adapter for job in jobs])
     roots = [Path(root).resolve() for root in directories(jobs).values()]
     shared = {root for root in roots if roots.count(root) > 1}
     wrong += [f"coserve.jobs: {root} is the output_dir of two jobs" for root in sorted(shared)]

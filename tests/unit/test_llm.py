@@ -387,6 +387,20 @@ def test_weights_of_another_base_are_refused_and_those_of_an_unknown_one_are_not
     engine.unload_adapter("it")
 
 
+def test_weights_of_another_shape_are_refused(engine):
+    weights = load_peft(serving.adapter_dir(serving.model_dir()), engine.model)
+    key, pair = next(iter(weights.pairs.items()))
+    wider = dataclasses.replace(pair, b=np.zeros((pair.b.shape[0] + 1, pair.rank), np.float32))
+    with pytest.raises(AdapterError, match=r"layers\.0\..* is adapted for \d+ outputs; the model's has \d+"):
+        engine.put_adapter("it", dataclasses.replace(weights, pairs=weights.pairs | {key: wider}))
+    beyond = (engine.model.num_layers, key[1])
+    with pytest.raises(AdapterError, match=rf"the model has {engine.model.num_layers} layers"):
+        engine.put_adapter(
+            "it", dataclasses.replace(weights, pairs={beyond: pair}, scaling={beyond: 1.0}, base_digest=None)
+        )
+    assert engine.list_adapters() == []
+
+
 def test_a_refused_request_leaves_its_adapter_unpinned(engine):
     engine.load_adapter("it", serving.adapter_dir(serving.model_dir()))
     with pytest.raises(InvalidRequest):

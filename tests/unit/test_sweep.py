@@ -290,12 +290,24 @@ def test_what_another_process_refuses_is_said_here(tmp_path):
 
 
 def test_what_cannot_be_run_is_said_before_anything_is_loaded():
-    config = Config(sweep={"replicas": 4, "matmul_efficiency": 0.5}, lora={"enable_lora": False})
+    config = Config(
+        sweep={"replicas": 4, "matmul_efficiency": 0.5},
+        lora={"enable_lora": False},
+        coserve={"answer_with": ("base", "nobody", "a"), "jobs": ("a=a.jsonl",)},
+    )
     with pytest.raises(ConfigError) as error:
         sweep.check(config)
     said = str(error.value)
-    for part in ("MODEL", "tpot_objective_ms", "sweep.replicas 4", "matmul_efficiency 0.5", "enable_lora"):
+    for part in (
+        "MODEL",
+        "tpot_objective_ms",
+        "sweep.replicas 4",
+        "matmul_efficiency 0.5",
+        "enable_lora",
+        "no 'nobody'",
+    ):
         assert part in said
+    assert len(error.value.errors) == 6
 
 
 def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
