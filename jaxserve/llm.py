@@ -40,6 +40,7 @@ from jaxserve.models.loader import (
     stored_dtype,
     weights_fingerprint,
 )
+from jaxserve.models.params import check_finetuning_tp, check_tp
 from jaxserve.outputs import Event, RequestOutput
 from jaxserve.prompts import Prompt, as_list, prompt_ids, require, spread
 from jaxserve.sampling import SamplingParams, default_params
@@ -124,6 +125,9 @@ class Engine(TrainingEngine):
             raise AdapterError(f"adapters is {str(adapters)[:64]!r}; it must be a table of names and paths", "adapters")
         directory = Path(path)
         model = load_config(directory)
+        check_tp(model, config.tensor_parallel)  # a CPU is split once: not for what no engine comes of
+        if config.max_finetune_jobs:
+            check_finetuning_tp(model, config.tensor_parallel)
         try:
             mesh = make_mesh(config.tensor_parallel)
         except ValueError as error:

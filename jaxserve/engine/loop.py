@@ -45,6 +45,7 @@ from jaxserve.finetune.live import LiveWeights
 from jaxserve.finetune.windows import FinetunePlan
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
+from jaxserve.models.params import check_finetuning_tp
 from jaxserve.scheduler.plan import NO_REQUESTS, StepPlan
 from jaxserve.scheduler.request import Request, Sequence
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
@@ -211,11 +212,7 @@ class EngineCore:
         c = self.config
         if self.bank is None:
             raise InvalidRequest("finetuning needs enable_lora: an adapter is trained where adapters are served")
-        if self.mesh.size > self.model.num_kv_heads:
-            raise InvalidRequest(
-                f"finetuning needs tensor_parallel at most num_key_value_heads {self.model.num_kv_heads}; "
-                f"it is {self.mesh.size}"
-            )
+        check_finetuning_tp(self.model, self.mesh.size)
         with self._enabling, self.compiles.preparing():
             if self.trainer is not None:
                 return {}

@@ -9,7 +9,7 @@ Shapes: D hidden, F ffn, V vocab (Vp with padding), H query heads, K kv heads, C
 from dataclasses import dataclass
 from typing import Any
 
-from jaxserve.errors import ModelError
+from jaxserve.errors import InvalidRequest, ModelError
 from jaxserve.models.config import ModelConfig, member_dims
 from jaxserve.models.registry import FAMILIES
 
@@ -70,6 +70,14 @@ def check_tp(config: ModelConfig, tp: int) -> None:
     if config.num_kv_heads % tp and tp % config.num_kv_heads:
         raise ModelError(
             f"tensor_parallel {tp} and num_key_value_heads {config.num_kv_heads}: one must divide the other"
+        )
+
+
+def check_finetuning_tp(config: ModelConfig, tp: int) -> None:
+    """Refuses a number of shards of which several hold the same kv head: its gradients would lie on all of them."""
+    if tp > config.num_kv_heads:
+        raise InvalidRequest(
+            f"finetuning needs tensor_parallel at most num_key_value_heads {config.num_kv_heads}; it is {tp}"
         )
 
 

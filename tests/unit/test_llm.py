@@ -458,7 +458,24 @@ def test_a_missing_directory_and_too_many_devices_are_refused(tmp_path):
     with pytest.raises(ModelError):
         jaxserve.Engine.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ModelError, match="tensor_parallel 64 must be between 1 and the 8 devices present"):
-        jaxserve.Engine.from_pretrained(serving.model_dir(), tensor_parallel=64)
+        jaxserve.Engine.from_pretrained(
+            serving.model_dir(num_attention_heads=64, num_key_value_heads=1, head_dim=2, intermediate_size=128),
+            tensor_parallel=64,
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tensor_parallel": 3}, ModelError, "tensor_parallel 3 does not divide num_attention_heads 4"),
+        ({"tensor_parallel": 10**11}, ModelError, "tensor_parallel 100000000000 does not divide num_attention_heads 4"),
+        ({"tensor_parallel": 4, "max_finetune_jobs": 1}, InvalidRequest, "at most num_key_value_heads 2; it is 4"),
+    ],
+)
+def test_sizes_that_cannot_split_the_model_are_refused_before_they_split_the_cpu(monkeypatch, options, error, message):
+    monkeypatch.setattr("jaxserve.llm.make_mesh", lambda size: pytest.fail("the CPU was split"))
+    with pytest.raises(error, match=message):
+        jaxserve.Engine.from_pretrained(serving.model_dir(), **options)
 
 
 @pytest.mark.parametrize(
