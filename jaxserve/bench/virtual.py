@@ -31,6 +31,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import load_config
+from jaxserve.models.params import check_finetuning_tp, check_tp
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
@@ -210,11 +211,18 @@ class Virtual:
 
     @classmethod
     def of(cls, config: Config) -> "Virtual":
-        """Of the model that the configuration names."""
+        """Of the model that the configuration names.
+
+        Raises:
+          ModelError, InvalidRequest: a model that an engine of so many devices would not take.
+        """
         assert config.model.path is not None, "no model"
         path = Path(locate(config.model.path))
         tokenizer = None if config.coserve.prompts is None else load_tokenizer(path)
-        return cls(config=config, model=load_config(path), tokenizer=tokenizer)
+        model, shards = load_config(path), config.engine.tensor_parallel
+        check_tp(model, shards)
+        check_finetuning_tp(model, shards)
+        return cls(config=config, model=model, tokenizer=tokenizer)
 
     @property
     def device(self) -> roofline.Device:

@@ -14,7 +14,7 @@ from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row
 from jaxserve.cli.app import app
 from jaxserve.config import Config, resolve
-from jaxserve.errors import ConfigError, EngineError
+from jaxserve.errors import ConfigError, EngineError, InvalidRequest, ModelError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.models.config import ModelConfig
 
@@ -287,6 +287,17 @@ def test_what_another_process_refuses_is_said_here(tmp_path):
         pool.backend(Virtual.of(config), [("spatial", 4.0)]).spatial(4.0)
     assert error.value.errors == [str(error.value)]
     assert "2 x weights" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "refusal"), [(3, "does not divide"), (16, "at most num_key_value_heads 8")]
+)
+def test_a_model_that_no_engine_would_split_so_is_not_simulated(tmp_path, tensor_parallel, refusal):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
+    config = simulated(engine={"tensor_parallel": tensor_parallel})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises((ModelError, InvalidRequest), match=refusal):
+        Virtual.of(config)
 
 
 def test_what_cannot_be_run_is_said_before_anything_is_loaded():
