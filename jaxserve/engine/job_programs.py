@@ -5,7 +5,7 @@ Between an adapter's shapes and the engine's they are all determined, so jobs of
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -73,7 +73,10 @@ def compile_programs(device: DeviceShapes, job: JobShapes) -> JobPrograms:
         device.train, pages, number, job.factors, norms, mesh=mesh, rank=job.rank, num_layers=L
     )  # fmt: skip
     shares = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[:1], np.float32), job.masters)
-    apply = apply_gradients.lower(job.optimizer_name, job.masters, job.optimizer, job.masters, _hyper_shapes(), shares)
+    # where the compiler would leave factored moments is not where the next update takes them from
+    places = jax.tree.map(lambda x: x.sharding, (job.masters, job.optimizer))
+    update = jax.jit(partial(apply_gradients, job.optimizer_name), out_shardings=(*places, None))
+    apply = update.lower(job.masters, job.optimizer, job.masters, _hyper_shapes(), shares)
     put = publish.lower(
         device.bank, device.scales, needs_model, job.masters, pages, job.factors, mesh=mesh, shape=device.bank_shape
     )

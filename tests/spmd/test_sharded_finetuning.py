@@ -19,9 +19,9 @@ def path():
     return serving.model_dir("qwen2", num_attention_heads=8, num_key_value_heads=4, head_dim=8, tokenizer=False)
 
 
-def train(path, place, tensor_parallel, method):
+def train(path, place, tensor_parallel, method, **more):
     engine = serving.engine(path, tensor_parallel=tensor_parallel, **TRAIN, **SMALL)
-    options = {"method": method, "rank": 8, "learning_rate": 1e-2, "batch_size": 2, "epochs": 2}
+    options = {"method": method, "rank": 8, "learning_rate": 1e-2, "batch_size": 2, "epochs": 2} | more
     job = engine.finetune(
         [(tokens, None) for tokens in EXAMPLES], adapter="a", **options, output_dir=str(place / "job")
     )
@@ -32,10 +32,13 @@ def train(path, place, tensor_parallel, method):
     return job.losses, load_file(place / "adapter" / "adapter_model.safetensors"), answer
 
 
-@pytest.mark.parametrize("method", ["lora", pytest.param("dora", marks=pytest.mark.slow)])
-def test_two_devices_train_what_one_does(path, tmp_path, method):
-    losses, adapter, answer = train(path, tmp_path / "one", 1, method)
-    split_losses, split_adapter, split_answer = train(path, tmp_path / "two", 2, method)
+@pytest.mark.parametrize(
+    ("method", "optimizer"),
+    [("lora", "adamw"), ("lora", "adafactor"), pytest.param("dora", "adamw", marks=pytest.mark.slow)],
+)
+def test_two_devices_train_what_one_does(path, tmp_path, method, optimizer):
+    losses, adapter, answer = train(path, tmp_path / "one", 1, method, optimizer=optimizer)
+    split_losses, split_adapter, split_answer = train(path, tmp_path / "two", 2, method, optimizer=optimizer)
     assert len(losses) == 4
     np.testing.assert_allclose(split_losses, losses, rtol=1e-5)
     assert split_adapter.keys() == adapter.keys()
