@@ -28,7 +28,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import load_config, stored_dtype
-from jaxserve.models.params import check_tp
+from jaxserve.models.params import check_finetuning_tp, check_tp
 
 GB = 1e9
 LARGE = 1 << 20  # bytes: copies of anything smaller are not looked for
@@ -60,16 +60,18 @@ def plan(
 
     Raises:
       ConfigError: no compiler for the device here, or sizes that do not go together.
-      ModelError: a model that cannot be split so.
+      ModelError: a model that cannot be split so; InvalidRequest: not for finetuning.
     """
     check_tp(model, options.tensor_parallel)
+    if options.max_finetune_jobs:
+        check_finetuning_tp(model, options.tensor_parallel)
     compiled = first_layers(model, layers)
     mesh = ahead.mesh_of(device, options.tensor_parallel)
     dtype = stored if options.dtype == "auto" else options.dtype
     options = options.model_copy(update={"dtype": dtype})
     budget = int(roofline.DEVICES[device].memory * options.gpu_memory_utilization)
     core = _sized(options, model, mesh, budget)
-    train = train_shape(core, max(options.max_finetune_jobs, 1)) if core.max_loras else None
+    train = _train_shape(core, model, options)
     params, state, plain = ahead.abstract_arguments(core, model, mesh, train)
     memory = _memory(params, state)
     buckets = _buckets(core, train is not None, every_bucket)
@@ -107,6 +109,13 @@ def plan(
     }
 
 
+def _train_shape(core: CoreConfig, model: ModelConfig, options: EngineConfig) -> TrainShape | None:
+    """Of the job that an engine makes room for whenever it could finetune; None: it could not."""
+    if not core.max_loras or options.tensor_parallel > model.num_kv_heads:
+        return None
+    return train_shape(core, max(options.max_finetune_jobs, 1))
+
+
 def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) -> CoreConfig:
     """As the engine sizes itself, with the device's memory from its data sheet."""
     given = options.num_kv_pages
@@ -114,7 +123,7 @@ def _sized(options: EngineConfig, model: ModelConfig, mesh: Any, budget: int) ->
     small = core_config(options.model_copy(update={"num_kv_pages": given or 1 << 20}), model, None, mesh, budget)
     if given:
         return small
-    train = train_shape(small, max(options.max_finetune_jobs, 1)) if small.max_loras else None
+    train = _train_shape(small, model, options)
     one = dataclasses.replace(small, num_pages=1)
     params, state, _ = ahead.abstract_arguments(one, model, mesh, train)
     left = budget - ahead.local_bytes(params) - ahead.local_bytes(state) - STEP_BYTES

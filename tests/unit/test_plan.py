@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from jaxserve.bench import ahead, hlo, plan
 from jaxserve.cli.app import app
 from jaxserve.config import EngineConfig
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, InvalidRequest
 from jaxserve.models.config import ModelConfig
 from sharding import make_mesh
 
@@ -70,6 +70,13 @@ ENTRY %main (w: bf16[512,128], y: f32[8]) -> (bf16[64,128], f32[8]) {
   ROOT %out = (bf16[64,128]{1,0}, f32[8]{0}) tuple(%x.9, %chosen)
 }
 """
+
+
+def test_more_devices_than_kv_heads_are_refused_where_jobs_are_asked_for():
+    model = ModelConfig.from_dict(tiny_models.config_dict("llama", num_attention_heads=8, num_key_value_heads=2))
+    options = EngineConfig(enable_lora=True, max_finetune_jobs=1, tensor_parallel=4)
+    with pytest.raises(InvalidRequest, match="finetuning needs tensor_parallel at most num_key_value_heads 2; it is 4"):
+        plan.plan(model, "bfloat16", options, "h200")
 
 
 def test_what_runs_is_counted_and_what_is_fused_is_not():
