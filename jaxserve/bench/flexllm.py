@@ -18,19 +18,17 @@ from typing import Any
 
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.parallel import Pool
-from jaxserve.bench.policies import ALONE, ENOUGH, OURS, REQUESTS, Runs, claims, numbers
+from jaxserve.bench.policies import ALONE, ENOUGH, OURS, Runs, claims, numbers
 from jaxserve.bench.serving import check_results_dir
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
+from jaxserve.config.runs import SweepSection
 from jaxserve.errors import ConfigError
 
 TABLES = "tables.json"
 RATES = (1.0, 2.0, 3.0, 4.0, 5.0)  # requests per second and replica
-POLICIES = (
-    OURS, "coserve:25", "coserve:50", "coserve:75", "temporal:64", "temporal:128", "temporal:512", "temporal-dynamic",
-    "separate:25", "separate:50", "separate:75", "spatial", REQUESTS, ALONE,
-)  # fmt: skip
+POLICIES = SweepSection().policies
 TTFT_MS = 5000.0
 TARGETS = {"down_proj": ("down_proj",), "all-linear": "all-linear"}
 STASH_TOKENS = 4096  # two examples of the longest

@@ -21,7 +21,7 @@ from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, Watch, run_name
 from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
-from jaxserve.bench.serving import made_up_rows, run_load, sampling, trace_rows, warm_up_load
+from jaxserve.bench.serving import rows_of, run_load, sampling, warm_up_load
 from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
 from jaxserve.bench.virtual import simulated
 from jaxserve.bench.workload import BenchRequest, Row, Workload
@@ -76,7 +76,7 @@ class Live:
             self.engine = load_engine(config, room_for(config, settings), settings)
         self.datasets: dict[str, tuple[FinetuneConfig, Dataset]] = {}  # of the jobs, by adapter
         self.steps: dict[str, tuple[StepTimes, list[StepLoad], list[float]]] = {}  # by run: its device
-        load = self._load(*(made_up_rows(config) if config.bench.trace is None else trace_rows(config)))
+        load = self._load(*rows_of(config))
         run_load(config, self.engine, warm_up_load(load, self.engine.config.max_num_seqs))
 
     def workload(self, name: str, rate: float, seconds: float) -> Workload:

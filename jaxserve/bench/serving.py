@@ -149,7 +149,7 @@ def beside_peer(config: Config, options: dict[str, Any]) -> dict[str, Any]:
 
 def measure(config: Config, path: str) -> dict[str, Any]:
     """Loads, runs, prints; returns what goes to the result file."""
-    rows, source = trace_rows(config) if config.bench.trace is not None else made_up_rows(config)
+    rows, source = rows_of(config)
     if config.bench.trace is not None and config.bench.against == "transformers":
         rows, source = [row._replace(arrival_s=0.0) for row in rows], f"{source}, all at once as for transformers"
     with stage("compiling the step's shapes"):
@@ -209,6 +209,11 @@ def trace_rows(config: Config) -> tuple[list[Row], str]:
         raise ConfigError([f"bench.trace_speed {bench.trace_speed:g} leaves none of {bench.num_prompts} requests"])
     how = {"stretch": "time stretched", "thin": "rows thinned"}[bench.trace_scaling]
     return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how})"
+
+
+def rows_of(config: Config) -> tuple[list[Row], str]:
+    """The trace's, or made-up ones, with what they are in words."""
+    return made_up_rows(config) if config.bench.trace is None else trace_rows(config)
 
 
 def made_up_rows(config: Config) -> tuple[list[Row], str]:
