@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxserve import Engine
 
 FEW_TOKENS = 512  # of a step: enough for a prompt to be read about as fast as can be
+TOLD_SECONDS = 5.0  # between words on how far the compiler is
 VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
 
 
@@ -77,9 +78,32 @@ def model_path(config: Config) -> str:
 def stage(text: str) -> Iterator[None]:
     """Says that something takes a while, and how long it took; on stderr, for results go to stdout."""
     start = time.monotonic()
-    print(f"{text} ...", file=sys.stderr, flush=True)
-    yield
-    print(f"{text}: {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+    say(f"{text} ...")
+    with counting(text):
+        yield
+    say(f"{text}: {time.monotonic() - start:.1f} s")
+
+
+def say(line: str) -> None:
+    """Prints to stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def counting(text: str, say: Callable[[str], None] = say, seconds: float = TOLD_SECONDS) -> Iterator[None]:
+    """Says now and then how many programs are compiled."""
+    from jaxserve.engine.compiles import watched
+
+    said = time.monotonic()
+
+    def told(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said >= seconds:
+            said = time.monotonic()
+            say(f"{text}: {done} of {total} programs")
+
+    with watched(told):
+        yield
 
 
 def load_engine(config: Config, room: Mapping[str, Any] | None = None, jobs: Sequence[FinetuneConfig] = ()) -> "Engine":

@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxserve
-from jaxserve.bench.engine import load_engine, room_to_answer
+from jaxserve.bench.engine import counting, load_engine, room_to_answer
 from jaxserve.cli.flags import configured
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
@@ -347,7 +347,8 @@ def build_engine(config: Config, room: dict[str, Any], adapter: str | None = Non
     names = [module.name for module in config.lora.modules]
     if config.model.path is not None and adapter is not None and adapter not in names:
         raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
-    return load_engine(config, room)
+    with counting("compiling the step's shapes"):
+        return load_engine(config, room)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

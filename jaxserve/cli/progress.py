@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from jaxserve.bench.coserve_numbers import ms
+from jaxserve.bench.engine import counting
 
 State = Mapping[str, Any]
 LIVE_SECONDS = 0.25
@@ -71,7 +72,8 @@ class JsonProgress(_Timed):
     @contextmanager
     def stage(self, text: str) -> Iterator[None]:
         start = time.monotonic()
-        yield
+        with counting(text, self.say):
+            yield
         self._line("message", {"message": text, "seconds": round(time.monotonic() - start, 3)})
 
     def update(self, state: State) -> None:
@@ -97,7 +99,8 @@ class LineProgress(_Timed):
     def stage(self, text: str) -> Iterator[None]:
         start = time.monotonic()
         print(f"{text} ...", flush=True)
-        yield
+        with counting(text, self.say):
+            yield
         print(f"{text}: {time.monotonic() - start:.1f} s", flush=True)
 
     def update(self, state: State) -> None:
@@ -154,8 +157,9 @@ class LiveProgress(_Timed):
 
         start = time.monotonic()
         with Bar(SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn(), console=self.console) as bar:
-            bar.add_task(text, total=None)
-            yield
+            task = bar.add_task(text, total=None)
+            with counting(text, lambda line: bar.update(task, description=line), seconds=0.0):
+                yield
             bar.stop()
         self.console.print(f"{text}: {time.monotonic() - start:.1f} s", markup=False)
 

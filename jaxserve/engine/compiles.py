@@ -7,7 +7,7 @@ import os
 import platform
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ CACHE_BYTES = 4 << 30
 _EVENT = "/jax/core/compile/backend_compile_duration"
 _counters: "weakref.WeakSet[CompileCounter]" = weakref.WeakSet()
 _listening = False
-
-
+_watchers: list[Callable[[int, int], None]] = []
 _thread = threading.local()
 
 
@@ -60,6 +59,22 @@ def _count(event: str, duration: float, **details: str | int) -> None:
                 counter.after_ready += 1
             else:
                 counter.before_ready += 1
+
+
+@contextmanager
+def watched(told: Callable[[int, int], None]) -> Iterator[None]:
+    """Whenever an engine has compiled one of its programs, calls ``told`` with how many are done, of how many."""
+    _watchers.append(told)
+    try:
+        yield
+    finally:
+        _watchers.remove(told)
+
+
+def tell(done: int, total: int) -> None:
+    """Passes on how far an engine is."""
+    for told in list(_watchers):
+        told(done, total)
 
 
 def use_compilation_cache() -> None:

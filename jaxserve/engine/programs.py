@@ -4,6 +4,7 @@ after a step, draws of tokens and scores of given ones.
 They are declared, compiled side by side, and run on the arrays that the engine has at the time.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from jaxserve.adapters.bank import BankShape
 from jaxserve.adapters.scales import Scales, is_scaled
 from jaxserve.engine.batch import BatchLayout
 from jaxserve.engine.buckets import Bucket
+from jaxserve.engine.compiles import tell
 from jaxserve.engine.draw import Asks, Drawn, DrawSpec, HeadSpec, Scored, asks_of, draw, head_of, score, slots_of
 from jaxserve.engine.gradient import TrainShape, TrainState, stash_alone
 from jaxserve.engine.specs import CoreConfig, step_spec
@@ -142,16 +144,20 @@ class Programs:
         """Compiles programs side by side, each on a thread: the compiler keeps but one core busy. A call finds the
         program that was compiled for its arguments, of which ``arrays`` may be the shapes alone. Returns seconds by
         program."""
+        keys, draws = list(keys), [key for key in self.draws if key not in self._lowered]
+        scores = {bucket.chunk_rows for bucket, _ in self.layouts if bucket.chunk_rows} - self._lowered
+        total, count = len(keys) + len(draws) + len(scores), itertools.count(1)
 
         def compile_one(lowered: Any) -> float:
             start = self._clock()
             with self._expected():
                 lowered.compile()
+            tell(next(count), total)
             return self._clock() - start
 
         with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_COMPILERS)) as pool:
             futures = {key: pool.submit(compile_one, self._lower(key, arrays)) for key in keys}
-            after = [pool.submit(compile_one, lowered) for lowered in self._lower_what_follows(arrays)]
+            after = [pool.submit(compile_one, lowered) for lowered in self._lower_after(draws, scores, arrays)]
             for future in after:
                 future.result()
             return {key: future.result() for key, future in futures.items()}
@@ -162,22 +168,21 @@ class Programs:
         state, scales = _arguments(spec, arrays)
         return step.lower(arrays.params, state, ints, floats, scales, spec=spec)
 
-    def _lower_what_follows(self, arrays: Arrays) -> Iterator[Any]:
-        """Draws and scores that are new."""
+    def _lower_after(self, draws: Iterable[DrawKey], scores: Iterable[int], arrays: Arrays) -> Iterator[Any]:
+        """What comes after a step: draws, and scores of so many rows."""
         width, dtype = self._model.hidden_size, self._config.dtype
         head = head_of(arrays.params, self._model)
 
         def hidden(rows: int) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((rows, width), np.dtype(dtype), sharding=named_sharding(self._mesh, ()))
 
-        for key, spec in self.draws.items():
-            if key not in self._lowered:
-                buffers = np.zeros(spec.layout.num_ints, np.int32), np.zeros(spec.layout.num_floats, np.float32)
-                yield draw.lower(head, *slots_of(arrays.state), hidden(key[0]), *buffers, spec=spec)
-        score_rows = {bucket.chunk_rows for bucket, _ in self.layouts if bucket.chunk_rows}
-        for rows in score_rows - self._lowered:
+        for key in draws:
+            spec = self.draws[key]
+            buffers = np.zeros(spec.layout.num_ints, np.int32), np.zeros(spec.layout.num_floats, np.float32)
+            yield draw.lower(head, *slots_of(arrays.state), hidden(key[0]), *buffers, spec=spec)
+        for rows in scores:
             yield score.lower(head, hidden(rows), np.zeros(rows, np.int32), spec=self._score_spec)
-        self._lowered |= self.draws.keys() | score_rows
+        self._lowered |= {*draws, *scores}
 
     def run(
         self, key: ProgramKey, arrays: Arrays, ints: np.ndarray, floats: np.ndarray

@@ -15,9 +15,11 @@ import jaxserve
 from jaxserve.adapters import lora
 from jaxserve.adapters.peft_io import save_peft
 from jaxserve.assets import locate
+from jaxserve.bench.engine import counting
 from jaxserve.cli import main
 from jaxserve.cli.flags import flags
 from jaxserve.config import Config, EngineConfig, resolve
+from jaxserve.engine.compiles import tell
 from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest, ModelError
 from jaxserve.finetune.checkpoint import CheckpointWriter
 from jaxserve.finetune.folder import CHECKPOINTS
@@ -258,6 +260,15 @@ def test_every_wrong_flag_is_said_on_a_line_of_its_own(capsys):
 def test_a_model_that_cannot_be_served_is_status_4_and_one_line(engines, capsys):
     assert run("generate", "broken", "--prompt", "a") == 4
     assert capsys.readouterr().err == "error: broken: no config.json\n"
+
+
+def test_how_far_the_compiler_is_is_said_now_and_then():
+    lines = []
+    with counting("compiling", lines.append, seconds=0.0), counting("rarely", lines.append, seconds=60.0):
+        tell(1, 3)
+        tell(2, 3)
+    tell(3, 3)
+    assert lines == ["compiling: 1 of 3 programs", "compiling: 2 of 3 programs"]
 
 
 def test_an_engine_failure_is_status_1(engines, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import serving
 
-from jaxserve.engine.compiles import CompileCounter
+from jaxserve.engine.compiles import CompileCounter, watched
 from jaxserve.engine.draw import Asks, draw, head_of, slots_of
 from jaxserve.engine.state import copy_pages, write_slot
 from jaxserve.engine.step import step
@@ -22,8 +22,15 @@ NUM_REQUESTS = 500
 
 
 @pytest.fixture(scope="module")
-def engine():
-    made = serving.engine(serving.model_dir())
+def told():
+    """What a watcher of the engine's start-up was told."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def engine(told):
+    with watched(lambda done, total: told.append((done, total))):
+        made = serving.engine(serving.model_dir())
     for name in ADAPTERS[1:]:
         rank = int(name.split("-")[1])
         made.load_adapter(name, serving.adapter_dir(serving.model_dir(), seed=rank, rank=rank))
@@ -71,6 +78,13 @@ def test_after_warm_up_500_random_requests_compile_nothing(engine):
     assert engine.stats()["requests"] == NUM_REQUESTS
     assert engine.stats()["recompiles"] == 0
     serving.check_idle(engine)
+
+
+def test_a_watcher_is_told_of_each_program(engine, told):
+    programs = engine.core.programs
+    chunks = {bucket.chunk_rows for bucket, _ in programs.specs if bucket.chunk_rows}
+    total = len(programs.specs) + len(programs.draws) + len(chunks)
+    assert sorted(told) == [(done, total) for done in range(1, total + 1)]
 
 
 def test_the_counter_counts_a_compilation(engine):
