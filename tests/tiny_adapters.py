@@ -15,6 +15,8 @@ from jaxserve.adapters.peft_io import load_peft
 from jaxserve.adapters.weights import ModelShape
 from jaxserve.errors import AdapterError
 
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
 
 @dataclass(frozen=True)
 class TinyShape:
@@ -57,10 +59,10 @@ def write_files(path: Path, config: Any, tensors: dict[str, np.ndarray] | bytes,
     """Writes the two files as they are given (bytes: byte for byte); returns ``path``."""
     path.mkdir(parents=True, exist_ok=True)
     text = config if isinstance(config, bytes) else json.dumps(config, indent=2).encode()
-    (path / "adapter_config.json").write_bytes(text)
+    (path / CONFIG).write_bytes(text)
     if not isinstance(tensors, bytes):
         tensors = safetensors.numpy.save(tensors, metadata or {"format": "pt"})
-    (path / "adapter_model.safetensors").write_bytes(tensors)
+    (path / TENSORS).write_bytes(tensors)
     return path
 
 

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from tiny_adapters import (
+    CONFIG,
+    TENSORS,
     TinyShape,
     hf_gemma3,
     ia3_config,
@@ -24,7 +26,6 @@ from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.adapters.targets import sparing_vision
 from jaxserve.models import gemma3
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 MULTIMODAL = TinyShape(module_roots=gemma3.MODULE_ROOTS)
 NO_VISION = {"exclude_modules": r".*\.(vision_tower|multi_modal_projector)\..*"}
 UNSLOTH = (  # of get_peft_regex with finetune_vision_layers=False
