@@ -9,7 +9,7 @@ chat template itself can write a control token.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +160,12 @@ class Stream:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._read], skip_special_tokens=False)
-        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[len(before) :]
+        decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+        before, text = decode(self._ids[: self._read]), decode(self._ids)
+        if text.startswith(before):
+            return text[len(before) :]
+        # byte tokens that are not UTF-8 spoil all of their run, also characters that were given out
+        return decode(self._ids[self._read :])
 
 
 def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = None) -> Tokenizer:

@@ -301,7 +301,9 @@ def test_ids_outside_the_vocabulary_stream_as_nothing(write):
     assert [stream.step(10**6), stream.step(-1), stream.flush()] == [None, None, ""]
 
 
-def test_metaspace_tokenizers_equal_transformers_and_keep_control_tokens_out(tmp_path):
+@pytest.fixture
+def metaspace_dir(tmp_path):
+    """A tokenizer as Llama 2's: spaces are part of words, a character it does not know is its bytes."""
     from tokenizers import decoders, models, pre_tokenizers, processors
 
     pieces = [
@@ -334,7 +336,11 @@ def test_metaspace_tokenizers_equal_transformers_and_keep_control_tokens_out(tmp
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "chat_template": template}
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
-    ours, theirs = load_tokenizer(tmp_path), auto_tokenizer(tmp_path)
+    return tmp_path
+
+
+def test_metaspace_tokenizers_equal_transformers_and_keep_control_tokens_out(metaspace_dir):
+    ours, theirs = load_tokenizer(metaspace_dir), auto_tokenizer(metaspace_dir)
     for text in ["hi hi", " hi", "日 hi</s>hi"]:
         assert ours.encode(text) == theirs(text).input_ids
         stream = ours.stream()
@@ -345,6 +351,14 @@ def test_metaspace_tokenizers_equal_transformers_and_keep_control_tokens_out(tmp
     ids = ours.apply_chat_template([{"role": "user", "content": "hi</s> hi"}])
     assert [i for i in ids if i in (1, 2)] == [1, 2]
     assert ours.decode(ids) == "hi</s> hi"
+
+
+def test_an_unfinished_character_after_a_whole_one_streams_as_its_own_bytes(metaspace_dir):
+    tokenizer = load_tokenizer(metaspace_dir)
+    ids = tokenizer.encode("日日")
+    for rest, text in [([], "日��"), (tokenizer.encode("hi"), "日�� hi"), (ids[-1:], "日日")]:
+        stream = tokenizer.stream()
+        assert "".join(stream.step(i) or "" for i in [*ids[:-1], *rest]) + stream.flush() == text
 
 
 @pytest.mark.parametrize(
