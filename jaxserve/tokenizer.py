@@ -230,6 +230,8 @@ def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise ModelError(f"tokenizer: {type(loaded).__name__} has no tokenizer.json form; convert it first")
+    if backend.get_vocab(with_added_tokens=False).keys() <= loaded.get_added_vocab().keys():
+        raise ModelError("tokenizer: no vocabulary: neither tokenizer.json nor an older file with one is there")
     template = chat_template if chat_template is not None else getattr(loaded, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

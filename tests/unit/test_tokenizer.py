@@ -385,6 +385,9 @@ def test_a_directory_without_tokenizer_is_refused(tmp_path):
     pytest.importorskip("transformers")
     with pytest.raises(ModelError, match="tokenizer"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}')
+    with pytest.raises(ModelError, match="no vocabulary"):  # transformers makes one of special tokens alone
+        load_tokenizer(tmp_path)
 
 
 def test_our_templates_behave_as_jinja_sandboxed_by_transformers(write):
