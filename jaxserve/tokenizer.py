@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -208,15 +209,19 @@ def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, s
     """
     backend.no_padding()
     backend.no_truncation()
-    for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        token = AddedToken(token["content"], **flags)
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    stored = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    for is_special, tokens in groupby((_added_token(token) for _, token in stored), lambda token: token.special):
+        (backend.add_special_tokens if is_special else backend.add_tokens)(list(tokens))  # each call takes long
     extra = _extra_tokens(config)
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     for content in [*named.values(), *map(_content, [] if isinstance(extra, dict) else extra)]:
         if content not in special:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _added_token(token: Mapping[str, Any]) -> AddedToken:
+    flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    return AddedToken(token["content"], **flags)
 
 
 def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:

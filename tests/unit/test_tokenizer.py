@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import time
 
 import jinja2
 import pytest
@@ -156,6 +157,17 @@ def test_older_files_beside_a_tokenizer_json_add_their_tokens(write, tmp_path):
         assert ids == theirs(text).input_ids
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     assert ours.vocab_size == size + 1 == len(theirs)
+
+
+def test_thousands_of_added_tokens_load_in_a_moment(write):
+    """Gemma's have 6,415, each of which made a new automaton of all."""
+    tokens = [f"<unused{i}>" for i in range(3000)]
+    first = tiny_models.TOKENIZER_SIZE
+    stored = {str(first + i): {"content": token, "special": False} | FLAGS for i, token in enumerate(tokens)}
+    directory = write(extra_tokens=tuple(tokens), added_tokens_decoder=stored)
+    start = time.process_time()
+    assert load_tokenizer(directory).encode(tokens[-1])[-1] == first + 2999
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize("token", tiny_models.SPECIAL)
