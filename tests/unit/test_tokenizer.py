@@ -110,6 +110,14 @@ def test_chat_ids_equal_those_of_transformers(write, template, prompt):
         assert ours.apply_chat_template(chat, prompt, tools=tools) == ids
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
+def test_a_template_finds_the_reasoning_under_any_of_its_names(write, name):
+    directory = write("{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}{% endfor %}")
+    chat = [{"role": "assistant", "content": "a", "reasoning_content": None} | {name: "why"}]
+    ours, theirs = load_tokenizer(directory), auto_tokenizer(directory)
+    assert ours.render_chat(chat) == theirs.apply_chat_template(chat, tokenize=False) == "why|why"
+
+
 def test_a_jinja_file_or_a_named_default_or_an_argument_gives_the_chat_template(write):
     directory = write([{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}])
     assert load_tokenizer(directory).chat_template == "D"
