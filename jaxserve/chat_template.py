@@ -20,6 +20,7 @@ from tokenizers import AddedToken
 from jaxserve.errors import InvalidRequest, ModelError
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # what API clients call it
 
 
 class ChatTemplate:
@@ -50,14 +51,21 @@ class ChatTemplate:
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise InvalidRequest("messages: must be a list of at least one object", param="messages")
-        # templates handle a missing key better than None, which API clients like to send
-        chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+        chat = [_as_templates_read(message) for message in messages]
         names = {"tools": None, "documents": None, **self._named_tokens, **variables}
         try:
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **names)
         except Exception as error:  # a template is a program: it can fail in any way
             line = " ".join(str(error).split())[:300]
             raise InvalidRequest(f"messages: the model's chat template refuses them: {line}", "messages") from None
+
+
+def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message without nulls, which templates handle worse than missing keys, and with its reasoning under the names
+    that templates know."""
+    given = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((given[key] for key in _REASONING if key in given), None)
+    return given if reasoning is None else {"thinking": reasoning} | given | {"reasoning_content": reasoning}
 
 
 class Fence:

@@ -9,7 +9,8 @@ chat template itself can write a control token.
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -160,8 +161,12 @@ class Stream:
         return text
 
     def _new_text(self) -> str:
-        before = self._tokenizer.decode(self._ids[: self._read], skip_special_tokens=False)
-        return self._tokenizer.decode(self._ids, skip_special_tokens=False)[len(before) :]
+        decode = partial(self._tokenizer.decode, skip_special_tokens=False)
+        before, text = decode(self._ids[: self._read]), decode(self._ids)
+        if text.startswith(before):
+            return text[len(before) :]
+        # byte tokens that are not UTF-8 spoil all of their run, also characters that were given out
+        return decode(self._ids[self._read :])
 
 
 def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = None) -> Tokenizer:
@@ -204,15 +209,19 @@ def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, s
     """
     backend.no_padding()
     backend.no_truncation()
-    for _, token in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
-        token = AddedToken(token["content"], **flags)
-        (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    stored = sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0]))
+    for is_special, tokens in groupby((_added_token(token) for _, token in stored), lambda token: token.special):
+        (backend.add_special_tokens if is_special else backend.add_tokens)(list(tokens))  # each call takes long
     extra = _extra_tokens(config)
     special = {token.content for token in backend.get_added_tokens_decoder().values() if token.special}
     for content in [*named.values(), *map(_content, [] if isinstance(extra, dict) else extra)]:
         if content not in special:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _added_token(token: Mapping[str, Any]) -> AddedToken:
+    flags = {key: bool(token.get(key)) for key in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+    return AddedToken(token["content"], **flags)
 
 
 def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
@@ -226,6 +235,8 @@ def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, Backend):
         raise ModelError(f"tokenizer: {type(loaded).__name__} has no tokenizer.json form; convert it first")
+    if backend.get_vocab(with_added_tokens=False).keys() <= loaded.get_added_vocab().keys():
+        raise ModelError("tokenizer: no vocabulary: neither tokenizer.json nor an older file with one is there")
     template = chat_template if chat_template is not None else getattr(loaded, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

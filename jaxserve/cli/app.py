@@ -111,7 +111,9 @@ def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
     """Talk to a model. /reset forgets the conversation, /adapter NAME changes the adapter, Ctrl-D leaves."""
     from jaxserve.cli.chat import talk
 
-    engine = build_engine(config, room_to_answer(config, config.sampling.params().n), adapter)
+    if (n := config.sampling.params().n) > 1:
+        raise ConfigError([f"sampling.n {n}: a conversation goes on from one answer"])
+    engine = build_engine(config, room_to_answer(config, n), adapter)
     params = config.sampling.params(engine.default_params)
     if "max_tokens" not in config.sampling.model_fields_set:
         params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them

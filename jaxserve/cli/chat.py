@@ -11,7 +11,10 @@ if TYPE_CHECKING:
 
 
 def talk(engine: "Engine", params: "SamplingParams", adapter: str | None) -> None:
-    """Reads lines until end of file, and streams an answer to each."""
+    """Reads lines until end of file, and streams an answer to each. Raises InvalidRequest for a model without chat."""
+    if engine.tokenizer is None or engine.tokenizer.chat_template is None:
+        missing = "tokenizer" if engine.tokenizer is None else "chat template"
+        raise InvalidRequest(f"this model directory has no {missing}", "messages")
     messages: list[dict[str, str]] = []
     while (line := _read(adapter)) is not None:
         command, _, rest = line.partition(" ")
@@ -38,8 +41,7 @@ def _read(adapter: str | None) -> str | None:
 
 def _answer(engine: "Engine", messages: list[dict[str, str]], params: "SamplingParams", adapter: str | None) -> str:
     """Prints the answer as it comes and returns it whole; Ctrl-C ends it early."""
-    if engine.tokenizer is None:
-        raise InvalidRequest("this model directory has no tokenizer", "messages")
+    assert engine.tokenizer is not None
     request = engine.add_request(engine.tokenizer.apply_chat_template(messages), params, adapter=adapter)
     pieces: list[str] = []
     try:

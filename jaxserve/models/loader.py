@@ -91,7 +91,7 @@ def load_params(model_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh, d
     """
     specs, dtype = param_specs(config, mesh.size), np.dtype(dtype)
     finite: dict[str, jax.Array] = {}
-    with Checkpoint(directory(model_dir), FAMILIES[config.architecture].ignored) as checkpoint:
+    with _checkpoint(model_dir, config) as checkpoint:
         checkpoint.check(_expected_shapes(config, specs), optional=("lm_head.weight",))
 
         def load(spec: ParamSpec) -> jax.Array:
@@ -109,7 +109,7 @@ def load_params(model_dir: str | os.PathLike, config: ModelConfig, mesh: Mesh, d
 
 def weights_fingerprint(model_dir: str | os.PathLike, config: ModelConfig) -> bytes:
     """Names the weights of a model directory that ``load_params`` has taken: 32 bytes."""
-    with Checkpoint(directory(model_dir), FAMILIES[config.architecture].ignored) as checkpoint:
+    with _checkpoint(model_dir, config) as checkpoint:
         return checkpoint.fingerprint()
 
 
@@ -127,6 +127,16 @@ def dummy_params(config: ModelConfig, mesh: Mesh, dtype: DTypeLike, seed: int = 
         make = _dummy_maker(parts, spec.shape, spec.init, np.dtype(dtype), named_sharding(mesh, spec.axes))
         arrays.append(make(jax.random.fold_in(jax.random.key(seed), index)))
     return jax.tree.unflatten(treedef, arrays)
+
+
+def _checkpoint(model_dir: str | os.PathLike, config: ModelConfig) -> Checkpoint:
+    """The tensors of a model; one that ties its head to the embedding may have stored them under either name."""
+    family = FAMILIES[config.architecture]
+    checkpoint = Checkpoint(directory(model_dir), family.ignored)
+    head, embed = family.names["lm_head"], family.names["embed"]
+    if config.tie_word_embeddings and head in checkpoint.tensors and embed not in checkpoint.tensors:
+        checkpoint.tensors[embed] = checkpoint.tensors.pop(head)
+    return checkpoint
 
 
 def _is_spec(node: Any) -> bool:

@@ -38,7 +38,7 @@ class EchoEngine:
     def __init__(self, path: str, adapters: dict[str, str], options: dict):
         self.path, self.adapters, self.config, self.asked = path, adapters, EngineConfig(**options), []
         self.default_params = SamplingParams(top_k=20)
-        self.tokenizer = SimpleNamespace(apply_chat_template=lambda messages: messages[-1]["content"])
+        self.tokenizer = SimpleNamespace(chat_template="", apply_chat_template=lambda messages: messages[-1]["content"])
         self.queue: list[Event] = []
 
     @classmethod
@@ -331,6 +331,21 @@ def test_chat_remembers_the_conversation_until_reset(engines, monkeypatch):
     monkeypatch.setattr(EchoEngine, "from_pretrained", classmethod(from_pretrained))
     chat(monkeypatch, "a", "b", "/reset", "c")
     assert seen == [[("user", "a")], [("user", "a"), ("assistant", "A"), ("user", "b")], [("user", "c")]]
+
+
+def test_chat_refuses_several_answers_and_a_model_without_template(engines, capsys, monkeypatch):
+    assert chat(monkeypatch, "a", argv=("--n", "2")) == 2
+    assert capsys.readouterr().err == "error: sampling.n 2: a conversation goes on from one answer\n"
+    assert not engines
+    make = EchoEngine.__init__
+
+    def without(self, *args):
+        make(self, *args)
+        self.tokenizer.chat_template = None
+
+    monkeypatch.setattr(EchoEngine, "__init__", without)
+    assert chat(monkeypatch, "a") == 2
+    assert capsys.readouterr().err == "error: this model directory has no chat template\n"
 
 
 # config show, version, start-up

@@ -143,6 +143,16 @@ def test_a_tied_model_has_no_head_and_may_store_an_equal_one(tmp_path):
     assert "lm_head" not in load(directory)
 
 
+def test_a_tied_model_may_store_its_embedding_as_the_head(tmp_path):
+    def rename(tensors):
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    usual = tiny_models.build(tmp_path / "a", tokenizer=False, tie_word_embeddings=True)
+    other = tiny_models.build(tmp_path / "b", tokenizer=False, tie_word_embeddings=True, edit=rename)
+    np.testing.assert_array_equal(load(other)["embed"], load(usual)["embed"])
+    assert weights_fingerprint(other, load_config(other)) == weights_fingerprint(usual, load_config(usual))
+
+
 def test_tensors_that_hold_no_weights_of_ours_are_ignored(tmp_path):
     def add(tensors):
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
