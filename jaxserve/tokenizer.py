@@ -7,14 +7,15 @@ chat template itself can write a control token.
 """
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Backend
 
 from jaxserve.chat_template import ChatTemplate, Fence
@@ -25,6 +26,20 @@ MAX_TOKENIZER_BYTES = 256 << 20
 MAX_PENDING = 32  # tokens that may wait for the rest of a character
 REPLACEMENT = "\ufffd"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokens(NamedTuple):
+    """A text's token ids, and where the characters of each begin and end; both only grow."""
+
+    text: str
+    ids: list[int]
+    starts: list[int]
+    ends: list[int]
+
+    def num_before(self, end: int) -> int | None:
+        """How many tokens text[:end] has; None: the last of them goes on behind it."""
+        count = bisect_left(self.starts, end)
+        return count if not count or self.ends[count - 1] <= end else None
 
 
 class Tokenizer:
@@ -55,8 +70,11 @@ class Tokenizer:
         Raises:
           InvalidRequest: text that is not Unicode (half of a surrogate pair).
         """
+        return self._encoding(text, add_special_tokens).ids
+
+    def _encoding(self, text: str, add_special_tokens: bool = False) -> Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError):
             raise InvalidRequest("prompt: text must be valid Unicode", param="prompt") from None
 
@@ -79,14 +97,34 @@ class Tokenizer:
         Raises:
           InvalidRequest: no chat template, or one that refuses these messages.
         """
+        return self.chat_tokens(messages, add_generation_prompt, **variables).ids
+
+    def chat_tokens(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> Tokens:
+        """The ids of ``apply_chat_template`` with the text that they are of."""
+        tokens = Tokens("", [], [], [])
+        for piece, is_control in self._chat_pieces(messages, add_generation_prompt, variables):
+            ids, offsets = self._piece(piece, is_control, inside=bool(tokens.ids))
+            begin = len(tokens.text)
+            tokens.ids.extend(ids)
+            tokens.starts.extend([begin + start for start, _ in offsets])
+            tokens.ends.extend([begin + end for _, end in offsets])
+            tokens = tokens._replace(text=tokens.text + piece)
+        return tokens
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The text of ``chat_tokens``, which is not encoded."""
+        return "".join(piece for piece, _ in self._chat_pieces(messages, add_generation_prompt, {}))
+
+    def _chat_pieces(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
+    ) -> Iterator[tuple[str, bool]]:
+        """What the template writes, cut into (piece, is it a user's control token)."""
         template, protect = self._require_template(), self._fence.protect
         chat = [protect(message, _is_assistant(message)) for message in messages]
-        variables = {name: protect(value) for name, value in variables.items()}
-        ids: list[int] = []
-        for piece, is_control in self._fence.split(template.render(chat, add_generation_prompt, variables)):
-            encode = self._encode_plain if is_control else self._encode_text
-            ids += self._after_newline(piece, encode) if ids else encode(piece)
-        return ids
+        protected = {name: protect(value) for name, value in variables.items()}
+        return self._fence.split(template.render(chat, add_generation_prompt, protected))
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -110,9 +148,6 @@ class Tokenizer:
             raise InvalidRequest("messages: the model has no chat template", param="messages")
         return self._template
 
-    def _encode_text(self, text: str) -> list[int]:
-        return self.encode(text, add_special_tokens=False)
-
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of ``text`` with no added token recognised: the pipeline without its first stage."""
         backend = self._backend
@@ -127,10 +162,23 @@ class Tokenizer:
         # the model itself has a merge for it: cut the word
         return self._encode_plain(text[:1]) + self._encode_plain(text[1:])
 
-    def _after_newline(self, piece: str, encode: Callable[[str], list[int]]) -> list[int]:
-        """Encodes as in the middle of a text, where some tokenizers do not add the space they start a text with."""
-        newline, ids = self._encode_text("\n"), encode("\n" + piece)
-        return ids[len(newline) :] if ids[: len(newline)] == newline else encode(piece)
+    def _piece(self, piece: str, is_control: bool, inside: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of a part of a text and where in it each is; ``inside``: not of the first part, where some tokenizers add
+        the space that they start a text with."""
+        text = "\n" + piece if inside else piece
+        if is_control:
+            ids = self._encode_plain(text)
+            offsets = [(0, len(piece))] * len(ids)
+        else:
+            encoding = self._encoding(text)
+            ids, offsets = encoding.ids, encoding.offsets
+        if not inside:
+            return ids, offsets
+        newline = self.encode("\n", add_special_tokens=False)
+        if ids[: len(newline)] != newline:
+            return self._piece(piece, is_control, inside=False)
+        shift = 0 if is_control else 1
+        return ids[len(newline) :], [(start - shift, end - shift) for start, end in offsets[len(newline) :]]
 
 
 class Stream:

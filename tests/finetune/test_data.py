@@ -130,6 +130,16 @@ def test_the_thoughts_that_a_template_drops_from_earlier_turns_are_not_learnt(lo
     assert learnt(tokenizer, example) == "hello<|im_end|><think>\n\n</think>\n\nthe end<|im_end|>"
 
 
+@pytest.mark.parametrize("template", [CHATML, QWEN3], ids=["chatml", "qwen3"])
+def test_a_conversation_is_encoded_once_however_many_turns_it_has(load, backend_dir, monkeypatch, template):
+    tokenizer, encoded = load_tokenizer(backend_dir, chat_template=template), []
+    encode = tokenizer._encoding
+    monkeypatch.setattr(tokenizer, "_encoding", lambda text, *flag: encoded.append(text) or encode(text, *flag))
+    [example] = load([{"messages": CHAT + CHAT[1:] * 4}], tokenizer=tokenizer).examples
+    assert learnt(tokenizer, example).count("<|im_end|>") == 10
+    assert len(encoded) == 1
+
+
 def test_a_conversation_may_begin_with_the_assistant(load, tokenizer):
     [example] = load([{"messages": [CHAT[2], CHAT[3], CHAT[4]]}]).examples
     assert learnt(tokenizer, example) == "hello and the world<|im_end|>the end<|im_end|>"

@@ -211,6 +211,22 @@ def test_a_control_token_cannot_be_put_together_from_pieces(write, parts):
     assert [i for i in ids if i in control_ids(tokenizer)] == [tiny_models.IM_START, tiny_models.IM_END]
 
 
+@pytest.mark.parametrize("content", ["ab cd", "a<|im_end|>b", "<|im_end|>", "é<|im_end|>日"])
+def test_each_token_of_a_conversation_has_its_characters(write, metaspace_dir, content):
+    for tokenizer in (load_tokenizer(write()), load_tokenizer(metaspace_dir)):
+        chat = [{"role": "user", "content": content}, {"role": "assistant", "content": "hi </s> hi"}]
+        tokens = tokenizer.chat_tokens(chat)
+        assert tokens.ids == tokenizer.apply_chat_template(chat)
+        assert tokens.text == tokenizer.chat_text(chat) == tokenizer.render_chat(chat)
+        assert tokens.starts == sorted(tokens.starts)
+        assert tokens.ends == sorted(tokens.ends)
+        ends = [end for end in range(len(tokens.text) + 1) if (tokens.num_before(end) or 0) > 0]
+        assert ends[-1] == len(tokens.text)
+        for end in ends:
+            first = tokenizer.decode(tokens.ids[: tokens.num_before(end)], skip_special_tokens=False)
+            assert first.strip() == tokens.text[:end].strip()
+
+
 def test_a_control_token_in_tools_or_names_stays_text(write):
     template = "{% for tool in tools %}{{ tool.name }}{% endfor %}{{ messages[0].name }}{{ extra }}"
     tokenizer = load_tokenizer(write(template))
