@@ -42,7 +42,7 @@ from jaxserve.models.loader import (
 )
 from jaxserve.models.params import check_finetuning_tp, check_tp
 from jaxserve.outputs import Event, RequestOutput
-from jaxserve.prompts import Prompt, as_list, prompt_ids, require, spread
+from jaxserve.prompts import Prompt, as_list, prompt_ids, require, spread, template_variables
 from jaxserve.sampling import SamplingParams, default_params
 from jaxserve.scheduler.request import Request
 from jaxserve.tokenizer import Tokenizer, load_tokenizer
@@ -414,13 +414,30 @@ class Engine(TrainingEngine):
         return waiting == 0 or waiting + (params.n if params else 1) <= self.config.max_queue
 
     def chat(
-        self, messages: Sequence[dict[str, str]], params: SamplingParams | None = None, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> RequestOutput:
-        """Renders messages with the model's chat template and generates one answer."""
+        """Renders messages with the model's chat template and generates one answer.
+
+        Args:
+          tools: descriptions of functions, for templates that show them.
+          chat_template_kwargs: further names for the template, as ``enable_thinking``.
+          options: as of ``generate``.
+
+        Raises:
+          InvalidRequest: what is wrong with them; no chat template, or one that refuses these messages.
+        """
         if self.tokenizer is None:
             raise InvalidRequest("this model directory has no tokenizer", "messages")
         require("messages", messages, Sequence, "a list of messages")
-        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
+        require("tools", tools, Sequence | None, "a list of tools")
+        variables = template_variables(chat_template_kwargs)
+        ids = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tools=tools, **variables)
         return self.generate([ids], params, **options)[0]
 
     def run(self) -> list[Event]:

@@ -1,6 +1,7 @@
 """What callers give, checked: text or token ids, one or many, and what goes with them."""
 
 from collections.abc import Iterable, Mapping, Sequence, Set
+from types import UnionType
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,19 @@ def _checked(ids: Sequence[int], vocab_size: int) -> list[int]:
     return whole.tolist()
 
 
-def require(name: str, value: Any, kind: type, wanted: str) -> None:
+def template_variables(variables: Any) -> dict[str, Any]:
+    """Names for a chat template, none of which it is given anyway. Raises InvalidRequest."""
+    require("chat_template_kwargs", variables, Mapping | None, "a table of names and values")
+    for name in variables or ():
+        if not isinstance(name, str) or name in ("messages", "tools", "add_generation_prompt"):
+            raise InvalidRequest(
+                f"chat_template_kwargs has {name!r}; it must have names that chat does not set itself",
+                "chat_template_kwargs",
+            )
+    return dict(variables or {})
+
+
+def require(name: str, value: Any, kind: type | UnionType, wanted: str) -> None:
     """Raises InvalidRequest unless ``value`` is a ``kind``."""
     if not isinstance(value, kind):
         raise InvalidRequest(f"{name} is {str(value)[:64]!r}; it must be {wanted}", name)

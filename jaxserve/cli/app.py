@@ -107,17 +107,34 @@ def generate(
 
 @app.command()
 @configured("model", "engine", "lora", "sampling")
-def chat(config: Config, model: Model = None, adapter: Adapter = None) -> None:
+def chat(
+    config: Config,
+    model: Model = None,
+    adapter: Adapter = None,
+    chat_template_kwargs: Annotated[
+        str | None, typer.Option(metavar="JSON", help='Names for the chat template, as {"enable_thinking": false}.')
+    ] = None,
+) -> None:
     """Talk to a model. /reset forgets the conversation, /adapter NAME changes the adapter, Ctrl-D leaves."""
     from jaxserve.cli.chat import talk
 
     if (n := config.sampling.params().n) > 1:
         raise ConfigError([f"sampling.n {n}: a conversation goes on from one answer"])
+    variables = _template_variables(chat_template_kwargs)
     engine = build_engine(config, room_to_answer(config, n), adapter)
     params = config.sampling.params(engine.default_params)
     if "max_tokens" not in config.sampling.model_fields_set:
         params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them
-    talk(engine, params, adapter)
+    talk(engine, params, adapter, variables)
+
+
+def _template_variables(text: str | None) -> dict[str, Any]:
+    from jaxserve.prompts import template_variables
+
+    try:
+        return template_variables(None if text is None else json.loads(text))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"--chat-template-kwargs: {error}"]) from None
 
 
 @bench_app.command()

@@ -1,8 +1,8 @@
 """A conversation on the terminal."""
 
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import AdapterError, InvalidRequest
 
@@ -10,8 +10,15 @@ if TYPE_CHECKING:
     from jaxserve import Engine, Event, SamplingParams
 
 
-def talk(engine: "Engine", params: "SamplingParams", adapter: str | None) -> None:
-    """Reads lines until end of file, and streams an answer to each. Raises InvalidRequest for a model without chat."""
+def talk(engine: "Engine", params: "SamplingParams", adapter: str | None, variables: Mapping[str, Any]) -> None:
+    """Reads lines until end of file, and streams an answer to each.
+
+    Args:
+      variables: further names for the chat template.
+
+    Raises:
+      InvalidRequest: a model without chat.
+    """
     if engine.tokenizer is None or engine.tokenizer.chat_template is None:
         missing = "tokenizer" if engine.tokenizer is None else "chat template"
         raise InvalidRequest(f"this model directory has no {missing}", "messages")
@@ -25,7 +32,8 @@ def talk(engine: "Engine", params: "SamplingParams", adapter: str | None) -> Non
         elif line.strip():
             messages.append({"role": "user", "content": line})
             try:
-                messages.append({"role": "assistant", "content": _answer(engine, messages, params, adapter)})
+                ids = engine.tokenizer.apply_chat_template(messages, **variables)
+                messages.append({"role": "assistant", "content": _answer(engine, ids, params, adapter)})
             except (InvalidRequest, AdapterError) as error:  # the conversation goes on without this question
                 print(f"error: {error}", file=sys.stderr)
                 messages.pop()
@@ -39,10 +47,9 @@ def _read(adapter: str | None) -> str | None:
         return None
 
 
-def _answer(engine: "Engine", messages: list[dict[str, str]], params: "SamplingParams", adapter: str | None) -> str:
+def _answer(engine: "Engine", prompt: list[int], params: "SamplingParams", adapter: str | None) -> str:
     """Prints the answer as it comes and returns it whole; Ctrl-C ends it early."""
-    assert engine.tokenizer is not None
-    request = engine.add_request(engine.tokenizer.apply_chat_template(messages), params, adapter=adapter)
+    request = engine.add_request(prompt, params, adapter=adapter)
     pieces: list[str] = []
     try:
         for event in _events(engine):

@@ -8,6 +8,8 @@ import tiny_models
 
 import jaxserve
 from jaxserve import SamplingParams
+from jaxserve.errors import InvalidRequest
+from jaxserve.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +145,18 @@ def test_a_chat_is_rendered_by_the_models_template(engine):
     output = engine.chat(messages, GREEDY)
     assert output.prompt_token_ids == engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True)
     assert len(output.token_ids) == 24
+
+
+def test_a_chats_template_is_given_tools_and_further_names(engine, monkeypatch):
+    template = "{{ tools[0].name }} {{ mood }}: {{ messages[0].content }}"
+    tokenizer = Tokenizer(engine.tokenizer._backend, {}, template)
+    monkeypatch.setattr(engine, "tokenizer", tokenizer)
+    messages, tools = [{"role": "user", "content": "hello"}], [{"name": "sum"}]
+    output = engine.chat(messages, GREEDY, tools=tools, chat_template_kwargs={"mood": "calm"})
+    assert tokenizer.decode(output.prompt_token_ids) == "sum calm: hello"
+    for bad in ({"messages": []}, {"tools": []}, {"add_generation_prompt": False}, [1]):
+        with pytest.raises(InvalidRequest, match="chat_template_kwargs"):
+            engine.chat(messages, GREEDY, chat_template_kwargs=bad)
 
 
 def test_every_choice_has_its_own_text(engine):

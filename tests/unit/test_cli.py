@@ -317,8 +317,8 @@ def test_chat_changes_adapters_and_survives_refusals(engines, capsys, monkeypatc
 def test_chat_remembers_the_conversation_until_reset(engines, monkeypatch):
     seen = []
 
-    def template(messages):
-        seen.append([(m["role"], m["content"]) for m in messages])
+    def template(messages, **variables):
+        seen.append([(m["role"], m["content"]) for m in messages] + list(variables.items()))
         return messages[-1]["content"]
 
     make = EchoEngine.from_pretrained.__func__  # pyright: ignore
@@ -331,6 +331,15 @@ def test_chat_remembers_the_conversation_until_reset(engines, monkeypatch):
     monkeypatch.setattr(EchoEngine, "from_pretrained", classmethod(from_pretrained))
     chat(monkeypatch, "a", "b", "/reset", "c")
     assert seen == [[("user", "a")], [("user", "a"), ("assistant", "A"), ("user", "b")], [("user", "c")]]
+    chat(monkeypatch, "d", argv=("--chat-template-kwargs", '{"enable_thinking": false}'))
+    assert seen[3:] == [[("user", "d"), ("enable_thinking", False)]]
+
+
+@pytest.mark.parametrize("given", ["{", "[]", '{"messages": []}'])
+def test_what_are_no_names_for_a_template_is_refused_before_a_model_is_loaded(engines, capsys, given):
+    assert run("chat", "m", "--chat-template-kwargs", given) == 2
+    assert capsys.readouterr().err.startswith("error: --chat-template-kwargs: ")
+    assert not engines
 
 
 def test_chat_refuses_several_answers_and_a_model_without_template(engines, capsys, monkeypatch):
