@@ -75,12 +75,10 @@ class TrainingCalls:
             engine.drive()
 
     def check_room(self) -> None:
-        """Raises InvalidRequest where open adapters have every lane: they keep it until a call gives it back."""
-        trainer, num_open = self.engine.core.trainer, sum(not session.done for session in list(self.sessions.values()))
-        if trainer is not None and num_open >= trainer.shape.num_lanes:
-            raise InvalidRequest(
-                f"max_finetune_jobs is {trainer.shape.num_lanes}, and as many adapters are open", "max_finetune_jobs"
-            )
+        """Raises InvalidRequest where open adapters have every lane."""
+        trainer = self.engine.core.trainer
+        if trainer is not None and not trainer.has_room:
+            raise InvalidRequest(trainer.full, "max_finetune_jobs")
 
     def close(self, name: str) -> None:
         """Gives the lane back; published versions stay."""

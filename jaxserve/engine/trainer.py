@@ -125,8 +125,14 @@ class Trainer:
         training = self.trainings.get(job.id)
         if training is None or job.status is not JobStatus.PAUSED:
             raise EngineError(f"job {job.id} is {job.status.value}; it cannot be resumed")
+        if training.lane is None and not self.has_room:
+            raise EngineError(f"job {job.id} cannot be resumed: {self.full}")
         if training.saver is not None:
             training.saver.retry()
+        self._resume(job)
+
+    def _resume(self, job: Job) -> None:
+        training = self.trainings[job.id]
         job.move(JobStatus.QUEUED, "resumed")
         if training.lane is None:
             self.waiting.append(training)
@@ -159,6 +165,16 @@ class Trainer:
         """Raises InvalidRequest for a name that is being trained."""
         if any(training.job.adapter == adapter for training in list(self.trainings.values())):
             raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
+
+    @property
+    def has_room(self) -> bool:
+        """Not every lane is an open adapter's, which keeps it until a call gives it back."""
+        return sum(isinstance(t.job, Session) for t in list(self.trainings.values())) < self.shape.num_lanes
+
+    @property
+    def full(self) -> str:
+        """Why there is no room."""
+        return f"max_finetune_jobs is {self.shape.num_lanes}, and as many adapters are open"
 
     def has_work(self) -> bool:
         return any(
@@ -246,7 +262,7 @@ class Trainer:
     def _settle(self) -> None:
         for training in list(self.trainings.values()):
             job = training.job
-            if training.saver is not None and training.saver.settle(self.pause, self.resume):
+            if training.saver is not None and training.saver.settle(self.pause, self._resume):
                 self._end(job, JobStatus.SUCCEEDED)
             running = job.status is JobStatus.RUNNING and training.lane is not None
             if running and not training.resident and self.versions.make_resident(training):

@@ -301,6 +301,18 @@ def test_a_paused_job_gives_everything_back_and_goes_on_as_if_nothing_had_been(e
         job.resume()
 
 
+def test_a_paused_job_is_not_resumed_to_wait_for_what_open_adapters_keep(engine):
+    job = engine.finetune(examples(1), adapter="a", **JOB)
+    job.pause()
+    engine.open_adapter("b", rank=4)
+    with pytest.raises(jaxserve.EngineError, match="cannot be resumed: max_finetune_jobs is 1, and as many adapters"):
+        job.resume()
+    assert job.status == "paused"
+    engine.close_adapter("b")
+    job.resume()
+    assert job.wait().status == "succeeded"
+
+
 def test_a_pause_that_is_taken_back_at_once_changes_nothing(engine, undisturbed):
     losses, _, trained = undisturbed
     job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, **JOB)
