@@ -147,7 +147,11 @@ class TrainingCalls:
                     f"batch[{number}] must have chosen and rejected, and may have reference_logprobs, two numbers",
                     "batch",
                 )
-        examples = self.examples([pair[side] for pair in pairs for side in ("chosen", "rejected")], policy=False)
+        examples = [
+            self._example(pair[side], f"batch[{number}]: {side}", number, policy=False)
+            for number, pair in enumerate(pairs)
+            for side in ("chosen", "rejected")
+        ]
         reference_P2 = self._reference(pairs, examples, reference)
         found = self.run(name, examples, Purpose.FORWARD, Loss())
         policy_P2 = _sums(examples, found.logprobs)
@@ -199,19 +203,19 @@ class TrainingCalls:
         Raises:
           InvalidRequest: which item is wrong, and how.
         """
-        return [self._example(item, number, policy) for number, item in enumerate(_items(batch))]
+        return [self._example(item, f"batch[{n}]", n, policy) for n, item in enumerate(_items(batch))]
 
-    def _example(self, item: Any, number: int, policy: bool) -> Example:
+    def _example(self, item: Any, place: str, number: int, policy: bool) -> Example:
         engine = self.engine
         limit, extra = engine.core.config.max_example_len, {}
         if isinstance(item, Mapping) and "input_ids" in item:
             item = dict(item)
             extra = {key: item.pop(key) for key in ("logprobs", "advantages") if key in item}
         if policy and extra.keys() != {"logprobs", "advantages"}:
-            raise InvalidRequest(f"batch[{number}] must have input_ids, logprobs and advantages for this loss", "batch")
+            raise InvalidRequest(f"{place} must have input_ids, logprobs and advantages for this loss", "batch")
         try:
             (whole,) = load_dataset(
-                [item], engine.tokenizer, max_length=limit, vocab_size=engine.model.vocab_size
+                [item], engine.tokenizer, max_length=limit, vocab_size=engine.model.vocab_size, weightless=True
             ).examples
             if whole.num_tokens < 2:
                 raise ValueError("fewer than two tokens: nothing is predicted")
@@ -221,7 +225,7 @@ class TrainingCalls:
             }
         except ValueError as error:
             message = str(error).removeprefix("example 0: ")
-            raise InvalidRequest(f"batch[{number}]: {message}", "batch") from None
+            raise InvalidRequest(f"{place}: {message}", "batch") from None
         return Example(whole.token_ids, whole.weights, number, **arrays)
 
     # optimizer steps and state
