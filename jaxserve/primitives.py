@@ -32,6 +32,7 @@ from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import JobStatus, Loss, Purpose
 from jaxserve.finetune.session import ENDLESS, BatchResult, Session
 from jaxserve.finetuning import make_start
+from jaxserve.interrupts import deferred_interrupts
 from jaxserve.prompts import require
 from jaxserve.sampling import SamplingParams
 from pallas_kernels.cross_entropy import CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO
@@ -68,11 +69,16 @@ class TrainingCalls:
             trainer.submit(training)
             self.sessions[name] = session
         session.announce()
-        while session.status is not JobStatus.RUNNING:
-            if session.done:
+        try:
+            while session.status is not JobStatus.RUNNING:
+                if session.done:
+                    raise InvalidRequest(f"adapter {name!r} was not opened: {_end_of(session)}", "adapter")
+                engine.drive()
+        except BaseException:
+            with engine.core.lock:
+                trainer.cancel(session)
                 self.sessions.pop(name, None)
-                raise InvalidRequest(f"adapter {name!r} was not opened: {_end_of(session)}", "adapter")
-            engine.drive()
+            raise
 
     def check_room(self) -> None:
         """Raises InvalidRequest where open adapters have every lane."""
@@ -103,7 +109,7 @@ class TrainingCalls:
         thread hands in another batch, and none steps the engine, meanwhile."""
         session = self.of(name)
         while True:
-            with self.engine.core.lock:
+            with deferred_interrupts(), self.engine.core.lock:
                 if not self.trainer.is_under_way(session):
                     if session.done:
                         raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
@@ -114,14 +120,19 @@ class TrainingCalls:
     # batches
 
     def run(self, name: str, examples: Sequence[Example], purpose: Purpose, loss: Loss) -> BatchResult:
-        """Hands a batch in and steps the engine until it is read."""
+        """Hands a batch in and steps the engine until it is read; where that is interrupted, nothing of it stays."""
         session = self.of(name)
         with self.engine.core.lock:
             batch = session.hand_in(examples, purpose, loss)
-        while (result := session.result(batch)) is None:
-            if session.done:
-                raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
-            self.engine.drive()
+        try:
+            while (result := session.result(batch)) is None:
+                if session.done:
+                    raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
+                self.engine.drive()
+        except BaseException:
+            with self.engine.core.lock:
+                self.trainer.take_back(session, batch)
+            raise
         return result
 
     def forward_backward(self, name: str, batch: Iterable[Any], loss: str, clip: tuple[float, float]) -> BatchResult:

@@ -126,7 +126,8 @@ class TrainingEngine(ABC):
         beta: float | None = None,
         reference: str | None = None,
     ) -> BatchResult:
-        """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs.
+        """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs. Where
+        Ctrl-C ends that, nothing is added.
 
         Args:
           batch: (token ids, weights) pairs, {"input_ids", "weights"} or records as in a JSONL file. For

@@ -421,6 +421,17 @@ class Trainer:
             self._end(job, JobStatus.FAILED, message, error=message)
         self.failures = 0
 
+    def take_back(self, session: Session, batch: Batch) -> None:
+        """Forgets a batch that a session was handed. Where it had been begun, the other batches whose gradients no
+        update has taken are summed again."""
+        training = self.trainings.get(session.id)
+        if session.withdraw(batch) or training is None:
+            return
+        self.queue.clear(session)
+        self.sums.take(training)
+        self._go_back(training)
+        session.again = [each for each in session.again if each.serial != batch.serial]
+
     def _go_back(self, training: Training) -> None:
         job = training.job
         begun = job.begun() + [update.batch for update in training.unread]

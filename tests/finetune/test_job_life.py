@@ -313,6 +313,43 @@ def test_a_paused_job_is_not_resumed_to_wait_for_what_open_adapters_keep(engine)
     assert job.wait().status == "succeeded"
 
 
+@pytest.mark.parametrize("steps", [0, 1, 4, 6])
+def test_of_a_call_that_ctrl_c_ends_nothing_stays(engine, monkeypatch, steps):
+    """Neither in the gradients, to which it would be added once more, nor of a call before it too little."""
+    kept, stopped = ([(prompt, None) for prompt in requests(seed)] for seed in (1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "drive", _interrupted(engine.drive, 0))
+        with pytest.raises(KeyboardInterrupt):
+            engine.open_adapter("b", rank=4)
+    engine.open_adapter("b", rank=4)
+    engine.forward_backward("b", kept)
+    expected = engine.optim_step("b", learning_rate=0.0)["gradient_norm"]
+    engine.forward_backward("b", kept)
+    for call in (engine.forward_backward, engine.forward):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "drive", _interrupted(engine.drive, steps))
+            with pytest.raises(KeyboardInterrupt):
+                call("b", stopped)
+    session = engine._calls.sessions["b"]
+    assert not session._awaited
+    assert not session._results
+    assert engine.optim_step("b", learning_rate=0.0)["gradient_norm"] == pytest.approx(expected, rel=1e-5)
+    engine.close_adapter("b")
+
+
+def _interrupted(drive, steps):
+    left = iter([drive] * steps)
+
+    def interrupted():
+        next(left, _interrupt)()
+
+    return interrupted
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
 def test_a_pause_that_is_taken_back_at_once_changes_nothing(engine, undisturbed):
     losses, _, trained = undisturbed
     job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, **JOB)
