@@ -188,7 +188,8 @@ class TrainingEngine(ABC):
         self._calls.save_state(adapter, directory)
 
     def load_state(self, adapter: str, directory: str | Path) -> None:
-        """Puts an open adapter back to where it was saved, and publishes that as its newest version.
+        """Puts an open adapter back to where it was saved, by an engine on any number of devices, and publishes that
+        as its newest version.
 
         Raises:
           CheckpointError: it is the state of another model or adapter configuration.
