@@ -75,6 +75,8 @@ def main(config: Config) -> int:
         print(said[-1])
     if isinstance(backend, Virtual):
         print(work_of(runs, pool.processes, time.perf_counter() - start))
+    failed = failure_lines(found)
+    said += failed
     result = {
         **circumstances_of(config),
         "simulated": None if config.sweep.simulate == "none" else config.sweep.simulate,
@@ -84,7 +86,6 @@ def main(config: Config) -> int:
         "claims": claims(found),
         "agreement": agreements(backend, runs, found, goals),
     }
-    failed = failure_lines(found)
     claimed, agreed = claim_lines(result["claims"]), agreement_lines(result["agreement"])
     print("\n".join([*failed, *clip_lines(found), *claimed, *agreed]))
     write_result(config, result)

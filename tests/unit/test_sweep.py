@@ -167,7 +167,7 @@ def test_requests_that_were_never_sent_have_missed_their_objectives():
     assert numbers["failures"] == ["1 failed: the prompt is too long"]
 
 
-def test_a_sweep_says_which_runs_had_requests_or_jobs_that_failed(monkeypatch, capsys):
+def test_a_sweep_says_which_runs_had_requests_or_jobs_that_failed(monkeypatch, capsys, tmp_path):
     class Failing(Arithmetic):
         def run(self, sharing, rate):
             made = super().run(sharing, rate)
@@ -176,9 +176,11 @@ def test_a_sweep_says_which_runs_had_requests_or_jobs_that_failed(monkeypatch, c
 
     monkeypatch.setattr(sweep, "make_backend", lambda config: Failing())
     monkeypatch.setattr(sweep, "agreements", lambda *_: [])
-    config = simulated(sweep={"simulate": "none", "replicas": 1, "policies": ("coserve", "finetune-only")})
-    assert sweep.main(config) == 1
-    assert "coserve 4.0: 1 failed: the prompt is too long (of 1 requests)" in capsys.readouterr().out
+    options = {"simulate": "none", "policies": ("coserve", "finetune-only"), "results_dir": str(tmp_path)}
+    assert sweep.main(simulated(sweep=options)) == 1
+    line = "coserve 4.0: 1 failed: the prompt is too long (of 1 requests)"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "report.html").read_text()
     jobs = {"a": SimpleNamespace(status="running"), "b": SimpleNamespace(status="failed", error="not finite, twice")}
     with pytest.raises(EngineError, match=r"coserve at 2: the job of adapter 'b' failed: not finite, twice"):
         live.check_trained("coserve at 2", jobs)
