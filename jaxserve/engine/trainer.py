@@ -125,6 +125,8 @@ class Trainer:
         training = self.trainings.get(job.id)
         if training is None or job.status is not JobStatus.PAUSED:
             raise EngineError(f"job {job.id} is {job.status.value}; it cannot be resumed")
+        if training.saver is None and job.config.output_dir is not None:
+            raise EngineError(f"job {job.id} cannot be resumed: its directory was closed; begin it again to go on")
         if training.lane is None and not self.has_room:
             raise EngineError(f"job {job.id} cannot be resumed: {self.full}")
         if training.saver is not None:
@@ -160,6 +162,7 @@ class Trainer:
             if training.saver is not None:
                 training.saver.save(*training.read)
                 training.saver.close()
+                training.saver = training.job.folder = None
 
     def check_free(self, adapter: str) -> None:
         """Raises InvalidRequest for a name that is being trained."""

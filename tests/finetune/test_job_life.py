@@ -383,6 +383,19 @@ def test_a_pause_taken_back_while_the_newest_version_has_no_place_trains_on_no_o
     assert content(engine, "a") == trained
 
 
+def test_a_closed_engine_leaves_a_jobs_directory_to_whoever_begins_it_again(engine, tmp_path, undisturbed):
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    until(engine, lambda: job.step == 2)
+    for _ in range(2):
+        engine.close()
+    with pytest.raises(jaxserve.EngineError, match="cannot be resumed: its directory was closed; begin it again"):
+        job.resume()
+    job.cancel()
+    assert read_job(tmp_path / "job")["status"] == "paused"
+    assert engine.finetune(examples(1), adapter="a", **fields).wait().losses == undisturbed[0]
+
+
 def test_a_pause_while_the_end_is_written_leaves_the_job_done(engine, tmp_path, undisturbed):
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
     job = engine.finetune(examples(1), adapter="a", **fields)
