@@ -289,7 +289,7 @@ class FinetuneJob:
         """Lets a paused job go on.
 
         Raises:
-          EngineError: it is not paused.
+          EngineError: it is not paused, open adapters have every lane, or ``Engine.close`` gave its directory away.
         """
         with self._engine.core.lock:
             self._trainer.resume(self._job)

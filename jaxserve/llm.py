@@ -29,6 +29,7 @@ from jaxserve.engine.results import News
 from jaxserve.engine.sizes import core_config
 from jaxserve.errors import AdapterError, EngineError, InvalidRequest, ModelError
 from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.interrupts import deferred_interrupts
 from jaxserve.live import LiveRequest
 from jaxserve.models.config import Fields, ModelConfig
 from jaxserve.models.loader import (
@@ -337,12 +338,13 @@ class Engine(TrainingEngine):
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        """Nobody else steps meanwhile. Who waits for a turn has the next one: a thread that steps without end would
-        take the lock back before another one wakes up."""
+        """Nobody else steps meanwhile, and Ctrl-C waits. Who waits for a turn has the next one: a thread that steps
+        without end would take the lock back before another one wakes up."""
         with self._next:
             self._stepping.acquire()
         try:
-            yield
+            with deferred_interrupts():
+                yield
         finally:
             self._stepping.release()
 

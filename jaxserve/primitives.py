@@ -32,6 +32,7 @@ from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import JobStatus, Loss, Purpose
 from jaxserve.finetune.session import ENDLESS, BatchResult, Session
 from jaxserve.finetuning import make_start
+from jaxserve.interrupts import deferred_interrupts
 from jaxserve.prompts import require
 from jaxserve.sampling import SamplingParams
 from pallas_kernels.cross_entropy import CROSS_ENTROPY, IMPORTANCE_SAMPLING, PPO
@@ -68,19 +69,22 @@ class TrainingCalls:
             trainer.submit(training)
             self.sessions[name] = session
         session.announce()
-        while session.status is not JobStatus.RUNNING:
-            if session.done:
+        try:
+            while session.status is not JobStatus.RUNNING:
+                if session.done:
+                    raise InvalidRequest(f"adapter {name!r} was not opened: {_end_of(session)}", "adapter")
+                engine.drive()
+        except BaseException:
+            with engine.core.lock:
+                trainer.cancel(session)
                 self.sessions.pop(name, None)
-                raise InvalidRequest(f"adapter {name!r} was not opened: {_end_of(session)}", "adapter")
-            engine.drive()
+            raise
 
     def check_room(self) -> None:
-        """Raises InvalidRequest where open adapters have every lane: they keep it until a call gives it back."""
-        trainer, num_open = self.engine.core.trainer, sum(not session.done for session in list(self.sessions.values()))
-        if trainer is not None and num_open >= trainer.shape.num_lanes:
-            raise InvalidRequest(
-                f"max_finetune_jobs is {trainer.shape.num_lanes}, and as many adapters are open", "max_finetune_jobs"
-            )
+        """Raises InvalidRequest where open adapters have every lane."""
+        trainer = self.engine.core.trainer
+        if trainer is not None and not trainer.has_room:
+            raise InvalidRequest(trainer.full, "max_finetune_jobs")
 
     def close(self, name: str) -> None:
         """Gives the lane back; published versions stay."""
@@ -105,7 +109,7 @@ class TrainingCalls:
         thread hands in another batch, and none steps the engine, meanwhile."""
         session = self.of(name)
         while True:
-            with self.engine.core.lock:
+            with deferred_interrupts(), self.engine.core.lock:
                 if not self.trainer.is_under_way(session):
                     if session.done:
                         raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
@@ -116,14 +120,19 @@ class TrainingCalls:
     # batches
 
     def run(self, name: str, examples: Sequence[Example], purpose: Purpose, loss: Loss) -> BatchResult:
-        """Hands a batch in and steps the engine until it is read."""
+        """Hands a batch in and steps the engine until it is read; where that is interrupted, nothing of it stays."""
         session = self.of(name)
         with self.engine.core.lock:
             batch = session.hand_in(examples, purpose, loss)
-        while (result := session.result(batch)) is None:
-            if session.done:
-                raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
-            self.engine.drive()
+        try:
+            while (result := session.result(batch)) is None:
+                if session.done:
+                    raise InvalidRequest(f"training of adapter {name!r} has ended: {_end_of(session)}", "adapter")
+                self.engine.drive()
+        except BaseException:
+            with self.engine.core.lock:
+                self.trainer.take_back(session, batch)
+            raise
         return result
 
     def forward_backward(self, name: str, batch: Iterable[Any], loss: str, clip: tuple[float, float]) -> BatchResult:
@@ -149,7 +158,11 @@ class TrainingCalls:
                     f"batch[{number}] must have chosen and rejected, and may have reference_logprobs, two numbers",
                     "batch",
                 )
-        examples = self.examples([pair[side] for pair in pairs for side in ("chosen", "rejected")], policy=False)
+        examples = [
+            self._example(pair[side], f"batch[{number}]: {side}", number, policy=False)
+            for number, pair in enumerate(pairs)
+            for side in ("chosen", "rejected")
+        ]
         reference_P2 = self._reference(pairs, examples, reference)
         found = self.run(name, examples, Purpose.FORWARD, Loss())
         policy_P2 = _sums(examples, found.logprobs)
@@ -201,19 +214,19 @@ class TrainingCalls:
         Raises:
           InvalidRequest: which item is wrong, and how.
         """
-        return [self._example(item, number, policy) for number, item in enumerate(_items(batch))]
+        return [self._example(item, f"batch[{n}]", n, policy) for n, item in enumerate(_items(batch))]
 
-    def _example(self, item: Any, number: int, policy: bool) -> Example:
+    def _example(self, item: Any, place: str, number: int, policy: bool) -> Example:
         engine = self.engine
         limit, extra = engine.core.config.max_example_len, {}
         if isinstance(item, Mapping) and "input_ids" in item:
             item = dict(item)
             extra = {key: item.pop(key) for key in ("logprobs", "advantages") if key in item}
         if policy and extra.keys() != {"logprobs", "advantages"}:
-            raise InvalidRequest(f"batch[{number}] must have input_ids, logprobs and advantages for this loss", "batch")
+            raise InvalidRequest(f"{place} must have input_ids, logprobs and advantages for this loss", "batch")
         try:
             (whole,) = load_dataset(
-                [item], engine.tokenizer, max_length=limit, vocab_size=engine.model.vocab_size
+                [item], engine.tokenizer, max_length=limit, vocab_size=engine.model.vocab_size, weightless=True
             ).examples
             if whole.num_tokens < 2:
                 raise ValueError("fewer than two tokens: nothing is predicted")
@@ -223,7 +236,7 @@ class TrainingCalls:
             }
         except ValueError as error:
             message = str(error).removeprefix("example 0: ")
-            raise InvalidRequest(f"batch[{number}]: {message}", "batch") from None
+            raise InvalidRequest(f"{place}: {message}", "batch") from None
         return Example(whole.token_ids, whole.weights, number, **arrays)
 
     # optimizer steps and state

@@ -126,7 +126,8 @@ class TrainingEngine(ABC):
         beta: float | None = None,
         reference: str | None = None,
     ) -> BatchResult:
-        """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs.
+        """Adds the gradients of a batch to the adapter's; steps the engine, and with it all requests and jobs. Where
+        Ctrl-C ends that, nothing is added.
 
         Args:
           batch: (token ids, weights) pairs, {"input_ids", "weights"} or records as in a JSONL file. For
@@ -187,7 +188,8 @@ class TrainingEngine(ABC):
         self._calls.save_state(adapter, directory)
 
     def load_state(self, adapter: str, directory: str | Path) -> None:
-        """Puts an open adapter back to where it was saved, and publishes that as its newest version.
+        """Puts an open adapter back to where it was saved, by an engine on any number of devices, and publishes that
+        as its newest version.
 
         Raises:
           CheckpointError: it is the state of another model or adapter configuration.

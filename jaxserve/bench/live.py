@@ -40,10 +40,7 @@ if TYPE_CHECKING:
 
 READY_SECONDS = 600.0  # that a second process may take to load and compile
 TRAINED = "trained"  # the adapter of made-up examples
-ENDLESS: dict[str, Any] = {
-    "max_steps": 10**9, "epochs": None, "schedule": "constant", "warmup_steps": None, "warmup_ratio": None,
-    "output_dir": None, "validation_fraction": 0.0, "validation_data": None, "eval_steps": None,
-}  # fmt: skip
+ENDLESS: dict[str, Any] = {"max_steps": 10**9, "schedule": "constant"}
 
 
 class MeasuredDevice(FittedDevice):
@@ -146,7 +143,10 @@ class Live:
                 run = replay()
         finally:
             core.planner.sharing = CoServing()
-        self._end(jobs.values())
+        try:
+            check_trained(name, jobs)
+        finally:
+            self._end(jobs.values())
         self.steps[name] = copy.deepcopy(core.planner.times), watch.loads, [step.seconds for step in watch.steps]
         return Ran(
             name=name,
@@ -225,6 +225,13 @@ def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
         shared["batch_size"] = config.bench.finetune_batch
         return {TRAINED: FinetuneConfig(**shared | ENDLESS)}
     return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}
+
+
+def check_trained(run: str, jobs: "Mapping[str, FinetuneJob]") -> None:
+    """Raises EngineError for a job that failed on the way: what was finetuned is no measure of anything."""
+    for adapter, job in jobs.items():
+        if job.status == "failed":
+            raise EngineError(f"{run}: the job of adapter {adapter!r} failed: {job.error}")
 
 
 def asked(requests: Sequence[BenchRequest], served: Sequence[ServedRequest]) -> list[Asked]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from jaxserve.bench.replay import Mix, mix_of
-from jaxserve.bench.report import RequestRecord, share_met
+from jaxserve.bench.report import RequestRecord, failures, share_met
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.engine.planner import Planned, Planner
 from jaxserve.engine.times import StepLoad
@@ -198,6 +198,7 @@ def serving_numbers(
     return {
         "requests": len(requests),
         "completed": len(done),
+        "failures": failures(r for r in requests if r.error != NOT_OVER),
         "attainment": met,
         "attainment_by_objective": {name: share_met(requests, {name: goal}) for name, goal in goals.items()},
         "goodput": (met or 0.0) * len(requests) / (seconds * replicas),

@@ -217,9 +217,9 @@ def detail(run: Run) -> dict[str, Any]:
     }
 
 
-def failures(run: Run) -> list[str]:
+def failures(requests: Iterable[RequestRecord]) -> list[str]:
     """Why requests failed, the commonest reasons first."""
-    reasons = Counter(r.error for r in run.requests if r.error is not None)
+    reasons = Counter(r.error for r in requests if r.error is not None)
     return [f"{count} failed: {reason}" for reason, count in reasons.most_common(MAX_REASONS)]
 
 

@@ -170,7 +170,7 @@ def measure(config: Config, path: str) -> dict[str, Any]:
     run_load(config, engine, warm_up_load(workload, engine.config.max_num_seqs))
     ours, (lines, comparison) = run_sides(config, engine, workload, path)
     numbers = metrics(fastest(ours), config.bench.goodput)
-    print("\n".join([text_block(numbers), *failures(fastest(ours)), *lines]))
+    print("\n".join([text_block(numbers), *failures(fastest(ours).requests), *lines]))
     details = detail(fastest(ours)) if config.bench.save_detailed else {}
     return {**circumstances(config, workload), **numbers, **comparison, **details}
 

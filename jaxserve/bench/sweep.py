@@ -42,11 +42,19 @@ UNUSED = {
         ),
         "bench coserve has no use for it",
     ),
+    **dict.fromkeys(("job.adapter", "job.data"), "the sweep's jobs are in coserve.jobs (--finetune-jobs)"),
+    **dict.fromkeys(
+        (
+            "job.epochs", "job.max_steps", "job.schedule", "job.warmup_steps", "job.warmup_ratio",
+            "job.validation_fraction", "job.validation_data", "job.eval_steps", "job.output_dir",
+        ),
+        "the sweep's jobs go on at one learning rate until a run ends, and keep nothing",
+    ),
 }  # fmt: skip
 
 
 def main(config: Config) -> int:
-    """Runs the sweep that ``config`` describes, prints it and writes it down."""
+    """Runs the sweep that ``config`` describes, prints it and writes it down; 0, or 1 where a request failed."""
     check(config)
     check_rates(config)
     backend, start = make_backend(config), time.perf_counter()
@@ -67,6 +75,8 @@ def main(config: Config) -> int:
         print(said[-1])
     if isinstance(backend, Virtual):
         print(work_of(runs, pool.processes, time.perf_counter() - start))
+    failed = failure_lines(found)
+    said += failed
     result = {
         **circumstances_of(config),
         "simulated": None if config.sweep.simulate == "none" else config.sweep.simulate,
@@ -76,13 +86,14 @@ def main(config: Config) -> int:
         "claims": claims(found),
         "agreement": agreements(backend, runs, found, goals),
     }
-    print("\n".join([*clip_lines(found), *claim_lines(result["claims"]), *agreement_lines(result["agreement"])]))
+    claimed, agreed = claim_lines(result["claims"]), agreement_lines(result["agreement"])
+    print("\n".join([*failed, *clip_lines(found), *claimed, *agreed]))
     write_result(config, result)
     if config.sweep.results_dir is not None:
         leave(config, Path(config.sweep.results_dir), runs, result)
     if ended is not None:
         raise ended
-    return 0
+    return int(bool(failed))
 
 
 def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
@@ -94,6 +105,11 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
     check_result_file(config)
     check_results_dir("sweep.results_dir", config.sweep.results_dir)
     wrong, sweep = unused(config, {**NOT_SAMPLED, **not_used}), config.sweep
+    if not config.coserve.jobs:
+        wrong += unused(config, {"job.batch_size": "that of made-up examples is bench.finetune_batch"})
+    for job in config.coserve.jobs:
+        useless = [key for key in job.settings if f"job.{key}" in not_used]
+        wrong += [f"job of adapter {job.adapter!r}: {key}: {not_used[f'job.{key}']}" for key in useless]
     wrong += unknown_answers(config, [job.adapter for job in config.coserve.jobs])
     if config.model.path is None:
         wrong.append("MODEL: name a model directory, or set model.path")
@@ -188,6 +204,15 @@ def line(cell: Mapping[str, Any]) -> str:
         f"{ms('itl', 'p99'):>8} {'-' if goodput is None else f'{goodput:.2f}':>8} {share('kv_usage_mean'):>5} "
         f"{cell['preemptions'] + cell['evictions']:>4} {share('prediction_error_p90', 1):>6}"
     )
+
+
+def failure_lines(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why requests failed, which counts as missed objectives; a line for each run and reason."""
+    return [
+        f"{run}: {line} (of {cell['requests']} requests)"
+        for run, cell in {cell["serving_run"]: cell for cell in cells if cell["serving_run"]}.items()
+        for line in cell["failures"]
+    ]
 
 
 def clip_lines(cells: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -43,13 +43,16 @@ if TYPE_CHECKING:
 
 ANSWER_TOKENS = 40
 RECENT_SECONDS = 2.0  # what "tokens/s" of the display looks back on
-UNUSED: dict[str, str] = dict.fromkeys(
-    (
-        "bench.against", "bench.repeats", "bench.num_adapters", "bench.adapter_rank", "bench.adapter_targets",
-        "bench.save_detailed",
+UNUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "bench.against", "bench.repeats", "bench.num_adapters", "bench.adapter_rank", "bench.adapter_targets",
+            "bench.save_detailed",
+        ),
+        "jaxserve coserve has no use for it",
     ),
-    "jaxserve coserve has no use for it",
-)  # fmt: skip
+    **dict.fromkeys(("job.adapter", "job.data"), "the jobs are in coserve.jobs (--finetune-jobs)"),
+}  # fmt: skip
 
 
 class Planned(NamedTuple):

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jaxserve.adapters.bank import BankShape
 from jaxserve.engine.gradient import TrainShape, TrainState, empty_scale_lanes, sums_alone
 from jaxserve.engine.job_programs import DeviceShapes, JobPrograms, JobShapes, compile_programs
-from jaxserve.engine.lanes import Masters
+from jaxserve.engine.lanes import Masters, gathered, spread
 from jaxserve.engine.training import Training
 
 CLEARED = 64  # accumulator pages per device call
@@ -100,6 +100,14 @@ class LaneSums:
     def read(self, training: Training) -> Any:
         """A lane's sums as they are."""
         return self.programs(training.shapes).read_lane(self._of(training), *self._place(training))
+
+    def to_host(self, training: Training) -> Any:
+        """A lane's sums, or those of a job that has none now, as an engine on any number of devices takes them."""
+        return gathered(training.kept if training.lane is None else self.read(training), self._bank)
+
+    def from_host(self, training: Training, sums: Any) -> Any:
+        """The opposite of ``to_host``, to be written into the job's lane."""
+        return spread(sums, self.read(training), self._bank)
 
     def write(self, training: Training, kept: Any) -> None:
         """Gives a lane sums that were read before."""

@@ -10,7 +10,7 @@ Shapes: L layers, R true rank, D in, E out, X pages of one adapter, Y lane pages
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jaxserve.models.config import ModelConfig, member_dims
 from jaxserve.models.params import SITES, param_specs
 from pallas_kernels.lora_matmul import PAGE_RANK
 from pallas_kernels.numerics import row_sum, wide_dtype
-from sharding import AXIS, lora_specs, named_sharding, partition_spec, tree_specs
+from sharding import AXIS, ArraySpec, lora_specs, named_sharding, partition_spec, tree_specs
 
 A, B = "a", "b"
 VECTORS = (INPUT, OUTPUT, MAGNITUDE)
@@ -435,3 +435,50 @@ def _lane_rows(lanes, scale_lanes, pages_X, lane, *, num_layers: int) -> Any:
         jax.tree.map(lambda sums: rows(sums, pages_X), lanes),
         jax.tree.map(lambda sums: rows(sums, lane[None]), scale_lanes),
     )
+
+
+SUMMED, SAME = -1, -2  # how devices hold an array that is not split: terms of it, or all of it each
+
+
+def gathered(sums: Any, shape: BankShape) -> Any:
+    """A lane's sums as one device would have them, on the host: whatever is on as many devices can take them up."""
+
+    def gather(whole: jax.Array, held: int) -> np.ndarray:
+        parts = np.asarray(whole)
+        if held >= 0:
+            return np.concatenate(parts, axis=held)[None]
+        return parts[:1] if held == SAME else parts.sum(axis=0, keepdims=True)
+
+    return jax.tree.map(gather, sums, _held(sums, shape))
+
+
+def spread(one: Any, like: Any, shape: BankShape) -> Any:
+    """The opposite of ``gathered``: sums for as many devices as ``like`` is on, placed like it."""
+
+    def place(whole: np.ndarray, old: jax.Array, held: int) -> jax.Array:
+        count = old.shape[0]
+        if held >= 0:
+            parts = np.stack(np.split(whole[0], count, axis=held))
+        elif held == SAME:
+            parts = np.repeat(whole, count, axis=0)
+        else:
+            parts = np.concatenate([whole, np.zeros((count - 1, *whole.shape[1:]), whole.dtype)])
+        return jax.device_put(parts, old.sharding)
+
+    return jax.tree.map(place, one, like, _held(like, shape))
+
+
+def _held(sums: Any, shape: BankShape) -> Any:
+    """Of each array, the axis that is split over devices, SUMMED or SAME."""
+
+    def held(spec: ArraySpec, otherwise: int = SUMMED) -> int:
+        return next((at for at, axis in enumerate(partition_spec(spec.axes)) if axis is not None), otherwise)
+
+    lanes = jax.tree.map(held, shape.specs(), is_leaf=lambda x: isinstance(x, ArraySpec))
+    if sums[1] is None:
+        return lanes, None
+    scales, site_scales = {}, cast(Any, SiteScales)  # a SiteScales of numbers
+    for site, each in ScalesShape(shape).specs().items():
+        outputs = tuple(held(output, SAME) for output in each.outputs)
+        scales[site] = site_scales(held(each.input_PMD), outputs, held(each.bias_P))
+    return lanes, scales

@@ -45,15 +45,21 @@ class Sessions:
     def state_of(self, session: Session) -> dict[str, Any]:
         """Everything of a session that is an array: parameters, moments, gradients so far."""
         training = self._of(session)
-        gradients = training.kept if training.lane is None else self._sums.read(training)
-        return {"masters": training.now.masters, "optimizer": training.now.optimizer, "gradients": gradients}
+        now, gradients = training.now, self._sums.to_host(training)
+        return {"masters": now.masters, "optimizer": now.optimizer, "gradients": gradients}
 
     def set_state(self, session: Session, state: Any, step: int, calls: int) -> None:
         """The opposite of ``state_of``; ``state`` may be on the host."""
-        training, like = self._of(session), self.state_of(session)
-        placed = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), state, like)
-        training.now = training.read = Progress(placed["masters"], placed["optimizer"], step, training.now.cursor)
-        training.loaded, session.step, session.num_batches = placed["gradients"], step, calls
+        training = self._of(session)
+        now = training.now
+        masters, optimizer = jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding),
+            (state["masters"], state["optimizer"]),
+            (now.masters, now.optimizer),
+        )
+        training.now = training.read = Progress(masters, optimizer, step, now.cursor)
+        training.loaded = self._sums.from_host(training, state["gradients"])
+        session.step, session.num_batches = step, calls
         session.forget_gradients()
         self._sums.write(training, training.loaded)
         self._publish(training)

@@ -125,8 +125,16 @@ class Trainer:
         training = self.trainings.get(job.id)
         if training is None or job.status is not JobStatus.PAUSED:
             raise EngineError(f"job {job.id} is {job.status.value}; it cannot be resumed")
+        if training.saver is None and job.config.output_dir is not None:
+            raise EngineError(f"job {job.id} cannot be resumed: its directory was closed; begin it again to go on")
+        if training.lane is None and not self.has_room:
+            raise EngineError(f"job {job.id} cannot be resumed: {self.full}")
         if training.saver is not None:
             training.saver.retry()
+        self._resume(job)
+
+    def _resume(self, job: Job) -> None:
+        training = self.trainings[job.id]
         job.move(JobStatus.QUEUED, "resumed")
         if training.lane is None:
             self.waiting.append(training)
@@ -154,11 +162,22 @@ class Trainer:
             if training.saver is not None:
                 training.saver.save(*training.read)
                 training.saver.close()
+                training.saver = training.job.folder = None
 
     def check_free(self, adapter: str) -> None:
         """Raises InvalidRequest for a name that is being trained."""
         if any(training.job.adapter == adapter for training in list(self.trainings.values())):
             raise InvalidRequest(f"adapter {adapter!r} is being trained by another job", "adapter")
+
+    @property
+    def has_room(self) -> bool:
+        """Not every lane is an open adapter's, which keeps it until a call gives it back."""
+        return sum(isinstance(t.job, Session) for t in list(self.trainings.values())) < self.shape.num_lanes
+
+    @property
+    def full(self) -> str:
+        """Why there is no room."""
+        return f"max_finetune_jobs is {self.shape.num_lanes}, and as many adapters are open"
 
     def has_work(self) -> bool:
         return any(
@@ -246,7 +265,7 @@ class Trainer:
     def _settle(self) -> None:
         for training in list(self.trainings.values()):
             job = training.job
-            if training.saver is not None and training.saver.settle(self.pause, self.resume):
+            if training.saver is not None and training.saver.settle(self.pause, self._resume):
                 self._end(job, JobStatus.SUCCEEDED)
             running = job.status is JobStatus.RUNNING and training.lane is not None
             if running and not training.resident and self.versions.make_resident(training):
@@ -404,6 +423,17 @@ class Trainer:
             message = f"the engine's step failed {self.failures} times in a row with windows of this job"
             self._end(job, JobStatus.FAILED, message, error=message)
         self.failures = 0
+
+    def take_back(self, session: Session, batch: Batch) -> None:
+        """Forgets a batch that a session was handed. Where it had been begun, the other batches whose gradients no
+        update has taken are summed again."""
+        training = self.trainings.get(session.id)
+        if session.withdraw(batch) or training is None:
+            return
+        self.queue.clear(session)
+        self.sums.take(training)
+        self._go_back(training)
+        session.again = [each for each in session.again if each.serial != batch.serial]
 
     def _go_back(self, training: Training) -> None:
         job = training.job

@@ -124,6 +124,7 @@ def load_dataset(
     max_length: int,
     vocab_size: int,
     config: FinetuneConfig | None = None,
+    weightless: bool = False,
 ) -> Dataset:
     """Reads and checks all of the data; nothing is trained unless every line is right.
 
@@ -133,6 +134,7 @@ def load_dataset(
       tokenizer: the model's; not needed for token ids.
       max_length: tokens of the longest example the engine takes; ``config.max_length`` may say fewer.
       config: what is learnt, what happens to longer examples, seed and shuffle.
+      weightless: takes examples none of whose tokens has a weight, too.
 
     Raises:
       DataError: the first ten problems, each by its line (or its place in the iterable) and its reason.
@@ -140,7 +142,7 @@ def load_dataset(
     if not isinstance(source, str | os.PathLike | Iterable):
         raise DataError([f"training data: a {type(source).__name__}, must be a file or an iterable of examples"])
     config = config or FinetuneConfig()
-    loader = _Loader(tokenizer, config, min(max_length, config.max_length or max_length), vocab_size)
+    loader = _Loader(tokenizer, config, min(max_length, config.max_length or max_length), vocab_size, weightless)
     examples = tuple(loader.examples(source))
     loader.problems.check()
     if not examples:
@@ -172,11 +174,14 @@ def _no_examples() -> DataError:
 class _Loader:
     """One pass over a source."""
 
-    def __init__(self, tokenizer: Tokenizer | None, config: FinetuneConfig, max_length: int, vocab_size: int):
+    def __init__(
+        self, tokenizer: Tokenizer | None, config: FinetuneConfig, max_length: int, vocab_size: int, weightless: bool
+    ):
         self.encoder = Encoder(tokenizer, config.loss_on) if tokenizer is not None else None
         self.on_long: Literal["refuse", "truncate"] = config.on_long
         self.max_length = max_length
         self.vocab_size = vocab_size
+        self.weightless = weightless
         self.problems = Problems()
         self.num_truncated = 0
 
@@ -233,7 +238,7 @@ class _Loader:
             )
         fitted = replace(whole, token_ids=whole.token_ids[: self.max_length], weights=whole.weights[: self.max_length])
         self.num_truncated += fitted.num_tokens < whole.num_tokens
-        if not fitted.num_trained:
+        if not (fitted.num_trained or self.weightless):
             cut = f" in the first {self.max_length} tokens" if whole.num_trained else ""
             raise ValueError(f"nothing to learn{cut}: no token has a weight")
         return fitted

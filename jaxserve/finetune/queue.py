@@ -238,11 +238,15 @@ class FinetuneQueue:
 
     def drop(self, job: Job) -> None:
         """Forgets a job's sequences, wherever they are; its accumulators are set back to zero."""
-        for seq in [seq for seq in self.active if self.owner[seq][0] is job]:
-            self._clear(seq.acc_pages)
-            self._free(seq)
-        self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}
+        self.clear(job)
+        self.take_back_all(job)
         self.forget(job)
+
+    def clear(self, job: Job) -> None:
+        """Sets the accumulators of what the job has under way back to zero."""
+        for seq in self.active:
+            if self.owner[seq][0] is job:
+                self._clear(seq.acc_pages)
 
     def forget(self, job: Job) -> None:
         """Takes a job that has no sequence under way off the list."""
@@ -267,7 +271,7 @@ class FinetuneQueue:
             self._take_back(seq)
 
     def take_back_all(self, job: Job) -> None:
-        """Takes back everything, after the device has lost it."""
+        """Takes back everything, whose accumulators are zero."""
         for seq in [seq for seq in self.active if self.owner[seq][0] is job]:
             self._free(seq)
         self.owner = {key: value for key, value in self.owner.items() if value[0] is not job}

@@ -67,6 +67,16 @@ class Session(Job):
         """What became of a batch, once; None while it is under way."""
         return self._results.pop(batch.serial, None)
 
+    def withdraw(self, batch: Batch) -> bool:
+        """Forgets a batch, whose result nobody waits for. False: it had been begun, and may be in the sums."""
+        self._awaited.discard(batch.serial)
+        self._results.pop(batch.serial, None)
+        if batch in self.pending:
+            self.pending.remove(batch)
+            return True
+        self._summed = [each for each in self._summed if each.serial != batch.serial]
+        return False
+
     def forget_gradients(self) -> None:
         """The sums were taken: nothing of what was read has to be done again."""
         self._summed = []

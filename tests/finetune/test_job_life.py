@@ -301,6 +301,55 @@ def test_a_paused_job_gives_everything_back_and_goes_on_as_if_nothing_had_been(e
         job.resume()
 
 
+def test_a_paused_job_is_not_resumed_to_wait_for_what_open_adapters_keep(engine):
+    job = engine.finetune(examples(1), adapter="a", **JOB)
+    job.pause()
+    engine.open_adapter("b", rank=4)
+    with pytest.raises(jaxserve.EngineError, match="cannot be resumed: max_finetune_jobs is 1, and as many adapters"):
+        job.resume()
+    assert job.status == "paused"
+    engine.close_adapter("b")
+    job.resume()
+    assert job.wait().status == "succeeded"
+
+
+@pytest.mark.parametrize("steps", [0, 1, 4, 6])
+def test_of_a_call_that_ctrl_c_ends_nothing_stays(engine, monkeypatch, steps):
+    """Neither in the gradients, to which it would be added once more, nor of a call before it too little."""
+    kept, stopped = ([(prompt, None) for prompt in requests(seed)] for seed in (1, 2))
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "drive", _interrupted(engine.drive, 0))
+        with pytest.raises(KeyboardInterrupt):
+            engine.open_adapter("b", rank=4)
+    engine.open_adapter("b", rank=4)
+    engine.forward_backward("b", kept)
+    expected = engine.optim_step("b", learning_rate=0.0)["gradient_norm"]
+    engine.forward_backward("b", kept)
+    for call in (engine.forward_backward, engine.forward):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "drive", _interrupted(engine.drive, steps))
+            with pytest.raises(KeyboardInterrupt):
+                call("b", stopped)
+    session = engine._calls.sessions["b"]
+    assert not session._awaited
+    assert not session._results
+    assert engine.optim_step("b", learning_rate=0.0)["gradient_norm"] == pytest.approx(expected, rel=1e-5)
+    engine.close_adapter("b")
+
+
+def _interrupted(drive, steps):
+    left = iter([drive] * steps)
+
+    def interrupted():
+        next(left, _interrupt)()
+
+    return interrupted
+
+
+def _interrupt():
+    raise KeyboardInterrupt
+
+
 def test_a_pause_that_is_taken_back_at_once_changes_nothing(engine, undisturbed):
     losses, _, trained = undisturbed
     job = engine.finetune(examples(1), adapter="a", validation_fraction=0.3, **JOB)
@@ -332,6 +381,19 @@ def test_a_pause_taken_back_while_the_newest_version_has_no_place_trains_on_no_o
     job.wait()
     assert job.losses == losses
     assert content(engine, "a") == trained
+
+
+def test_a_closed_engine_leaves_a_jobs_directory_to_whoever_begins_it_again(engine, tmp_path, undisturbed):
+    fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
+    job = engine.finetune(examples(1), adapter="a", **fields)
+    until(engine, lambda: job.step == 2)
+    for _ in range(2):
+        engine.close()
+    with pytest.raises(jaxserve.EngineError, match="cannot be resumed: its directory was closed; begin it again"):
+        job.resume()
+    job.cancel()
+    assert read_job(tmp_path / "job")["status"] == "paused"
+    assert engine.finetune(examples(1), adapter="a", **fields).wait().losses == undisturbed[0]
 
 
 def test_a_pause_while_the_end_is_written_leaves_the_job_done(engine, tmp_path, undisturbed):

@@ -134,7 +134,9 @@ def assert_updated_by(engine, model, before, tmp_path):
 @pytest.mark.parametrize("loss", ["cross_entropy", "importance_sampling", "ppo"])
 def test_gradients_of_token_losses_are_torchs(engine, opened, tmp_path, loss):
     rng, before, clip = np.random.default_rng(5), engine.adapters.get("a").weights.fetched, (0.7, 1.1)
-    batches = [datums(rng), datums(rng, 2)]
+    masked = {**datums(rng, 1)[0]}
+    masked["weights"] = [0.0] * len(masked["input_ids"])
+    batches = [datums(rng), [*datums(rng, 2), masked]]
     total = 0.0
     for batch in batches:  # two calls, one gradient
         result = engine.forward_backward("a", batch, loss, **({"clip": clip} if loss == "ppo" else {}))
@@ -357,7 +359,7 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         (lambda: engine.forward_backward("a", []), "batch is empty"),
         (lambda: engine.forward_backward("a", [good], "hinge"), "loss is 'hinge'"),
         (lambda: engine.forward_backward("a", [good, {"input_ids": [1, 999]}]), r"batch\[1\]: token ids must be from"),
-        (lambda: engine.forward_backward("a", [{"input_ids": [1]}]), r"batch\[0\]: nothing to learn"),
+        (lambda: engine.forward_backward("a", [{"input_ids": [1]}]), r"batch\[0\]: fewer than two tokens"),
         (lambda: engine.forward_backward("a", [good], "ppo"), "must have input_ids, logprobs and advantages"),
         (
             lambda: engine.forward_backward("a", [{**good, "logprobs": [0, 1], "advantages": [1, 1, 1]}], "ppo"),
@@ -382,6 +384,12 @@ def test_wrong_calls_are_refused_and_change_nothing(engine, opened):
         ),
         (lambda: engine.forward_backward("a", [good], "dpo", clip=(0.8, 1.2)), "loss dpo has none, it is of ppo"),
         (lambda: engine.forward_backward("a", [good], "dpo"), "must have chosen and rejected"),
+        (
+            lambda: engine.forward_backward(
+                "a", [{"chosen": good, "rejected": good}, {"chosen": good, "rejected": {"input_ids": [999, 1]}}], "dpo"
+            ),
+            r"batch\[1\]: rejected: token ids must be from",
+        ),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=0), "beta is 0"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta="x"), "beta is 'x'"),
         (lambda: engine.forward_backward("a", [{"chosen": good, "rejected": good}], "dpo", beta=True), "beta is True"),

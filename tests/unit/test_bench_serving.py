@@ -147,7 +147,7 @@ def test_a_refused_request_fails_alone():
     assert [r.error for r in found.requests] == [None, "prompt is too long"]
     numbers = metrics(found)
     assert (numbers["completed"], numbers["failed"], numbers["total_input_tokens"]) == (1, 1, 3)
-    assert failures(found) == ["1 failed: prompt is too long"]
+    assert failures(found.requests) == ["1 failed: prompt is too long"]
 
 
 def test_who_else_looks_at_the_plans_still_does_so_after_a_run():

@@ -210,6 +210,12 @@ def test_a_name_that_no_adapter_can_have_is_refused_before_a_model_is_loaded(eng
     assert not engines
 
 
+def test_the_adapter_of_a_single_job_is_refused_where_jobs_have_a_list(engines, capsys):
+    assert run("coserve", "demo:storyteller", "--adapter", "a") == 2
+    assert "job.adapter: the jobs are in coserve.jobs (--finetune-jobs)" in capsys.readouterr().err
+    assert not engines
+
+
 def test_two_jobs_with_one_directory_are_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
     jobs = [{"adapter": name, "data": "demo:pirate", "output_dir": f"{tmp_path}/{way}"} for name, way in ("a.", "b/")]
     flags = [part for job in jobs for part in ("--finetune-jobs", json.dumps(job))]

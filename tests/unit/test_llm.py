@@ -1,6 +1,7 @@
 """The public engine on the host's side: what it refuses, counts and hands out."""
 
 import dataclasses
+import signal
 import threading
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import tiny_adapters
 import jaxserve
 from jaxserve.adapters.peft_io import load_peft, save_peft
 from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidRequest, ModelError
+from jaxserve.interrupts import deferred_interrupts
 from jaxserve.sampling import SamplingParams
 
 
@@ -21,6 +23,37 @@ def engine():
 
 
 ONE = SamplingParams(max_tokens=1, temperature=0.0)
+
+
+def test_ctrl_c_waits_for_the_end_of_a_step(engine, monkeypatch):
+    expected = engine.generate([[1, 2, 3]], ONE)[0].token_ids
+    step, done = engine.core.step, []
+
+    def interrupted():
+        signal.raise_signal(signal.SIGINT)
+        done.append(step())
+        return done[-1]
+
+    def twice():
+        with deferred_interrupts():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("the second one waits as well")
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.core, "step", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate([[1, 2, 3]], ONE)
+        assert len(done) == 1
+        with pytest.raises(KeyboardInterrupt):
+            twice()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert engine.generate([[1, 2, 3]], ONE)[0].token_ids == expected
+    serving.check_idle(engine)
 
 
 # prompts

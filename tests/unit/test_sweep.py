@@ -1,6 +1,7 @@
 """bench coserve: what ways to share come to, and the figures that its tables hold."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -161,7 +162,28 @@ def test_requests_that_were_never_sent_have_missed_their_objectives():
     found = live.asked(load, served)
     assert [r.error for r in found] == [None, None, ran.NOT_OVER, "the prompt is too long", ran.NOT_OVER]
     assert {(r.tenant, r.start) for r in found} == {("t", i / 4) for i in range(5)}
-    assert ran.serving_numbers(found, 2.0, GOALS)["attainment"] == pytest.approx(2 / 5)
+    numbers = ran.serving_numbers(found, 2.0, GOALS)
+    assert numbers["attainment"] == pytest.approx(2 / 5)
+    assert numbers["failures"] == ["1 failed: the prompt is too long"]
+
+
+def test_a_sweep_says_which_runs_had_requests_or_jobs_that_failed(monkeypatch, capsys, tmp_path):
+    class Failing(Arithmetic):
+        def run(self, sharing, rate):
+            made = super().run(sharing, rate)
+            made.requests[0].error = "the prompt is too long" if rate else None
+            return made
+
+    monkeypatch.setattr(sweep, "make_backend", lambda config: Failing())
+    monkeypatch.setattr(sweep, "agreements", lambda *_: [])
+    options = {"simulate": "none", "policies": ("coserve", "finetune-only"), "results_dir": str(tmp_path)}
+    assert sweep.main(simulated(sweep=options)) == 1
+    line = "coserve 4.0: 1 failed: the prompt is too long (of 1 requests)"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "report.html").read_text()
+    jobs = {"a": SimpleNamespace(status="running"), "b": SimpleNamespace(status="failed", error="not finite, twice")}
+    with pytest.raises(EngineError, match=r"coserve at 2: the job of adapter 'b' failed: not finite, twice"):
+        live.check_trained("coserve at 2", jobs)
 
 
 def test_a_second_process_that_ends_is_not_waited_for(tmp_path, capfd):
@@ -331,6 +353,18 @@ def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
         "bench.num_prompts", "bench.request_rate", "bench.trace_speed", "bench.repeats", "coserve.results_dir",
     }  # fmt: skip
     assert "--sweep-dir" in str(error.value)
+
+
+def test_job_settings_that_a_sweep_does_not_keep_are_refused():
+    jobs = ("a=a.jsonl", {"adapter": "b", "data": "b.jsonl", "schedule": "cosine", "rank": 4})
+    given = simulated(job={"max_steps": 5, "output_dir": "out", "learning_rate": 0.1}, coserve={"jobs": jobs})
+    with pytest.raises(ConfigError) as error:
+        sweep.check(given)
+    assert [line.partition(": the sweep's jobs go on")[0] for line in error.value.errors] == [
+        "job.max_steps", "job.output_dir", "job of adapter 'b': schedule",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"^job.batch_size: that of made-up examples is bench.finetune_batch$"):
+        sweep.check(simulated(job={"batch_size": 4}))
 
 
 def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
