@@ -107,11 +107,27 @@ class Core(Protocol):
     pool: PagePool
 
 
-class Watch:
-    """Looks at every step that is planned and measured while the context lasts."""
+def step_row(core: Core, replica: int, planned: Planned, seconds: float, now: float) -> StepRow:
+    """Of a step that took so long and was over at ``now``, before its results are taken in."""
+    bucket, scheduler, pool = planned.load.bucket, core.scheduler, core.pool
+    return StepRow(
+        replica,
+        now - seconds,
+        seconds,
+        planned.seconds,
+        f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}",
+        mix_of(planned.plan),
+        len(scheduler.running),
+        len(scheduler.waiting),
+        pool.num_used / pool.num_pages,
+    )
 
-    def __init__(self, core: Core, replica: int = 0):
-        self.core, self.replica = core, replica
+
+class Watch:
+    """Looks at every step that an engine plans and measures while the context lasts."""
+
+    def __init__(self, core: Core):
+        self.core = core
         self.steps: list[StepRow] = []
         self.loads: list[StepLoad] = []  # of the steps
         self.evictions = 0
@@ -143,22 +159,8 @@ class Watch:
             measured(load, seconds, now)
             if not self._flying:  # sent before the context began
                 return
-            planned, scheduler, pool = self._flying.popleft(), self.core.scheduler, self.core.pool
-            bucket = planned.load.bucket
             self.loads.append(load)
-            self.steps.append(
-                StepRow(
-                    self.replica,
-                    now - seconds,
-                    seconds,
-                    planned.seconds,
-                    f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}",
-                    mix_of(planned.plan),
-                    len(scheduler.running),
-                    len(scheduler.waiting),
-                    pool.num_used / pool.num_pages,
-                )
-            )
+            self.steps.append(step_row(self.core, 0, self._flying.popleft(), seconds, now))
 
         return watched
 

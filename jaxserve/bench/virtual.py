@@ -20,7 +20,7 @@ from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, Watch, run_name
+from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import NOBODY, Row, Workload
@@ -348,21 +348,20 @@ class Virtual:
 
     def _replica(self, settings: Settings, device: Device, load: Workload, replica: int) -> Ran:
         jobs = [] if settings.sharing == "inference-only" else self.jobs()
-        return simulated("", Simulator(settings, device, jobs), load, self.config.sweep.seconds, replica)
+        return simulated("", Simulator(settings, device, jobs, replica=replica), load, self.config.sweep.seconds)
 
 
-def simulated(name: str, simulator: Simulator, load: Workload, seconds: float, replica: int = 0) -> Ran:
+def simulated(name: str, simulator: Simulator, load: Workload, seconds: float) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
     coming, cpu = sorted(load.requests, key=lambda request: request.arrival_s), time.process_time()
-    with Watch(simulator, replica)() as watch:
-        run = simulator(coming, seconds)
-        while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
-            if simulator.now >= seconds + DRAIN_SECONDS:
-                break
-            run = simulator(coming[len(run.requests) :], max(simulator.now, seconds) + 1.0)
+    run = simulator(coming, seconds)
+    while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
+        if simulator.now >= seconds + DRAIN_SECONDS:
+            break
+        run = simulator(coming[len(run.requests) :], max(simulator.now, seconds) + 1.0)
     asked = [
         Asked(
-            replica=replica,
+            replica=simulator.replica,
             tenant=request.tenant,
             output_tokens=request.output_tokens,
             prompt_tokens=record.prompt_tokens,
@@ -377,9 +376,9 @@ def simulated(name: str, simulator: Simulator, load: Workload, seconds: float, r
         seconds=seconds,
         requests=asked,
         clipped=load.num_clipped,
-        steps=watch.steps,
+        steps=run.steps,
         preemptions=run.preemptions,
-        evictions=watch.evictions,
+        evictions=run.evictions,
         cpu_seconds=time.process_time() - cpu,
     )
 
