@@ -18,12 +18,12 @@ from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.engine import load_engine, room_for, stage
 from jaxserve.bench.finetune import make_examples
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, Watch, run_name
+from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch, drain_seconds, run_name
 from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import rows_of, run_load, sampling, warm_up_load
 from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
-from jaxserve.bench.virtual import simulated
+from jaxserve.bench.virtual import objective_of, simulated
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.buckets import Bucket
@@ -131,12 +131,14 @@ class Live:
         """
         engine, seconds = self.engine, self.config.sweep.seconds
         core, load = engine.core, self.workload(name, rate, seconds)
+        longest = max((request.output_tokens for request in load.requests), default=0)
+        end = seconds + drain_seconds(objective_of(self.config), longest)
         jobs = {} if how == "inference-only" else self._start()
         core.planner.sharing = sharing(how)
 
         def over() -> bool:
             served = not (replay.waiting or replay.alive)
-            return replay.now >= seconds and (served or replay.now >= seconds + DRAIN_SECONDS) and may_end()
+            return replay.now >= seconds and (served or replay.now >= end) and may_end()
 
         params = sampling(self.config)
         replay = Replay(engine, load, jobs, params, stopped=over, clock=core.clock)

@@ -21,10 +21,11 @@ from jaxserve.bench.workload import BenchRequest
 from jaxserve.engine.planner import Planned, Planner
 from jaxserve.engine.times import StepLoad
 from jaxserve.kvcache.pages import PagePool
+from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import Scheduler
 
 NOT_OVER = "not over when the run ended"
-DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
+DRAIN_SECONDS = 60.0  # at least, that requests may take to end when no more come
 PERCENTILES = (50, 90, 99)
 LATENCIES = ("ttft", "tpot", "tpot_all_tokens", "itl")
 
@@ -92,6 +93,16 @@ class Ran:
 def finetune_tokens(steps: Iterable[StepRow], seconds: float) -> int:
     """Tokens whose backward was done in this time."""
     return sum(step.mix.backward for step in steps if step.end <= seconds)
+
+
+def drain_seconds(objective: Objective, longest: int) -> float:
+    """How long requests may take to end when no more come; one that is not over by then counts as missed.
+
+    Args:
+      longest: output tokens of a request at most; one that keeps its objectives takes no longer than they allow.
+    """
+    allowed = objective.ttft + objective.tpot * longest
+    return max(DRAIN_SECONDS, allowed) if allowed < NEVER else DRAIN_SECONDS
 
 
 def run_name(sharing: str, rate: float) -> str:

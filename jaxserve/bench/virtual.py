@@ -20,7 +20,7 @@ from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, run_name
+from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, drain_seconds, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import NOBODY, Row, Workload
@@ -271,7 +271,7 @@ class Virtual:
             "Spatial: while both processes have a step under way each has half of the arithmetic and what bandwidth "
             "the other leaves, half at least; each has its own copy of the weights.",
             f"Requests go to the {config.sweep.replicas} replica(s) in turn. One that is not over {DRAIN_SECONDS:g} s "
-            "after the last arrival has missed its objectives.",
+            "after the last arrival, or as long as the objectives of the longest allow, has missed its own.",
         ]
 
     def jobs(self) -> list[Job]:
@@ -354,9 +354,11 @@ class Virtual:
 def simulated(name: str, simulator: Simulator, load: Workload, seconds: float) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
     coming, cpu = sorted(load.requests, key=lambda request: request.arrival_s), time.process_time()
+    longest = max((request.output_tokens for request in coming), default=0)
+    end = seconds + drain_seconds(simulator.settings.objectives[0], longest)
     run = simulator(coming, seconds)
     while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
-        if simulator.now >= seconds + DRAIN_SECONDS:
+        if simulator.now >= end:
             break
         run = simulator(coming[len(run.requests) :], max(simulator.now, seconds) + 1.0)
     asked = [

@@ -6,17 +6,20 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page
+from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page, virtual
 from jaxserve.bench.engine import options_of, room_for
 from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
 from jaxserve.bench.runner import GREEDY
+from jaxserve.bench.simulator import Settings, Simulator
 from jaxserve.bench.virtual import Virtual
-from jaxserve.bench.workload import BenchRequest, Row
+from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.cli.app import app
 from jaxserve.config import Config, resolve
 from jaxserve.errors import ConfigError, EngineError, InvalidRequest, ModelError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.request import Objective
+from jaxserve.scheduler.scheduler import SchedulerConfig
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
 EIGHT_DICT = tiny_models.config_dict(  # of the size of Llama-3.1-8B
@@ -342,6 +345,22 @@ def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
     options = [options_of(config, room_for(config, [FinetuneConfig()] * 2)) for config in (given, again)]
     assert options[0] == options[1]
     assert options[0]["max_finetune_jobs"] == 2
+
+
+class Slow:
+    """A device whose steps all take as long."""
+
+    def seconds(self, planned):
+        return 0.1
+
+
+@pytest.mark.parametrize(("tpot", "over"), [(0.11, True), (0.05, False)])
+def test_a_long_answer_is_waited_for_as_long_as_its_objectives_allow(tpot, over):
+    limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=1024)
+    given = Settings(limits=limits, num_pages=64, objectives=(Objective(1.0, tpot),))
+    request = BenchRequest(arrival_s=0.0, prompt_ids=(1, 2, 3), output_tokens=900)
+    (found,) = virtual.simulated("", Simulator(given, Slow()), Workload(requests=(request,), source=""), 1.0).requests
+    assert (found.error is None) == over
 
 
 @pytest.mark.parametrize("policy", ["coserve", "spatial"])
