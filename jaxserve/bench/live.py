@@ -22,7 +22,7 @@ from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch, drain_seconds, run_n
 from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import rows_of, run_load, sampling, warm_up_load
-from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
+from jaxserve.bench.simulator import TRAINED, FittedDevice, Settings, Simulator, endless_jobs
 from jaxserve.bench.virtual import objective_of, simulated
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.config import Config
@@ -39,11 +39,6 @@ if TYPE_CHECKING:
     from jaxserve import FinetuneJob
 
 READY_SECONDS = 600.0  # that a second process may take to load and compile
-TRAINED = "trained"  # the adapter of made-up examples
-ENDLESS: dict[str, Any] = {
-    "max_steps": 10**9, "epochs": None, "schedule": "constant", "warmup_steps": None, "warmup_ratio": None,
-    "output_dir": None, "validation_fraction": 0.0, "validation_data": None, "eval_steps": None,
-}  # fmt: skip
 
 
 class MeasuredDevice(FittedDevice):
@@ -202,6 +197,7 @@ class Live:
             limits=core.scheduler.config,
             num_pages=core.config.num_pages,
             page_size=core.config.page_size,
+            enable_prefix_caching=core.config.enable_prefix_caching,
             max_grad_rows=core.config.max_grad_rows,
             train_slots=trainer.shape.num_slots,
             acc_pages=trainer.shape.acc_pages,
@@ -218,15 +214,6 @@ class Live:
         name = f"{how} at {rate:g}, simulated"
         seconds = self.config.sweep.seconds
         return simulated(name, simulator, self.workload(name, rate, seconds), seconds)
-
-
-def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
-    """By adapter: those of coserve.jobs, or one on made-up examples; none of them ends by itself."""
-    shared: dict[str, Any] = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
-    if not config.coserve.jobs:
-        shared["batch_size"] = config.bench.finetune_batch
-        return {TRAINED: FinetuneConfig(**shared | ENDLESS)}
-    return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}
 
 
 def asked(requests: Sequence[BenchRequest], served: Sequence[ServedRequest]) -> list[Asked]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from jaxserve.bench.fake_model import FakeModel
 from jaxserve.bench.ran import StepRow, step_row
 from jaxserve.bench.report import RequestRecord, share_met
 from jaxserve.bench.workload import BenchRequest
+from jaxserve.config import Config
 from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.planner import NOTHING, Planned, Planner
 from jaxserve.engine.sharing import sharing
@@ -41,6 +42,11 @@ from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
 
 RUN_AHEAD = 2  # steps that the device has and the host has not read, at most
+TRAINED = "trained"  # the adapter of made-up examples
+ENDLESS: dict[str, Any] = {
+    "max_steps": 10**9, "epochs": None, "schedule": "constant", "warmup_steps": None, "warmup_ratio": None,
+    "output_dir": None, "validation_fraction": 0.0, "validation_data": None, "eval_steps": None,
+}  # fmt: skip
 
 
 class Device(Protocol):
@@ -149,6 +155,7 @@ class Settings:
     limits: SchedulerConfig
     num_pages: int
     page_size: int = 16
+    enable_prefix_caching: bool = True
     max_grad_rows: int = 0  # 0: no finetuning
     train_slots: int = 8
     acc_pages: int | None = None  # by default two sequences of full length
@@ -263,7 +270,7 @@ class Simulator:
     ):
         limits = settings.limits
         self.settings, self.device, self.look, self.model, self.replica = settings, device, look, model, replica
-        self.pool = PagePool(settings.num_pages, settings.page_size)
+        self.pool = PagePool(settings.num_pages, settings.page_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(limits, self.pool, _Resident())
         rows = settings.max_grad_rows if jobs else 0
         sizes = limits.max_chunk_rows, limits.max_num_seqs, limits.row_block
@@ -402,3 +409,12 @@ def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config
     )
     settings = FinetuneConfig(**{"max_steps": 10**9, **config})
     return Job(adapter, settings, Dataset(examples), start=None, tenant=tenant)  # pyright: ignore[reportArgumentType]
+
+
+def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
+    """By adapter: those of coserve.jobs, or one on made-up examples; none of them ends by itself."""
+    shared: dict[str, Any] = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
+    if not config.coserve.jobs:
+        shared["batch_size"] = config.bench.finetune_batch
+        return {TRAINED: FinetuneConfig(**shared | ENDLESS)}
+    return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}

@@ -26,7 +26,7 @@ from jaxserve.bench.serving import (
     write_result,
 )
 from jaxserve.bench.sweep_page import REPORT, report
-from jaxserve.bench.virtual import Virtual
+from jaxserve.bench.virtual import Virtual, unsimulated
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 
@@ -105,6 +105,8 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong.append(f"sweep.replicas {sweep.replicas}: the engine here is one; sweep.simulate has more")
     if sweep.simulate == "none" and sweep.matmul_efficiency is not None:
         wrong.append(f"sweep.matmul_efficiency {sweep.matmul_efficiency:g}: only a simulated device has one")
+    if sweep.simulate != "none":
+        wrong += unsimulated(config)
     if not config.lora.enable_lora:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:

@@ -220,8 +220,15 @@ def test_a_rate_that_thinning_cannot_reach_is_refused_before_the_first_run(tmp_p
         sweep.main(given)
 
 
+class Slow:
+    """A device whose steps all take as long."""
+
+    def seconds(self, planned):
+        return 0.1
+
+
 def simulated(**sections):
-    model = {"path": "unused", "max_model_len": 2048}
+    model = {"path": "unused", "max_model_len": 2048, **sections.pop("model", {})}
     sweep_section = {"simulate": "h200", "seconds": 10.0, "rates": (4.0,), **sections.pop("sweep", {})}
     finetune = {"tpot_objective_ms": 45.0, "ttft_objective_ms": 5000.0, "finetune_window": 1024}
     return Config(model=model, sweep=sweep_section, finetune=finetune, **sections)
@@ -246,6 +253,44 @@ def test_simulated_examples_fit_into_the_stash():
     config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"finetune_stash_tokens": 300})})
     backend = Virtual(config=config, model=EIGHT)
     assert backend.run("finetune-only", 1.0).finetune_rate > 0
+
+
+def test_simulated_jobs_have_the_settings_that_are_given():
+    job = {"deterministic": True, "window": 128}
+    config = simulated(model={"max_model_len": 256}, bench={"finetune_longest": 4096}, job=job)
+    (job,) = Virtual(config=config, model=EIGHT).jobs()
+    assert (job.config.deterministic, job.config.window) == (True, 128)
+    assert max(example.num_tokens for example in job.dataset.examples) <= 256
+    assert any(" to 256 tokens, 8 to a batch" in line for line in Virtual(config=config, model=EIGHT).assumptions())
+
+
+def test_what_a_simulated_device_knows_nothing_of_is_refused():
+    config = simulated(
+        model={"dtype": "float32"},
+        job={"method": "dora"},
+        coserve={"jobs": ("a=a.jsonl", '{"adapter": "b", "data": "b.jsonl", "rank": 4, "method": "ia3"}')},
+    )
+    with pytest.raises(ConfigError) as error:
+        sweep.check(config)
+    assert [line.partition(";")[0] for line in error.value.errors] == [
+        "model.dtype float32: a simulated device computes with operands of 16 bits",
+        "coserve.jobs, a: method dora",
+        "coserve.jobs, b: method ia3",
+        "coserve.jobs, b: in a simulation all jobs have job.rank and job.target_modules",
+    ]
+
+
+def test_simulated_pages_are_found_again_only_where_they_are_kept():
+    for keep in (True, False):
+        config = simulated(bench={"shared_prefix_len": 64}, engine={"enable_prefix_caching": keep})
+        settings = virtual.settings_of(config, EIGHT, Virtual(config=config, model=EIGHT).device, "inference-only")
+        assert Simulator(settings, Slow()).pool.enable_prefix_cache == keep
+
+
+def test_too_few_pages_are_named():
+    config = simulated(engine={"num_kv_pages": 10})
+    with pytest.raises(ConfigError, match=r"engine.num_kv_pages 10: 640 tokens, less than one sequence of 2048"):
+        Virtual(config=config, model=EIGHT).run("coserve", 1.0)
 
 
 def test_runs_are_listed_once_in_the_order_of_their_need():
@@ -297,8 +342,7 @@ def test_what_another_process_refuses_is_said_here(tmp_path):
 )
 def test_a_model_that_no_engine_would_split_so_is_not_simulated(tmp_path, tensor_parallel, refusal):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
-    config = simulated(engine={"tensor_parallel": tensor_parallel})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    config = simulated(model={"path": str(tmp_path)}, engine={"tensor_parallel": tensor_parallel})
     with pytest.raises((ModelError, InvalidRequest), match=refusal):
         Virtual.of(config)
 
@@ -345,13 +389,6 @@ def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
     options = [options_of(config, room_for(config, [FinetuneConfig()] * 2)) for config in (given, again)]
     assert options[0] == options[1]
     assert options[0]["max_finetune_jobs"] == 2
-
-
-class Slow:
-    """A device whose steps all take as long."""
-
-    def seconds(self, planned):
-        return 0.1
 
 
 @pytest.mark.parametrize(("tpot", "over"), [(0.11, True), (0.05, False)])
