@@ -101,8 +101,9 @@ def drain_seconds(objective: Objective, longest: int) -> float:
     Args:
       longest: output tokens of a request at most; one that keeps its objectives takes no longer than they allow.
     """
-    allowed = objective.ttft + objective.tpot * longest
-    return max(DRAIN_SECONDS, allowed) if allowed < NEVER else DRAIN_SECONDS
+    first = DRAIN_SECONDS if objective.ttft == NEVER else objective.ttft
+    others = 0.0 if objective.tpot == NEVER else objective.tpot * longest
+    return max(DRAIN_SECONDS, first + others)
 
 
 def run_name(sharing: str, rate: float) -> str:

@@ -210,14 +210,14 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         if times is not None:
             text += f", {times:.2f} times the best other way that meets the objectives ({other})"
         elif other is None:
-            text += "; no other way meets the objectives"
+            text += "; no other way meets the objectives" if claim["others"] else "; no other way was run"
         if not claim["requests_alone_meet"]:
             text += (
                 "; requests alone were not run"
                 if claim["requests_alone_meet"] is None
                 else "; requests alone miss them"
             )
-        lines.append(f"{text}; {claim['coserve_attainment'] or 0:.1%} of its requests did")
+        lines.append(f"{text}; {claim['coserve_attainment'] or 0:.1%} of its requests met the objectives")
     return lines
 
 

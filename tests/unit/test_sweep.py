@@ -18,7 +18,7 @@ from jaxserve.config import Config, resolve
 from jaxserve.errors import ConfigError, EngineError, InvalidRequest, ModelError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.models.config import ModelConfig
-from jaxserve.scheduler.request import Objective
+from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
@@ -92,6 +92,19 @@ def test_co_serving_counts_on_as_many_replicas_as_is_best():
     assert (light["best_other"], light["times_best_other"]) == ("separate:50", pytest.approx(95.5 / 50))
     assert heavy["coserve_policy"] == "coserve:50"  # on a quarter of them first tokens are late
     assert (too_heavy["coserve_policy"], too_heavy["coserve_attainment"]) == ("coserve", 0.0)
+
+
+def test_co_serving_that_was_run_alone_is_compared_with_nothing():
+    cells = [policies.numbers(policies.Runs(Arithmetic()).cell("coserve", 1.0), GOALS, None)]
+    (claim,) = policies.claims(cells)
+    (line,) = sweep.claim_lines([claim])
+    assert line == (
+        "at 1 requests/s coserve finetunes 90 tokens/s; no other way was run; requests alone were not run; "
+        "100.0% of its requests met the objectives"
+    )
+    tiles = sweep_page._tiles({"claims": [claim], "cells": cells})
+    assert "90 tokens/s" in tiles
+    assert " over " not in tiles
 
 
 def test_a_run_that_several_ways_need_is_made_once():
@@ -391,10 +404,10 @@ def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
     assert options[0]["max_finetune_jobs"] == 2
 
 
-@pytest.mark.parametrize(("tpot", "over"), [(0.11, True), (0.05, False)])
-def test_a_long_answer_is_waited_for_as_long_as_its_objectives_allow(tpot, over):
+@pytest.mark.parametrize(("objective", "over"), [((1.0, 0.11), True), ((NEVER, 0.05), True), ((1.0, 0.05), False)])
+def test_a_long_answer_is_waited_for_as_long_as_its_objectives_allow(objective, over):
     limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=1024)
-    given = Settings(limits=limits, num_pages=64, objectives=(Objective(1.0, tpot),))
+    given = Settings(limits=limits, num_pages=64, objectives=(Objective(*objective),))
     request = BenchRequest(arrival_s=0.0, prompt_ids=(1, 2, 3), output_tokens=900)
     (found,) = virtual.simulated("", Simulator(given, Slow()), Workload(requests=(request,), source=""), 1.0).requests
     assert (found.error is None) == over
