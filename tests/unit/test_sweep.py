@@ -247,6 +247,18 @@ def simulated(**sections):
     return Config(model=model, sweep=sweep_section, finetune=finetune, **sections)
 
 
+def test_more_requests_than_can_be_kept_are_refused_before_the_first_run():
+    given = simulated(sweep={"rates": (1e9,), "replicas": 2, "policies": ("coserve",)})
+    with pytest.raises(ConfigError, match="on each of 2 replicas for 10 s are more than 10,000,000 requests"):
+        sweep.main(given)
+
+
+def test_the_load_that_is_told_is_that_of_all_replicas():
+    given = simulated(sweep={"replicas": 2})
+    said = sweep.preface(given, Virtual(config=given, model=EIGHT))[0]
+    assert "load of 2 replicas together, at the first rate: random lengths, 8 requests/s" in said
+
+
 def test_simulated_co_serving_keeps_the_objectives_and_more_finetuning_than_the_others():
     backend = Virtual(config=simulated(), model=EIGHT)
     runs = policies.Runs(backend)
