@@ -19,6 +19,7 @@ from typing import Any
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.parallel import Pool
 from jaxserve.bench.policies import ALONE, ENOUGH, OURS, Runs, claims, numbers
+from jaxserve.bench.roofline import linear_params
 from jaxserve.bench.serving import check_results_dir
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
@@ -185,7 +186,7 @@ class Table:
             "claims": claims(cells),
             "published": setting.published if (device, targets) == ("a100-80gb", "down_proj") else {},
         }
-        lines = [*claim_lines(found["claims"]), *_beside_published(found), *_left(cells, runs, alone)]
+        lines = [*claim_lines(found["claims"]), *_beside_published(found), *_left(cells, runs, alone, self.virtual)]
         print("\n".join(lines), flush=True)
         return found
 
@@ -225,9 +226,11 @@ def asked_lines(tables: Sequence[dict[str, Any]]) -> Iterator[str]:
         )
 
 
-def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float) -> Iterator[str]:
-    """What co-serving keeps, and what could be kept at most if prompts cost their products alone: a prompt's token runs
-    half of those that a trained one does (2 of 4 P), and decoding rides along for nothing."""
+def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float, virtual: Virtual) -> Iterator[str]:
+    """What co-serving keeps, and what could be kept at most if prompts cost the time of their products alone, and
+    decoding rode along for nothing."""
+    devices = virtual.config.engine.tensor_parallel
+    token_seconds = 2 * linear_params(virtual.model) / (virtual.device.flops * virtual.efficiency.matmul * devices)
     for cell in cells:
         ran = runs.cell(cell["policy"], cell["rate"]).serving
         if cell["policy"] != OURS or ran is None:
@@ -236,7 +239,7 @@ def _left(cells: Iterable[dict[str, Any]], runs: Runs, alone: float) -> Iterator
         kept = cell["finetune_tokens_per_s"] / alone
         yield (
             f"at {cell['rate']:g} requests/s co-serving keeps {kept:.0%} of finetuning alone; the products "
-            f"of the prompts leave {max(1 - prompts / 2 / alone, 0):.0%} at most"
+            f"of the prompts leave {max(1 - prompts * token_seconds, 0):.0%} at most"
         )
 
 

@@ -18,12 +18,12 @@ from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.engine import load_engine, room_for, stage
 from jaxserve.bench.finetune import make_examples
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, Watch, run_name
+from jaxserve.bench.ran import NOT_OVER, Asked, Ran, Watch, drain_seconds, run_name
 from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import rows_of, run_load, sampling, warm_up_load
-from jaxserve.bench.simulator import FittedDevice, Settings, Simulator
-from jaxserve.bench.virtual import simulated
+from jaxserve.bench.simulator import TRAINED, FittedDevice, Settings, Simulator, endless_jobs
+from jaxserve.bench.virtual import objective_of, simulated
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.buckets import Bucket
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from jaxserve import FinetuneJob
 
 READY_SECONDS = 600.0  # that a second process may take to load and compile
-TRAINED = "trained"  # the adapter of made-up examples
-ENDLESS: dict[str, Any] = {"max_steps": 10**9, "schedule": "constant"}
 
 
 class MeasuredDevice(FittedDevice):
@@ -128,12 +126,14 @@ class Live:
         """
         engine, seconds = self.engine, self.config.sweep.seconds
         core, load = engine.core, self.workload(name, rate, seconds)
+        longest = max((request.output_tokens for request in load.requests), default=0)
+        end = seconds + drain_seconds(objective_of(self.config), longest)
         jobs = {} if how == "inference-only" else self._start()
         core.planner.sharing = sharing(how)
 
         def over() -> bool:
             served = not (replay.waiting or replay.alive)
-            return replay.now >= seconds and (served or replay.now >= seconds + DRAIN_SECONDS) and may_end()
+            return replay.now >= seconds and (served or replay.now >= end) and may_end()
 
         params = sampling(self.config)
         replay = Replay(engine, load, jobs, params, stopped=over, clock=core.clock)
@@ -200,6 +200,7 @@ class Live:
             limits=core.scheduler.config,
             num_pages=core.config.num_pages,
             page_size=core.config.page_size,
+            enable_prefix_caching=core.config.enable_prefix_caching,
             max_grad_rows=core.config.max_grad_rows,
             train_slots=trainer.shape.num_slots,
             acc_pages=trainer.shape.acc_pages,
@@ -216,15 +217,6 @@ class Live:
         name = f"{how} at {rate:g}, simulated"
         seconds = self.config.sweep.seconds
         return simulated(name, simulator, self.workload(name, rate, seconds), seconds)
-
-
-def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
-    """By adapter: those of coserve.jobs, or one on made-up examples; none of them ends by itself."""
-    shared: dict[str, Any] = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
-    if not config.coserve.jobs:
-        shared["batch_size"] = config.bench.finetune_batch
-        return {TRAINED: FinetuneConfig(**shared | ENDLESS)}
-    return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}
 
 
 def check_trained(run: str, jobs: "Mapping[str, FinetuneJob]") -> None:

@@ -21,10 +21,11 @@ from jaxserve.bench.workload import BenchRequest
 from jaxserve.engine.planner import Planned, Planner
 from jaxserve.engine.times import StepLoad
 from jaxserve.kvcache.pages import PagePool
+from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import Scheduler
 
 NOT_OVER = "not over when the run ended"
-DRAIN_SECONDS = 60.0  # after the last arrival; a request that is not over by then counts as missed
+DRAIN_SECONDS = 60.0  # at least, that requests may take to end when no more come
 PERCENTILES = (50, 90, 99)
 LATENCIES = ("ttft", "tpot", "tpot_all_tokens", "itl")
 
@@ -94,6 +95,17 @@ def finetune_tokens(steps: Iterable[StepRow], seconds: float) -> int:
     return sum(step.mix.backward for step in steps if step.end <= seconds)
 
 
+def drain_seconds(objective: Objective, longest: int) -> float:
+    """How long requests may take to end when no more come; one that is not over by then counts as missed.
+
+    Args:
+      longest: output tokens of a request at most; one that keeps its objectives takes no longer than they allow.
+    """
+    first = DRAIN_SECONDS if objective.ttft == NEVER else objective.ttft
+    others = 0.0 if objective.tpot == NEVER else objective.tpot * longest
+    return max(DRAIN_SECONDS, first + others)
+
+
 def run_name(sharing: str, rate: float) -> str:
     """Of a run of one way to share at so many requests per second; 0: none came."""
     return f"{sharing} at {rate:g}" if rate else sharing
@@ -107,11 +119,27 @@ class Core(Protocol):
     pool: PagePool
 
 
-class Watch:
-    """Looks at every step that is planned and measured while the context lasts."""
+def step_row(core: Core, replica: int, planned: Planned, seconds: float, now: float) -> StepRow:
+    """Of a step that took so long and was over at ``now``, before its results are taken in."""
+    bucket, scheduler, pool = planned.load.bucket, core.scheduler, core.pool
+    return StepRow(
+        replica,
+        now - seconds,
+        seconds,
+        planned.seconds,
+        f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}",
+        mix_of(planned.plan),
+        len(scheduler.running),
+        len(scheduler.waiting),
+        pool.num_used / pool.num_pages,
+    )
 
-    def __init__(self, core: Core, replica: int = 0):
-        self.core, self.replica = core, replica
+
+class Watch:
+    """Looks at every step that an engine plans and measures while the context lasts."""
+
+    def __init__(self, core: Core):
+        self.core = core
         self.steps: list[StepRow] = []
         self.loads: list[StepLoad] = []  # of the steps
         self.evictions = 0
@@ -143,22 +171,8 @@ class Watch:
             measured(load, seconds, now)
             if not self._flying:  # sent before the context began
                 return
-            planned, scheduler, pool = self._flying.popleft(), self.core.scheduler, self.core.pool
-            bucket = planned.load.bucket
             self.loads.append(load)
-            self.steps.append(
-                StepRow(
-                    self.replica,
-                    now - seconds,
-                    seconds,
-                    planned.seconds,
-                    f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}",
-                    mix_of(planned.plan),
-                    len(scheduler.running),
-                    len(scheduler.waiting),
-                    pool.num_used / pool.num_pages,
-                )
-            )
+            self.steps.append(step_row(self.core, 0, self._flying.popleft(), seconds, now))
 
         return watched
 

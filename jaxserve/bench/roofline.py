@@ -11,7 +11,7 @@ Letters: D hidden, F ffn, V vocab, H query heads, K kv heads, C head dim, L laye
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -253,6 +253,8 @@ class Steps:
 
     def __init__(self, model: ModelConfig, *, tensor_parallel: int = 1, itemsize: int = 2, remat: str | None = "full"):
         self.model, self.shards, self.itemsize, self.remat = model, tensor_parallel, itemsize, remat
+        self._query_heads = model.num_heads // tensor_parallel
+        self._kv_heads = max(model.num_kv_heads // tensor_parallel, 1)
         self._stash_bytes = stash_bytes(model, itemsize, tensor_parallel)
         self._windows = tuple(Counter(layer.window for layer in model.layers).items())  # (window, layers that have it)
         self._of_rows = lru_cache(NUM_KEPT)(self.of_rows)
@@ -260,11 +262,11 @@ class Steps:
 
     def work(self, load: StepLoad) -> tuple[Work, ...]:
         """Every part of one step on one device."""
-        return (*self._of_rows(*self.sizes(load)), *self.of_contexts(load))
+        return (*self._of_rows(*self.sizes(load)), *(part for part in self.of_contexts(load) if not part.is_nothing))
 
-    def sizes(self, load: StepLoad) -> "Sizes":
-        grad_rows = load.grad_rows
-        return Sizes(self._forward_rows(load), load.num_drawn, grad_rows, load.grad_rank, tuple(load.targets))
+    def sizes(self, load: StepLoad) -> tuple[int, int, int, int, tuple[str, ...]]:
+        """The arguments of ``of_rows``."""
+        return self._forward_rows(load), load.num_drawn, load.grad_rows, load.grad_rank, tuple(load.targets)
 
     def _forward_rows(self, load: StepLoad) -> int:
         return len(load.decodes) + load.chunk_rows + (0 if self.remat is None else load.grad_rows)
@@ -279,12 +281,16 @@ class Steps:
             parts.append(self._stash("stash written", load.stashed_rows))
         if load.grads:
             parts += self.attention_backward(load)
-        return [part for part in parts if not part.is_nothing]
+        return parts
 
     def of_rows(
         self, rows: int, drawn: int, grad_rows: int, grad_rank: int, targets: tuple[str, ...]
     ) -> tuple[Work, ...]:
-        """The parts that know nothing of contexts and requests, by ``Sizes``."""
+        """The parts that know nothing of contexts and requests.
+
+        Args:
+          rows: that run forward.
+        """
         parts = [*self.linears("linear", rows), self.between(rows), *self.head(rows, drawn)]
         parts.append(self.all_reduces("all-reduce", rows))
         if grad_rows:
@@ -312,7 +318,7 @@ class Steps:
     def attention(self, load: StepLoad) -> list[Work]:
         parts = []
         if load.decodes:
-            keys = self._over_layers(lambda window: _keys_of_decodes(load.decodes, window))
+            keys = sum([layers * _keys_of_decodes(load.decodes, window) for window, layers in self._windows])
             parts.append(self._attention("attention of decodes", 4, len(load.decodes), keys, keys, kernels=2))
         blocks = load.chunks if self.remat is None else [*load.chunks, *load.grads]
         if blocks:
@@ -320,44 +326,41 @@ class Steps:
         return parts
 
     def _attention_of(
-        self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind: str = "attention"
+        self, name: str, segments: Sequence[Segment], flops: int, kernels: int, kind: str = "attention", more: int = 0
     ) -> Work:
         keys = reads = 0
         for window, layers in self._windows:
             keys += layers * sum([segment.keys(window) for segment in segments])
             reads += layers * sum([segment.keys_read(window) for segment in segments])
-        return self._attention(name, flops, sum([rows for rows, _ in segments]), keys, reads, kernels, kind)
-
-    def _over_layers(self, of_window: Callable[[int | None], int]) -> int:
-        return sum([layers * of_window(window) for window, layers in self._windows])
+        return self._attention(name, flops, sum([rows for rows, _ in segments]), keys, reads, kernels, kind, more)
 
     def _attention(
-        self, name: str, flops: int, rows: int, keys: int, reads: int, kernels: int, kind: str = "attention"
+        self,
+        name: str,
+        flops: int,
+        rows: int,
+        keys: int,
+        reads: int,
+        kernels: int,
+        kind: str = "attention",
+        more: int = 0,
     ) -> Work:
         """``flops`` per query head, key seen and element of the head: 4 forward, for two products.
 
         Args:
           keys: seen by the rows, reads: seen by at least one; both added up over the layers.
+          more: bytes.
         """
-        m, heads = self.model, self._kv_heads
-        query_heads, rows = m.num_heads // self.shards, m.num_layers * rows
+        m, heads, query_heads = self.model, self._kv_heads, self._query_heads
+        rows *= m.num_layers
         moved = 2 * reads * heads + 2 * rows * query_heads + 2 * rows * heads  # K, V; q, out; K, V written
-        return Work(
-            name,
-            flops=flops * keys * query_heads * m.head_dim,
-            bytes=moved * m.head_dim * self.itemsize,
-            kernels=kernels * m.num_layers,
-            kind=kind,
-        )
-
-    @property
-    def _kv_heads(self) -> int:
-        return max(self.model.num_kv_heads // self.shards, 1)
+        work, moved = flops * keys * query_heads * m.head_dim, moved * m.head_dim * self.itemsize + more
+        return Work(name, work, moved, 0.0, kernels * m.num_layers, 0.0, kind)
 
     def between(self, rows: int, passes: int = 1) -> Work:
         """Norms, rotations, activations and residuals: what lies between two products goes to memory and back."""
         m = self.model
-        heads = m.num_heads // self.shards + 2 * self._kv_heads
+        heads = self._query_heads + 2 * self._kv_heads
         elements = 9 * m.hidden_size + 2 * heads * m.head_dim + 3 * m.intermediate_size // self.shards
         return Work("between products", bytes=rows * elements * self.itemsize, kernels=7).times(m.num_layers * passes)
 
@@ -422,11 +425,12 @@ class Steps:
     def attention_backward(self, load: StepLoad) -> list[Work]:
         m = self.model
         parts = [self._attention_of("attention again", load.grads, 4, kernels=1)] if self.remat == "full" else []
-        attention = self._attention_of(
-            "attention backward", load.grads, 10, kernels=3, kind="attention_backward"
-        )  # five products
         sums = 4 * sum([segment.keys_read(None) for segment in load.grads]) * self._kv_heads * m.head_dim * WIDE
-        return [*parts, attention._replace(bytes=attention.bytes + sums * m.num_layers)]
+        five_products, kind = 10, "attention_backward"
+        parts.append(
+            self._attention_of("attention backward", load.grads, five_products, 3, kind, more=sums * m.num_layers)
+        )
+        return parts
 
     def _loss(self, W: int) -> list[Work]:
         """The head's two products, logits and dx, a chunk of rows at a time."""
@@ -446,16 +450,6 @@ class Steps:
             flops += (3 + again) * 2 * W * size
             moved += W * (4 * inputs + 3 * outs) * self.itemsize + size * (2 * self.itemsize + 2 * WIDE)
         return Work("adapters backward", flops, moved, kernels=5 * len(sites)).times(self.model.num_layers)
-
-
-class Sizes(NamedTuple):
-    """What the parts of a step that know nothing of contexts depend on."""
-
-    rows: int  # that run forward
-    drawn: int
-    grad_rows: int
-    grad_rank: int
-    targets: tuple[str, ...]
 
 
 class StepClock:

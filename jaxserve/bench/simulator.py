@@ -12,16 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from jaxserve.bench import roofline
 from jaxserve.bench.fake_model import FakeModel
-from jaxserve.bench.replay import Mix, mix_of
+from jaxserve.bench.ran import StepRow, step_row
 from jaxserve.bench.report import RequestRecord, share_met
 from jaxserve.bench.workload import BenchRequest
-from jaxserve.engine.buckets import Bucket, Buckets
+from jaxserve.config import Config
+from jaxserve.engine.buckets import Buckets
 from jaxserve.engine.planner import NOTHING, Planned, Planner
 from jaxserve.engine.sharing import sharing
 from jaxserve.engine.times import StepLoad, StepTimes
@@ -41,6 +42,8 @@ from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
 
 RUN_AHEAD = 2  # steps that the device has and the host has not read, at most
+TRAINED = "trained"  # the adapter of made-up examples
+ENDLESS: dict[str, Any] = {"max_steps": 10**9, "schedule": "constant"}
 
 
 class Device(Protocol):
@@ -149,6 +152,7 @@ class Settings:
     limits: SchedulerConfig
     num_pages: int
     page_size: int = 16
+    enable_prefix_caching: bool = True
     max_grad_rows: int = 0  # 0: no finetuning
     train_slots: int = 8
     acc_pages: int | None = None  # by default two sequences of full length
@@ -158,28 +162,15 @@ class Settings:
     sharing: str = "coserve"
 
 
-class Step(NamedTuple):
-    """One simulated step."""
-
-    at: float  # start, seconds
-    seconds: float
-    predicted: float
-    bucket: Bucket
-    mix: Mix
-
-    @property
-    def end(self) -> float:
-        return self.at + self.seconds
-
-
 @dataclass
 class Simulated:
     """What came of a run; times in seconds of the virtual clock."""
 
     requests: list[RequestRecord] = field(default_factory=list)
-    steps: list[Step] = field(default_factory=list)
+    steps: list[StepRow] = field(default_factory=list)
     duration: float = 0.0
     preemptions: int = 0
+    evictions: int = 0  # of finetune sequences, whose pages requests needed
 
     def attainment(self, goals: dict[str, float]) -> float:
         """Share of the requests that met every objective, as ``{"ttft": 5.0, "tpot": 0.05}``."""
@@ -218,6 +209,13 @@ class VirtualTraining:
         )
         self.queue.running = [Running(job, Lane(i, (), (), ())) for i, job in enumerate(jobs)]
         self.steps_done: dict[str, int] = {}  # optimizer steps by adapter
+        self.evictions = 0
+
+    def give_way(self) -> bool:
+        """Frees pages of a sequence, if one can be taken back."""
+        gave_way = self.queue.give_way()
+        self.evictions += gave_way
+        return gave_way
 
     def settle(self) -> None:
         self.queue.running = [running for running in self.queue.running if not running.job.exhausted]
@@ -244,7 +242,6 @@ class _Flying(NamedTuple):
     planned: Planned
     tokens: list[int]
     sent: float
-    start: float
     end: float
 
 
@@ -255,6 +252,7 @@ class Simulator:
       look: called after every turn of the loop.
       model: draws the tokens; None: all of them are 0.
       buckets: of an engine that is there; by default those that one with these settings and jobs has.
+      replica: its number, in the rows of its steps.
     """
 
     def __init__(
@@ -265,10 +263,11 @@ class Simulator:
         look: "Callable[[Simulator], None]" = lambda simulator: None,
         model: FakeModel | None = None,
         buckets: Buckets | None = None,
+        replica: int = 0,
     ):
         limits = settings.limits
-        self.settings, self.device, self.look, self.model = settings, device, look, model
-        self.pool = PagePool(settings.num_pages, settings.page_size)
+        self.settings, self.device, self.look, self.model, self.replica = settings, device, look, model, replica
+        self.pool = PagePool(settings.num_pages, settings.page_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(limits, self.pool, _Resident())
         rows = settings.max_grad_rows if jobs else 0
         sizes = limits.max_chunk_rows, limits.max_num_seqs, limits.row_block
@@ -278,7 +277,7 @@ class Simulator:
         self.training = VirtualTraining(settings, self.pool, jobs) if jobs else None
         if self.training is not None:
             self.planner.finetuning = self.training
-            self.scheduler.reclaim = self.training.queue.give_way
+            self.scheduler.reclaim = self.training.give_way
         for bucket in buckets:
             nothing = Planned(NOTHING, StepLoad(bucket), 0.0)
             self.planner.times.calibrate(bucket, False, self._calibrated(nothing))
@@ -315,6 +314,7 @@ class Simulator:
             record.token_ids = seq.output_ids
         self.run.duration = self.now
         self.run.preemptions = self.scheduler.counts().preemptions
+        self.run.evictions = self.training.evictions if self.training else 0
         return self.run
 
     def _add(self, request: BenchRequest) -> None:
@@ -346,10 +346,9 @@ class Simulator:
         """One turn of the loop: the next step is sent, the one before is read. False: nothing to do."""
         planned = self.planner.plan(self.now)
         if planned is not None:
-            start = max(self.now, self._free_at)
-            self._free_at = start + self.device.seconds(planned)
+            self._free_at = max(self.now, self._free_at) + self.device.seconds(planned)
             tokens = self.model.run(planned.plan) if self.model else [0] * planned.plan.num_samples
-            self._flying.append(_Flying(planned, tokens, self.now, start, self._free_at))
+            self._flying.append(_Flying(planned, tokens, self.now, self._free_at))
             if self.training is not None:
                 self.training.after_dispatch()
             if len(self._flying) < RUN_AHEAD:
@@ -360,20 +359,15 @@ class Simulator:
         return True
 
     def _read(self, done: _Flying) -> None:
-        planned = done.planned
-        self.now = max(self.now, done.end)
-        self.planner.measured(planned.load, self.now - max(done.sent, self._last_done), self.now)
-        self._last_done = self.now
-        plan = planned.plan
-        self.run.steps.append(
-            Step(done.start, done.end - done.start, planned.seconds, planned.load.bucket, mix_of(plan))
-        )
+        planned, plan = done.planned, done.planned.plan
+        self.now = now = max(self.now, done.end)
+        seconds = now - max(done.sent, self._last_done)
+        self.planner.measured(planned.load, seconds, now)
+        self._last_done = now
+        self.run.steps.append(step_row(self, self.replica, planned, seconds, now))
         if plan.index == NO_REQUESTS:
             return
-        result = StepResult(
-            tokens=done.tokens, finite=[True] * len(done.tokens), chunk_finite=[True] * len(plan.chunks)
-        )
-        now = self.now
+        result = StepResult(done.tokens, [True] * len(done.tokens), [True] * len(plan.chunks))
         apart, outcomes = self.scheduler.read(plan, result, now)
         for times in self._times_of(plan.decoding, apart):
             times.append(now)
@@ -412,3 +406,12 @@ def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config
     )
     settings = FinetuneConfig(**{"max_steps": 10**9, **config})
     return Job(adapter, settings, Dataset(examples), start=None, tenant=tenant)  # pyright: ignore[reportArgumentType]
+
+
+def endless_jobs(config: Config) -> dict[str, FinetuneConfig]:
+    """By adapter: those of coserve.jobs, or one on made-up examples; none of them ends by itself."""
+    shared: dict[str, Any] = {name: getattr(config.job, name) for name in FinetuneConfig.model_fields}
+    if not config.coserve.jobs:
+        shared["batch_size"] = config.bench.finetune_batch
+        return {TRAINED: FinetuneConfig(**shared | ENDLESS)}
+    return {job.adapter: FinetuneConfig(**shared | dict(job.settings) | ENDLESS) for job in config.coserve.jobs}

@@ -26,10 +26,11 @@ from jaxserve.bench.serving import (
     write_result,
 )
 from jaxserve.bench.sweep_page import REPORT, report
-from jaxserve.bench.virtual import Virtual
+from jaxserve.bench.virtual import Virtual, unsimulated
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 
+MOST_REQUESTS = 10**7  # of a run
 UNUSED = {
     "coserve.results_dir": "the sweep's results go to sweep.results_dir (--sweep-dir)",
     "bench.request_rate": "the sweep has its rates in sweep.rates",
@@ -121,6 +122,8 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong.append(f"sweep.replicas {sweep.replicas}: the engine here is one; sweep.simulate has more")
     if sweep.simulate == "none" and sweep.matmul_efficiency is not None:
         wrong.append(f"sweep.matmul_efficiency {sweep.matmul_efficiency:g}: only a simulated device has one")
+    if sweep.simulate != "none":
+        wrong += unsimulated(config)
     if not config.lora.enable_lora:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
@@ -128,9 +131,13 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
 
 
 def check_rates(config: Config) -> None:
-    """Raises ConfigError for a rate of any cell's runs at which there are no requests."""
+    """Raises ConfigError for a rate of any cell's runs at which there are no requests, or more than can be kept."""
+    replicas, seconds = config.sweep.replicas, config.sweep.seconds
     for rate in dict.fromkeys(rate for _, rate in calls_of(cells_of(config)) if rate):
-        rows_at(config, rate * config.sweep.replicas, config.sweep.seconds)
+        if rate * replicas * seconds > MOST_REQUESTS:
+            said = f"{rate:g} on each of {replicas} replicas for {seconds:g} s"
+            raise ConfigError([f"sweep.rates: {said} are more than {MOST_REQUESTS:,} requests"])
+        rows_at(config, rate * replicas, seconds)
 
 
 def goals_of(config: Config) -> dict[str, float]:
@@ -149,10 +156,11 @@ def make_backend(config: Config) -> Backend:
 def preface(config: Config, backend: Backend) -> list[str]:
     """What is run, in words."""
     _, source = rows_at(config, config.sweep.rates[0] * config.sweep.replicas, config.sweep.seconds)
+    load = f"load of {config.sweep.replicas} replicas together" if config.sweep.replicas > 1 else "load"
     goals = " and ".join(f"{name.upper()} <= {goal * 1000:g} ms" for name, goal in goals_of(config).items())
     about = backend.assumptions() if isinstance(backend, Virtual) else ["Measured on the engine here."]
     return [
-        f"model {config.model.path}; load, at the first rate: {source}",
+        f"model {config.model.path}; {load}, at the first rate: {source}",
         f"runs of {config.sweep.seconds:g} s; a finetune token counts when its backward is done, a request when it had "
         f"{goals}; tokens/s and requests/s are per replica",
         *about,
@@ -233,14 +241,14 @@ def claim_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
         if times is not None:
             text += f", {times:.2f} times the best other way that meets the objectives ({other})"
         elif other is None:
-            text += "; no other way meets the objectives"
+            text += "; no other way meets the objectives" if claim["others"] else "; no other way was run"
         if not claim["requests_alone_meet"]:
             text += (
                 "; requests alone were not run"
                 if claim["requests_alone_meet"] is None
                 else "; requests alone miss them"
             )
-        lines.append(f"{text}; {claim['coserve_attainment'] or 0:.1%} of its requests did")
+        lines.append(f"{text}; {claim['coserve_attainment'] or 0:.1%} of its requests met the objectives")
     return lines
 
 

@@ -40,11 +40,12 @@ def report(result: Found, runs: Sequence[Ran], bursts: Sequence[tuple[float, flo
 def _tiles(result: Found) -> str:
     tiles = []
     for claim in (result["claims"][:1] + result["claims"][-1:])[: len(result["claims"])]:
-        times = claim["times_best_other"]
-        value = "-" if times is None else f"{times:.2f} x"
-        remark = f"the finetuning of {claim['coserve_policy']} over {claim['best_other'] or '-'}; "
-        remark += "its requests met the objectives for "
-        tiles.append((f"{claim['rate']:g} requests/s", value, remark + _percent(claim["coserve_attainment"])))
+        times, ours = claim["times_best_other"], claim["coserve_policy"]
+        value, remark = f"{claim['coserve_tokens_per_s']:,.0f} tokens/s", f"the finetuning of {ours}, per replica"
+        if times is not None:
+            value, remark = f"{times:.2f} x", f"the finetuning of {ours} over {claim['best_other']}"
+        remark += f"; {_percent(claim['coserve_attainment'])} of its requests met the objectives"
+        tiles.append((f"{claim['rate']:g} requests/s", value, remark))
     for cell in (cell for cell in result["cells"] if cell["policy"] == ALONE):
         tiles.append(("Finetuning alone", f"{cell['finetune_tokens_per_s']:,.0f} tokens/s", "per replica"))
         break
@@ -187,7 +188,7 @@ def _over_time(cell: Found, ran: Ran, bursts: Sequence[tuple[float, float]]) -> 
         ),
     ]
     title = f"Co-serving at {cell['rate']:g} requests/s over time"
-    text = "One replica." if ran.replicas > 1 else ""
+    text = f"One of {ran.replicas} replicas." if ran.replicas > 1 else ""
     return html.section(title, html.figures(*plots), text=text)
 
 

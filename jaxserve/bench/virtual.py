@@ -20,9 +20,9 @@ from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.load import make_load
-from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, Watch, run_name
+from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, drain_seconds, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
-from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job
+from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job, endless_jobs
 from jaxserve.bench.workload import NOBODY, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens, window_remat
@@ -41,6 +41,20 @@ MAX_LENGTH = 8192  # of a sequence, where the configuration says nothing
 ROW_BLOCK = 64
 NUM_EXAMPLES = 512  # of made-up data; they come again
 SHARE = 0.5  # of a device's multiprocessors that each of two processes has
+
+
+def unsimulated(config: Config) -> list[str]:
+    """A line for each setting that a simulated device knows nothing of."""
+    wrong = []
+    if config.model.dtype == "float32":
+        wrong.append("model.dtype float32: a simulated device computes with operands of 16 bits")
+    for adapter, job in endless_jobs(config).items():
+        where = f"coserve.jobs, {adapter}" if config.coserve.jobs else "job"
+        if job.method not in ("lora", "rslora"):
+            wrong.append(f"{where}: method {job.method}; in a simulation, lora or rslora")
+        if (job.rank, job.target_modules) != (config.job.rank, config.job.target_modules):
+            wrong.append(f"{where}: in a simulation all jobs have job.rank and job.target_modules")
+    return wrong
 
 
 def targets_of(config: Config) -> tuple[str, ...]:
@@ -68,7 +82,7 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
       ConfigError: no room for the pages of one sequence.
     """
     engine, finetune, shards = config.engine, config.finetune, config.engine.tensor_parallel
-    longest = min(config.model.max_model_len or MAX_LENGTH, model.max_position_embeddings)
+    longest = longest_of(config, model)
     rows = max(finetune.finetune_window // ROW_BLOCK, 1) * ROW_BLOCK
     accumulators = 2 * longest * kv_bytes(model, roofline.WIDE, shards)
     used = copies * weight_bytes(model, 2, shards) + RESERVE_BYTES + accumulators
@@ -81,14 +95,17 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     used += activation_bytes(model, rows, remat, tensor_parallel=shards)
     free = budget - used
     fitting = free // (engine.block_size * kv_bytes(model, 2, shards))
-    pages = min(fitting, engine.num_kv_pages or fitting)
-    if pages * engine.block_size < longest:
+    if fitting * engine.block_size < longest:
         raise ConfigError(
             [
                 f"{device.name}: {used / 1e9:.1f} GB for {copies} x weights, activations and accumulators leave "
                 f"{max(free, 0) / 1e9:.1f} GB for pages, less than one sequence of {longest} tokens needs"
             ]
         )
+    pages = min(fitting, engine.num_kv_pages or fitting)
+    if pages * engine.block_size < longest:
+        said = f"engine.num_kv_pages {pages}: {pages * engine.block_size} tokens"
+        raise ConfigError([f"{said}, less than one sequence of {longest} tokens needs"])
     return Settings(
         limits=SchedulerConfig(
             max_num_seqs=engine.max_num_seqs,
@@ -101,12 +118,18 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
         ),
         num_pages=pages,
         page_size=engine.block_size,
+        enable_prefix_caching=engine.enable_prefix_caching,
         max_grad_rows=rows,
         stash_blocks=stash // ROW_BLOCK,
         objectives=(objective_of(config),),
         finetune_floor=finetune.finetune_floor,
         sharing=sharing,
     )
+
+
+def longest_of(config: Config, model: ModelConfig) -> int:
+    """Tokens of a sequence at most."""
+    return min(config.model.max_model_len or MAX_LENGTH, model.max_position_embeddings)
 
 
 def objective_of(config: Config) -> Objective:
@@ -266,22 +289,28 @@ class Virtual:
             f"of {device.memory / 1e9:.0f} GB without weights, {activations}, and float32 sums of K and V gradients of "
             "two sequences.",
             f"Adapters of rank {config.job.rank} on {', '.join(targets_of(config))}; optimizer steps take no time. "
-            f"Examples of {config.bench.finetune_shortest} to {config.bench.finetune_longest} tokens, "
-            f"{config.bench.finetune_batch} to a batch.",
+            "Examples of {} to {} tokens, {} to a batch.".format(
+                *self._example_lengths,
+                ", ".join(dict.fromkeys(str(job.batch_size) for job in endless_jobs(config).values())),
+            ),
             "Spatial: while both processes have a step under way each has half of the arithmetic and what bandwidth "
             "the other leaves, half at least; each has its own copy of the weights.",
             f"Requests go to the {config.sweep.replicas} replica(s) in turn. One that is not over {DRAIN_SECONDS:g} s "
-            "after the last arrival has missed its objectives.",
+            "after the last arrival, or as long as the objectives of the longest allow, has missed its own.",
         ]
 
-    def jobs(self) -> list[Job]:
+    @property
+    def _example_lengths(self) -> tuple[int, int]:
+        """Tokens of the shortest example and of the longest."""
         bench = self.config.bench
         stash = self.config.finetune.finetune_stash_tokens or bench.finetune_longest
-        longest = min(bench.finetune_longest, stash, self.config.model.max_model_len or MAX_LENGTH)
-        rng = np.random.default_rng(bench.seed)
-        lengths = rng.integers(min(bench.finetune_shortest, longest), longest, NUM_EXAMPLES, endpoint=True).tolist()
-        count = max(len(self.config.coserve.jobs), 1)
-        return [endless_job(f"job-{i}", lengths, batch_size=bench.finetune_batch) for i in range(count)]
+        longest = min(bench.finetune_longest, stash, longest_of(self.config, self.model))
+        return min(bench.finetune_shortest, longest), longest
+
+    def jobs(self) -> list[Job]:
+        rng = np.random.default_rng(self.config.bench.seed)
+        lengths = rng.integers(*self._example_lengths, NUM_EXAMPLES, endpoint=True).tolist()
+        return [endless_job(name, lengths, **dict(job)) for name, job in endless_jobs(self.config).items()]
 
     # a Backend
 
@@ -341,28 +370,29 @@ class Virtual:
             "",
             config.coserve.answer_with,
             vocab_size=self.model.vocab_size,
-            max_model_len=min(config.model.max_model_len or MAX_LENGTH, self.model.max_position_embeddings),
+            max_model_len=longest_of(config, self.model),
             tokenizer=self.tokenizer,
             seed=config.bench.seed + replica,
         )
 
     def _replica(self, settings: Settings, device: Device, load: Workload, replica: int) -> Ran:
         jobs = [] if settings.sharing == "inference-only" else self.jobs()
-        return simulated("", Simulator(settings, device, jobs), load, self.config.sweep.seconds, replica)
+        return simulated("", Simulator(settings, device, jobs, replica=replica), load, self.config.sweep.seconds)
 
 
-def simulated(name: str, simulator: Simulator, load: Workload, seconds: float, replica: int = 0) -> Ran:
+def simulated(name: str, simulator: Simulator, load: Workload, seconds: float) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
     coming, cpu = sorted(load.requests, key=lambda request: request.arrival_s), time.process_time()
-    with Watch(simulator, replica)() as watch:
-        run = simulator(coming, seconds)
-        while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
-            if simulator.now >= seconds + DRAIN_SECONDS:
-                break
-            run = simulator(coming[len(run.requests) :], max(simulator.now, seconds) + 1.0)
+    longest = max((request.output_tokens for request in coming), default=0)
+    end = seconds + drain_seconds(simulator.settings.objectives[0], longest)
+    run = simulator(coming, seconds)
+    while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
+        if simulator.now >= end:
+            break
+        run = simulator(coming[len(run.requests) :], max(simulator.now, seconds) + 1.0)
     asked = [
         Asked(
-            replica=replica,
+            replica=simulator.replica,
             tenant=request.tenant,
             output_tokens=request.output_tokens,
             prompt_tokens=record.prompt_tokens,
@@ -377,9 +407,9 @@ def simulated(name: str, simulator: Simulator, load: Workload, seconds: float, r
         seconds=seconds,
         requests=asked,
         clipped=load.num_clipped,
-        steps=watch.steps,
+        steps=run.steps,
         preemptions=run.preemptions,
-        evictions=watch.evictions,
+        evictions=run.evictions,
         cpu_seconds=time.process_time() - cpu,
     )
 

@@ -74,10 +74,11 @@ def read_trace(path: str | Path, limit: int | None = None) -> list[Row]:
 def _rows(path: str, lines, limit: int | None) -> list[Row]:
     header = next(lines, [])
     missing = [name for name in Row._fields[:3] if name not in header]
-    if missing:
-        raise ConfigError([f"{path}:1: no column {name}" for name in missing])
+    problems = [f"{path}:1: no column {name}" for name in missing]
+    problems += [f"{path}:1: {header.count(name)} columns {name}" for name in Row._fields if header.count(name) > 1]
+    if problems:
+        raise ConfigError(problems)
     rows: list[Row] = []
-    problems: list[str] = []
     for cells in lines:
         if len(rows) == limit or len(problems) >= MAX_PROBLEMS:
             break

@@ -2,12 +2,16 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
 
 from jaxserve.bench import flexllm
 from jaxserve.bench.arrivals import rows_at
+from jaxserve.bench.ran import Ran, StepRow
+from jaxserve.bench.replay import Mix
+from jaxserve.bench.virtual import Virtual
 from jaxserve.cli.app import app
 from jaxserve.errors import ConfigError
 
@@ -94,6 +98,17 @@ def test_tables_are_printed_and_left(tmp_path, monkeypatch):
     ours = [cell for cell in table["cells"] if cell["policy"] == "coserve"]
     assert all(cell["attainment"] >= 0.99 for cell in ours)
     assert ours[0]["finetuning_kept"] > 0.8
+
+
+def test_prompts_leave_at_most_what_the_time_of_their_products_does():
+    models = Path(__file__).parents[2] / "configs" / "models"
+    given = flexllm.config_of(EIGHT, models / EIGHT.directory, "a100-80gb", "down_proj", 10.0, "sharegpt")
+    prefill = StepRow(0, 0.0, 1.0, 1.0, "0+2048+8", Mix(prefill=30_000), 1, 0, 0.0)
+    runs = SimpleNamespace(cell=lambda *_: SimpleNamespace(serving=Ran(name="", seconds=10.0, steps=[prefill])))
+    cells = [{"policy": "coserve", "rate": 5.0, "finetune_tokens_per_s": 2132.6}]
+    (line,) = flexllm._left(cells, runs, 4265.2, Virtual.of(given))
+    assert "keeps 50% of finetuning alone" in line
+    assert line.endswith("leave 76% at most")  # 3,000 a second, 2 x 6.98 GFLOP each, at 0.55 x 312 TFLOP/s
 
 
 def test_missing_models_are_named(tmp_path):

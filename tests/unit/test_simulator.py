@@ -150,6 +150,7 @@ def test_a_floor_keeps_finetuning_alive_in_an_overload(device, floor, alone):
 def test_when_pages_are_short_finetuning_gives_way_first(device):
     _, run = simulate(device, load(8, 10), 14.0, num_pages=700)
     assert run.finetune_tokens() > 0
+    assert run.evictions > 0
     without = simulate(device, load(8, 10), 14.0, num_pages=700, jobs=0)[1]
     assert run.attainment(GOALS) >= without.attainment(GOALS) - 0.02
 

@@ -7,17 +7,20 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
-from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page
+from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page, virtual
 from jaxserve.bench.engine import options_of, room_for
 from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
 from jaxserve.bench.runner import GREEDY
+from jaxserve.bench.simulator import Settings, Simulator
 from jaxserve.bench.virtual import Virtual
-from jaxserve.bench.workload import BenchRequest, Row
+from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.cli.app import app
 from jaxserve.config import Config, resolve
 from jaxserve.errors import ConfigError, EngineError, InvalidRequest, ModelError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.models.config import ModelConfig
+from jaxserve.scheduler.request import NEVER, Objective
+from jaxserve.scheduler.scheduler import SchedulerConfig
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
 EIGHT_DICT = tiny_models.config_dict(  # of the size of Llama-3.1-8B
@@ -90,6 +93,19 @@ def test_co_serving_counts_on_as_many_replicas_as_is_best():
     assert (light["best_other"], light["times_best_other"]) == ("separate:50", pytest.approx(95.5 / 50))
     assert heavy["coserve_policy"] == "coserve:50"  # on a quarter of them first tokens are late
     assert (too_heavy["coserve_policy"], too_heavy["coserve_attainment"]) == ("coserve", 0.0)
+
+
+def test_co_serving_that_was_run_alone_is_compared_with_nothing():
+    cells = [policies.numbers(policies.Runs(Arithmetic()).cell("coserve", 1.0), GOALS, None)]
+    (claim,) = policies.claims(cells)
+    (line,) = sweep.claim_lines([claim])
+    assert line == (
+        "at 1 requests/s coserve finetunes 90 tokens/s; no other way was run; requests alone were not run; "
+        "100.0% of its requests met the objectives"
+    )
+    tiles = sweep_page._tiles({"claims": [claim], "cells": cells})
+    assert "90 tokens/s" in tiles
+    assert " over " not in tiles
 
 
 def test_a_run_that_several_ways_need_is_made_once():
@@ -239,11 +255,30 @@ def test_a_rate_that_thinning_cannot_reach_is_refused_before_the_first_run(tmp_p
         sweep.main(given)
 
 
+class Slow:
+    """A device whose steps all take as long."""
+
+    def seconds(self, planned):
+        return 0.1
+
+
 def simulated(**sections):
-    model = {"path": "unused", "max_model_len": 2048}
+    model = {"path": "unused", "max_model_len": 2048, **sections.pop("model", {})}
     sweep_section = {"simulate": "h200", "seconds": 10.0, "rates": (4.0,), **sections.pop("sweep", {})}
     finetune = {"tpot_objective_ms": 45.0, "ttft_objective_ms": 5000.0, "finetune_window": 1024}
     return Config(model=model, sweep=sweep_section, finetune=finetune, **sections)
+
+
+def test_more_requests_than_can_be_kept_are_refused_before_the_first_run():
+    given = simulated(sweep={"rates": (1e9,), "replicas": 2, "policies": ("coserve",)})
+    with pytest.raises(ConfigError, match="on each of 2 replicas for 10 s are more than 10,000,000 requests"):
+        sweep.main(given)
+
+
+def test_the_load_that_is_told_is_that_of_all_replicas():
+    given = simulated(sweep={"replicas": 2})
+    said = sweep.preface(given, Virtual(config=given, model=EIGHT))[0]
+    assert "load of 2 replicas together, at the first rate: random lengths, 8 requests/s" in said
 
 
 def test_simulated_co_serving_keeps_the_objectives_and_more_finetuning_than_the_others():
@@ -265,6 +300,44 @@ def test_simulated_examples_fit_into_the_stash():
     config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"finetune_stash_tokens": 300})})
     backend = Virtual(config=config, model=EIGHT)
     assert backend.run("finetune-only", 1.0).finetune_rate > 0
+
+
+def test_simulated_jobs_have_the_settings_that_are_given():
+    job = {"deterministic": True, "window": 128}
+    config = simulated(model={"max_model_len": 256}, bench={"finetune_longest": 4096}, job=job)
+    (job,) = Virtual(config=config, model=EIGHT).jobs()
+    assert (job.config.deterministic, job.config.window) == (True, 128)
+    assert max(example.num_tokens for example in job.dataset.examples) <= 256
+    assert any(" to 256 tokens, 8 to a batch" in line for line in Virtual(config=config, model=EIGHT).assumptions())
+
+
+def test_what_a_simulated_device_knows_nothing_of_is_refused():
+    config = simulated(
+        model={"dtype": "float32"},
+        job={"method": "dora"},
+        coserve={"jobs": ("a=a.jsonl", '{"adapter": "b", "data": "b.jsonl", "rank": 4, "method": "ia3"}')},
+    )
+    with pytest.raises(ConfigError) as error:
+        sweep.check(config)
+    assert [line.partition(";")[0] for line in error.value.errors] == [
+        "model.dtype float32: a simulated device computes with operands of 16 bits",
+        "coserve.jobs, a: method dora",
+        "coserve.jobs, b: method ia3",
+        "coserve.jobs, b: in a simulation all jobs have job.rank and job.target_modules",
+    ]
+
+
+def test_simulated_pages_are_found_again_only_where_they_are_kept():
+    for keep in (True, False):
+        config = simulated(bench={"shared_prefix_len": 64}, engine={"enable_prefix_caching": keep})
+        settings = virtual.settings_of(config, EIGHT, Virtual(config=config, model=EIGHT).device, "inference-only")
+        assert Simulator(settings, Slow()).pool.enable_prefix_cache == keep
+
+
+def test_too_few_pages_are_named():
+    config = simulated(engine={"num_kv_pages": 10})
+    with pytest.raises(ConfigError, match=r"engine.num_kv_pages 10: 640 tokens, less than one sequence of 2048"):
+        Virtual(config=config, model=EIGHT).run("coserve", 1.0)
 
 
 def test_runs_are_listed_once_in_the_order_of_their_need():
@@ -316,8 +389,7 @@ def test_what_another_process_refuses_is_said_here(tmp_path):
 )
 def test_a_model_that_no_engine_would_split_so_is_not_simulated(tmp_path, tensor_parallel, refusal):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
-    config = simulated(engine={"tensor_parallel": tensor_parallel})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    config = simulated(model={"path": str(tmp_path)}, engine={"tensor_parallel": tensor_parallel})
     with pytest.raises((ModelError, InvalidRequest), match=refusal):
         Virtual.of(config)
 
@@ -376,6 +448,15 @@ def test_the_configuration_that_a_sweep_leaves_can_be_run_again(tmp_path):
     options = [options_of(config, room_for(config, [FinetuneConfig()] * 2)) for config in (given, again)]
     assert options[0] == options[1]
     assert options[0]["max_finetune_jobs"] == 2
+
+
+@pytest.mark.parametrize(("objective", "over"), [((1.0, 0.11), True), ((NEVER, 0.05), True), ((1.0, 0.05), False)])
+def test_a_long_answer_is_waited_for_as_long_as_its_objectives_allow(objective, over):
+    limits = SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=64, max_model_len=1024)
+    given = Settings(limits=limits, num_pages=64, objectives=(Objective(*objective),))
+    request = BenchRequest(arrival_s=0.0, prompt_ids=(1, 2, 3), output_tokens=900)
+    (found,) = virtual.simulated("", Simulator(given, Slow()), Workload(requests=(request,), source=""), 1.0).requests
+    assert (found.error is None) == over
 
 
 @pytest.mark.parametrize("policy", ["coserve", "spatial"])

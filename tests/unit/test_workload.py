@@ -74,7 +74,14 @@ def test_all_bad_rows_are_named_at_once(tmp_path):
     assert len(caught.value.errors) == 2
 
 
-@pytest.mark.parametrize(("text", "problem"), [("arrival_s,x\n", "no column prompt_tokens"), (HEADER, "no requests")])
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("arrival_s,x\n", "no column prompt_tokens"),
+        ("arrival_s,arrival_s,prompt_tokens,output_tokens\n", ":1: 2 columns arrival_s"),
+        (HEADER, "no requests"),
+    ],
+)
 def test_a_trace_without_its_columns_or_rows_is_refused(tmp_path, text, problem):
     with pytest.raises(ConfigError, match=problem):
         read_trace(trace(tmp_path, text))
