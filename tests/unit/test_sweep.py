@@ -428,7 +428,7 @@ def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
 
 
 def test_job_settings_that_a_sweep_does_not_keep_are_refused():
-    jobs = ("a=a.jsonl", {"adapter": "b", "data": "b.jsonl", "schedule": "cosine", "rank": 4})
+    jobs = ("a=a.jsonl", {"adapter": "b", "data": "b.jsonl", "schedule": "cosine"})
     given = simulated(job={"max_steps": 5, "output_dir": "out", "learning_rate": 0.1}, coserve={"jobs": jobs})
     with pytest.raises(ConfigError) as error:
         sweep.check(given)
