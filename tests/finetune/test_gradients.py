@@ -21,6 +21,7 @@ FUSED_LORA = (
 )
 DROPOUT = 0.25
 STASH = "stash"  # in place of a remat policy: forward and backward in different steps
+EXTRAS = {"scaled": True, "dropout": True}  # in single precision one program for all that need any
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def double():
         yield "float64"
 
 
-def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dropout: float = 0.0):
+def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dropout: float = 0.0, extras=None):
     """Five sequences on two adapters in random legal order; returns what it takes to judge the gradients."""
     rng = np.random.default_rng(seed)
-    scaled = any("method" in options for options in adapters)
-    trainer = Trainer(family, dtype, remat, scaled=scaled, dropout=dropout > 0, stashed=remat == STASH)
+    extras = extras or {"scaled": any("method" in options for options in adapters), "dropout": dropout > 0}
+    trainer = Trainer(family, dtype, remat, stashed=remat == STASH, **extras)
     config = trainer.config
     adapters = [random_adapter(config, rng, **options) for options in adapters]
     lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
@@ -116,7 +117,7 @@ def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
     found = []
     for together in (False, True):
         rng = np.random.default_rng(7)
-        trainer = Trainer("llama", "float32", "attention", scaled=True)
+        trainer = Trainer("llama", "float32", "attention", **EXTRAS)
         adapters = [random_adapter(trainer.config, rng, **options) for options in DORA_IA3]
         lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
         sequences = [
@@ -131,7 +132,7 @@ def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
 
 def test_programs_that_know_scales_and_dropout_change_no_bit_of_others():
     found = []
-    for extras in ({}, {"scaled": True, "dropout": True}):
+    for extras in ({}, EXTRAS):
         rng = np.random.default_rng(8)
         trainer = Trainer("llama", "float32", "attention", **extras)
         adapter = random_adapter(trainer.config, rng)
@@ -152,7 +153,7 @@ def test_accumulators_of_finished_sequences_are_zero_again():
 
 
 def test_taking_a_lanes_gradients_leaves_it_empty_and_the_other_as_it_is():
-    trainer, lanes, adapters, _, expected = train("llama", "float32", "attention", DORA_IA3, seed=2)
+    trainer, lanes, adapters, _, expected = train("llama", "float32", "attention", DORA_IA3, seed=2, extras=EXTRAS)
     assert relative(trainer.gradients(lanes[0], adapters[0]), expected[0]) < 1e-3
     assert not any(x.any() for x in jax.tree.leaves(trainer.gradients(lanes[0], adapters[0])))
     assert relative(trainer.gradients(lanes[1], adapters[1]), expected[1]) < 1e-3
@@ -161,7 +162,7 @@ def test_taking_a_lanes_gradients_leaves_it_empty_and_the_other_as_it_is():
 @pytest.mark.parametrize("options", [{}, {"method": "dora"}, {"method": "ia3"}], ids=str)
 def test_tokens_without_weight_contribute_exactly_nothing(options):
     rng = np.random.default_rng(3)
-    trainer = Trainer("llama", "float32", "attention", scaled=bool(options))
+    trainer = Trainer("llama", "float32", "attention", **EXTRAS if options else {})
     adapter = random_adapter(trainer.config, rng, **options)
     lane = trainer.lane(0, adapter)
     ids = rng.integers(0, trainer.config.vocab_size, 50)
@@ -172,7 +173,7 @@ def test_tokens_without_weight_contribute_exactly_nothing(options):
 @pytest.mark.parametrize("adapters", [({}, {}), DORA_IA3, DORA_IA3[::-1]], ids=str)
 def test_an_adapter_that_is_not_training_gets_exactly_no_gradient(adapters):
     rng = np.random.default_rng(4)
-    trainer = Trainer("llama", "float32", "attention", scaled=adapters != ({}, {}))
+    trainer = Trainer("llama", "float32", "attention", **EXTRAS if adapters != ({}, {}) else {})
     adapters = [random_adapter(trainer.config, rng, **options) for options in adapters]
     lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
     ids = rng.integers(0, trainer.config.vocab_size, 50)
