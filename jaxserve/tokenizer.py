@@ -25,6 +25,7 @@ from jaxserve.files import directory, read_json, read_text
 MAX_TOKENIZER_BYTES = 256 << 20
 MAX_PENDING = 32  # tokens that may wait for the rest of a character
 REPLACEMENT = "\ufffd"
+TOOL_USE = "tool_use"  # the name of a template for conversations with tools
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -51,8 +52,14 @@ class Tokenizer:
         named_tokens: Mapping[str, str],
         chat_template: str | None = None,
         now: Callable[[], datetime] = datetime.now,
+        tool_template: str | None = None,
     ):
-        """named_tokens: bos_token, eos_token, ... as strings; ``now`` is what ``strftime_now`` of a template reads."""
+        """
+        Args:
+          named_tokens: bos_token, eos_token, ... as strings.
+          now: what ``strftime_now`` of a template reads.
+          tool_template: for conversations with tools; by default the chat template.
+        """
         self._backend = backend
         self._named_tokens = dict(named_tokens)
         self.chat_template = chat_template
@@ -62,7 +69,10 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.bos_token_id = self._named_id("bos_token")
         self.eos_token_id = self._named_id("eos_token")
-        self._template = None if chat_template is None else ChatTemplate(chat_template, named_tokens, now)
+        self._template, self._tool_template = (
+            None if source is None else ChatTemplate(source, named_tokens, now)
+            for source in (chat_template, tool_template)
+        )
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``; control tokens written in it count as such, as transformers has it.
@@ -121,7 +131,7 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
     ) -> Iterator[tuple[str, bool]]:
         """What the template writes, cut into (piece, is it a user's control token)."""
-        template, protect = self._require_template(), self._fence.protect
+        template, protect = self._template_for(variables), self._fence.protect
         chat = [protect(message, _is_assistant(message)) for message in messages]
         protected = {name: protect(value) for name, value in variables.items()}
         return self._fence.split(template.render(chat, add_generation_prompt, protected))
@@ -130,23 +140,25 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> str:
         """The conversation as the template writes it, for people to read; raises as ``apply_chat_template`` does."""
-        return self._require_template().render(messages, add_generation_prompt, variables)
+        return self._template_for(variables).render(messages, add_generation_prompt, variables)
 
     def _named_id(self, name: str) -> int | None:
         return self.vocab.get(self._named_tokens.get(name, ""))
 
     @cached_property
     def _fence(self) -> Fence:
-        return Fence(self._backend.get_added_tokens_decoder().values(), self._require_template().literal_text)
+        templates = (self._template_for({}), self._template_for({"tools": []}))
+        literal_text = "\0".join(template.literal_text for template in templates)
+        return Fence(self._backend.get_added_tokens_decoder().values(), literal_text)
 
     @cached_property
     def _control_ids(self) -> frozenset[int]:
         return frozenset(self.vocab[token] for token in self._fence.tokens)
 
-    def _require_template(self) -> ChatTemplate:
+    def _template_for(self, variables: Mapping[str, Any]) -> ChatTemplate:
         if self._template is None:
             raise InvalidRequest("messages: the model has no chat template", param="messages")
-        return self._template
+        return self._template if variables.get("tools") is None else self._tool_template or self._template
 
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of ``text`` with no added token recognised: the pipeline without its first stage."""
@@ -247,7 +259,8 @@ def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = Non
         raise
     except Exception as error:
         raise ModelError(f"tokenizer_config.json: does not fit tokenizer.json: {_one_line(error)}") from None
-    return Tokenizer(backend, named, _model_template(path, config) if chat_template is None else chat_template)
+    default, for_tools = _model_templates(path, config) if chat_template is None else (chat_template, None)
+    return Tokenizer(backend, named, default, tool_template=for_tools)
 
 
 def _complete(backend: Backend, config: Mapping[str, Any], named: Mapping[str, str]) -> None:
@@ -285,26 +298,30 @@ def _from_transformers(path: Path, chat_template: str | None) -> Tokenizer:
         raise ModelError(f"tokenizer: {type(loaded).__name__} has no tokenizer.json form; convert it first")
     if backend.get_vocab(with_added_tokens=False).keys() <= loaded.get_added_vocab().keys():
         raise ModelError("tokenizer: no vocabulary: neither tokenizer.json nor an older file with one is there")
-    template = chat_template if chat_template is not None else getattr(loaded, "chat_template", None)
-    if isinstance(template, dict):
-        template = template.get("default")
-    return Tokenizer(backend, loaded.special_tokens_map, template)
+    given = chat_template if chat_template is not None else getattr(loaded, "chat_template", None)
+    default, for_tools = _by_use("tokenizer", given)
+    return Tokenizer(backend, loaded.special_tokens_map, default, tool_template=for_tools)
 
 
-def _model_template(path: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, or the one in tokenizer_config.json (of several, the default), or chat_template.json."""
+def _model_templates(path: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """chat_template.jinja, or what tokenizer_config.json has, or chat_template.json; and the one for tools."""
     if (path / "chat_template.jinja").exists():
-        return read_text(path / "chat_template.jinja")
+        for_tools = path / "additional_chat_templates" / f"{TOOL_USE}.jinja"
+        return read_text(path / "chat_template.jinja"), read_text(for_tools) if for_tools.exists() else None
     where, template = "tokenizer_config.json", config.get("chat_template")
     if template is None:  # a processor's, of models that read more than text
         where, template = "chat_template.json", _optional_json(path / "chat_template.json").get("chat_template")
-    if isinstance(template, list):
-        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template is not None and not isinstance(template, str):
+    return _by_use(where, template)
+
+
+def _by_use(where: str, given: Any) -> tuple[str | None, str | None]:
+    """The template, and of several the default and the one for tools."""
+    if isinstance(given, list):
+        given = {entry.get("name"): entry.get("template") for entry in given if isinstance(entry, dict)}
+    default, for_tools = (given.get("default"), given.get(TOOL_USE)) if isinstance(given, dict) else (given, None)
+    if not (isinstance(default, str | None) and isinstance(for_tools, str | None)):
         raise ModelError(f"{where}: chat_template must be a string or a list of named templates")
-    return template
+    return default, for_tools
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

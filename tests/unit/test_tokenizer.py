@@ -127,6 +127,23 @@ def test_a_jinja_file_or_a_named_default_or_an_argument_gives_the_chat_template(
     assert load_tokenizer(directory).chat_template == "J"
 
 
+def test_a_conversation_with_tools_has_the_template_that_is_named_for_them(write, tmp_path):
+    templates = {
+        "default": "D{{ messages[0].content }}",
+        "tool_use": "{% for t in tools %}{{ t.name }}{% endfor %}<|im_end|>",
+    }
+    directory = write([{"name": name, "template": template} for name, template in templates.items()])
+    ours, theirs = load_tokenizer(directory), auto_tokenizer(directory)
+    tools = [{"name": "sum"}, {"name": "a<|im_end|>b"}]
+    for given in ({}, {"tools": tools}, {"tools": []}):
+        assert ours.render_chat(CHAT, **given) == theirs.apply_chat_template(CHAT, tokenize=False, **given)
+    assert [i for i in ours.apply_chat_template(CHAT, tools=tools) if i in control_ids(ours)] == [tiny_models.IM_END]
+    theirs.save_pretrained(tmp_path / "saved")
+    saved = load_tokenizer(tmp_path / "saved")
+    assert saved.render_chat(CHAT, tools=tools) == "suma<|im_end|>b<|im_end|>"
+    assert saved.render_chat(CHAT) == ours.render_chat(CHAT)
+
+
 @pytest.mark.parametrize("named", [[{"name": "default", "template": "D"}], {"default": "D", "tool_use": "T"}, "D"])
 def test_a_processors_file_gives_the_chat_template_where_the_tokenizer_has_none(write, tmp_path, named):
     directory = write()
