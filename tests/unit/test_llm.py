@@ -431,6 +431,9 @@ def test_weights_of_another_shape_are_refused(engine):
         engine.put_adapter(
             "it", dataclasses.replace(weights, pairs={beyond: pair}, scaling={beyond: 1.0}, base_digest=None)
         )
+    unknown = (0, "qkv_proj")
+    with pytest.raises(AdapterError, match="'qkv_proj' is adapted; the model has q_proj, k_proj"):
+        engine.put_adapter("it", dataclasses.replace(weights, pairs={unknown: pair}, scaling={unknown: 1.0}))
     assert engine.list_adapters() == []
 
 
