@@ -214,7 +214,8 @@ def _from_directory(engine: "TrainingEngine", path: Path) -> AdapterWeights:
         if name.startswith("masters/"):
             _, member, leaf = name.split("/")
             masters.setdefault(member, {})[leaf] = array
-    return weights_of(masters, empty_adapter(checkpoint.meta["adapter_config"], engine.model))
+    known = checkpoint.identity | checkpoint.meta  # a saved state has it in its identity
+    return weights_of(masters, empty_adapter(known["adapter_config"], engine.model))
 
 
 class FinetuneJob:
