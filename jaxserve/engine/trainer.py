@@ -269,8 +269,7 @@ class Trainer:
                 self._end(job, JobStatus.SUCCEEDED)
             running = job.status is JobStatus.RUNNING and training.lane is not None
             if running and not training.resident and self.versions.make_resident(training):
-                self._set_lane(training)
-                self.queue.go_on(job)
+                self._has_place(training)
             if training.lane is None or training.unread:
                 continue
             if job.status is JobStatus.PAUSED and self.queue.is_idle(job) and (job.batch is None or job.batch.settled):
@@ -278,10 +277,13 @@ class Trainer:
             elif job.status is JobStatus.RUNNING and job.exhausted:
                 self._finish(training)
 
-    def _set_lane(self, training: Training) -> None:
+    def _has_place(self, training: Training) -> None:
+        """The newest version is in the bank: what begins from here on is trained on that, and need not wait for it."""
         for running in self.queue.running:
             if running.job is training.job:
                 running.lane = self.versions.lane_of(training)
+        if training.job.status is JobStatus.RUNNING:
+            self.queue.go_on(training.job)
 
     def after_dispatch(self) -> None:
         """Sends the optimizer steps of batches that are wholly in flight after them."""
@@ -311,7 +313,7 @@ class Trainer:
         """Makes the masters the newest version of the adapter: on the device, in the next step. Where requests hold
         so many versions that the bank has no room, the job waits for one of them to end."""
         if self.versions.publish(training):
-            self._set_lane(training)
+            self._has_place(training)
         else:
             self.queue.hold(training.job)
 
