@@ -158,7 +158,7 @@ class Trainer:
 
     def close(self) -> None:
         """Saves what was read last of every job that has a directory, and leaves the directories to others."""
-        for training in self.trainings.values():
+        for training in list(self.trainings.values()):
             if training.saver is not None:
                 training.saver.save(*training.read)
                 training.saver.close()
@@ -186,7 +186,7 @@ class Trainer:
             or t.pausing
             or t.ending
             or not (t.job.status is JobStatus.PAUSED or t.job.idle)
-            for t in self.trainings.values()
+            for t in list(self.trainings.values())  # another thread may add one
         )
 
     def learnt(self, job: Job) -> Masters | None:
@@ -201,7 +201,7 @@ class Trainer:
 
     def wait_for_disk(self, seconds: float) -> None:
         """Waits a little where jobs wait for nothing but the disk."""
-        savers = [training.saver for training in self.trainings.values() if training.saver is not None]
+        savers = [training.saver for training in list(self.trainings.values()) if training.saver is not None]
         if not any(saver.wait(seconds) for saver in savers):
             time.sleep(seconds)
 
