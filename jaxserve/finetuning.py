@@ -307,10 +307,11 @@ class FinetuneJob:
         Raises:
           CheckpointError: the disk refused.
         """
-        with self._engine.core.lock:
-            saving = self._trainer.checkpoint(self._job)
-        if saving is not None:
-            saving.result()
+        for _ in range(2):  # the first may be of an earlier step
+            with self._engine.core.lock:
+                saving = self._trainer.checkpoint(self._job)
+            if saving is not None:
+                saving.result()
 
     def save(self, directory: str | Path) -> Path:
         """Writes what the job has learnt, as a PEFT directory, whatever the adapter's name stands for by now.

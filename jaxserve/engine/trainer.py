@@ -149,7 +149,9 @@ class Trainer:
             self._end(job, JobStatus.CANCELLED)
 
     def checkpoint(self, job: Job) -> Future | None:
-        """Saves a job as the host has last read it. None: it has no directory, or nothing new."""
+        """Saves a job as the host has last read it, behind a checkpoint that is being written: that is the one returned
+        then. None: it has no directory, or nothing new."""
+        self._settle()  # what has been written in the meantime
         training = self.trainings.get(job.id)
         if training is None or training.saver is None:
             return None
