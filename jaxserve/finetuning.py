@@ -214,7 +214,8 @@ def _from_directory(engine: "TrainingEngine", path: Path) -> AdapterWeights:
         if name.startswith("masters/"):
             _, member, leaf = name.split("/")
             masters.setdefault(member, {})[leaf] = array
-    return weights_of(masters, empty_adapter(checkpoint.meta["adapter_config"], engine.model))
+    known = checkpoint.identity | checkpoint.meta  # a saved state has it in its identity
+    return weights_of(masters, empty_adapter(known["adapter_config"], engine.model))
 
 
 class FinetuneJob:
@@ -306,10 +307,11 @@ class FinetuneJob:
         Raises:
           CheckpointError: the disk refused.
         """
-        with self._engine.core.lock:
-            saving = self._trainer.checkpoint(self._job)
-        if saving is not None:
-            saving.result()
+        for _ in range(2):  # the first may be of an earlier step
+            with self._engine.core.lock:
+                saving = self._trainer.checkpoint(self._job)
+            if saving is not None:
+                saving.result()
 
     def save(self, directory: str | Path) -> Path:
         """Writes what the job has learnt, as a PEFT directory, whatever the adapter's name stands for by now.

@@ -351,8 +351,8 @@ class Engine(TrainingEngine):
     def _take_in(self, news: News) -> Event | None:
         seq, token = news.outcome.seq, news.outcome.token
         live = self._live.get(seq.request.id)
-        if live is None or seq.index not in live.open:
-            return None
+        if live is None or seq.index not in live.open or live.choices[seq.index] is not seq:
+            return None  # its id may be another request's by now
         self._totals["generation_tokens"] += token is not None
         event = live.take(news)
         if event is not None and isinstance(event.stop_reason, str):

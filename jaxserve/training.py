@@ -212,9 +212,10 @@ class TrainingEngine(ABC):
 
     def close(self) -> None:
         """Stops every job where it is, saves those that have a directory and lets others use it."""
-        for job in self._jobs:
-            if job.status in ("queued", "running"):
-                job.pause()
+        with self.core.lock:  # else one might end between the question and the pause
+            for job in self._jobs:
+                if job.status in ("queued", "running"):
+                    job.pause()
         if self.core.trainer is not None:
             self.core.trainer.close()
 

@@ -82,6 +82,8 @@ def check_fit(weights: AdapterWeights, model: ModelShape) -> None:
     for key, vector in weights.vectors.items():
         found.append((key, "inputs" if vector.kind == "input_scale" else "outputs", len(vector.value)))
     for (layer, member), side, size in found:
+        if member not in dims:
+            raise AdapterError(f"{member!r} is adapted; the model has {', '.join(dims)}", "weights")
         name, expected = module_name(layer, member, weights.root), dims[member][side == "outputs"]
         if not 0 <= layer < model.num_layers:
             raise AdapterError(f"{name} is adapted; the model has {model.num_layers} layers", "weights")

@@ -79,7 +79,7 @@ class ScalesShape:
     def page(self, weights: AdapterWeights | None) -> dict[str, Any]:
         """One page's content: {site: (input [L, M, D], (output [L, E], ...), bias [L])}; None: ones.
 
-        DoRA's output holds the magnitudes; ``engine.gains`` divides them by the rows' lengths on the device.
+        DoRA's output holds the magnitudes; ``engine.lanes.set_gains`` divides them by the rows' lengths on the device.
         """
         L, dims = self.bank.config.num_layers, member_dims(self.bank.config)
         vectors = weights.vectors if weights is not None else {}

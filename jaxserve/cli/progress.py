@@ -1,5 +1,6 @@
 """Shows how a run goes: live on a terminal, as plain lines elsewhere, or as one JSON object a line."""
 
+import atexit
 import json
 import sys
 import time
@@ -144,7 +145,7 @@ class LiveProgress(_Timed):
 
         self.console = Console(highlight=False)
         self._live = Live(console=self.console, auto_refresh=False)
-        self._shown = False
+        atexit.register(self._live.stop)  # however the run ends: it hides the cursor
         self._history: dict[str, list[float]] = {"output_tokens_per_s": [], "finetune_tokens_per_s": []}
 
     def say(self, text: str) -> None:
@@ -167,9 +168,7 @@ class LiveProgress(_Timed):
         for name, values in self._history.items():
             values.append(state[name])
             del values[:-HISTORY]
-        if not self._shown:
-            self._live.start()
-            self._shown = True
+        self._live.start()
         self._live.update(self._panel(state), refresh=True)
 
     def event(self, adapter: str, event: Any) -> None:
@@ -177,8 +176,7 @@ class LiveProgress(_Timed):
             self.console.print(f"{adapter}: {event.message}", markup=False)
 
     def finish(self, result: State, text: str) -> None:
-        if self._shown:
-            self._live.stop()
+        self._live.stop()
         self.console.print(text, markup=False)
 
     def _panel(self, state: State) -> Any:

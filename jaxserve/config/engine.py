@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PositiveInt, model_validator
 
-from jaxserve.config.section import Keywords, Section, refuse_twice
+from jaxserve.config.section import Keywords, Name, Section, refuse_twice
 
 
 class ModelOptions(Section):
@@ -72,9 +72,9 @@ class LoraOptions(Section):
 class SloClass(NamedTuple):
     """What a class of requests is promised."""
 
-    name: str
-    ttft_ms: float | None = None
-    tpot_ms: float | None = None
+    name: Name
+    ttft_ms: Annotated[float, Field(gt=0)] | None = None
+    tpot_ms: Annotated[float, Field(gt=0)] | None = None
 
     def __str__(self) -> str:
         promises = {"ttft": self.ttft_ms, "tpot": self.tpot_ms}

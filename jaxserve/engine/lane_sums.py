@@ -84,12 +84,12 @@ class LaneSums:
 
     def compile(self, shapes: JobShapes, scaled: bool) -> None:
         """Compiles the programs of jobs of these shapes, once."""
+        self._shapes[shapes.key] = shapes, scaled  # first: scales that come meanwhile need theirs, too
         device = self._device_shapes()
         key = (*shapes.key, device.scales is not None)
         if key not in self._programs:
             train = device.train if scaled else replace(device.train, scale_lanes=None)
             self._programs[key] = compile_programs(replace(device, train=train), shapes)
-        self._shapes[shapes.key] = shapes, scaled
 
     def programs(self, shapes: JobShapes, scales: bool | None = None) -> JobPrograms:
         """The programs of these shapes; ``scales``: whether the bank has some, by default as the lanes have."""

@@ -75,8 +75,8 @@ class JobSaver:
         self._final = masters
 
     def retry(self) -> None:
-        """Tries again at once what the disk has refused."""
-        self._retry_at = None
+        """Tries again at once what the disk has refused; the job does not wait for that any more."""
+        self._retry_at, self._job_waits = None, False
 
     def settle(self, pause: Callable[[Job, str], None], resume: Callable[[Job], None]) -> bool:
         """Takes in what the disk has answered and goes on with what it has not. True: the adapter is written.

@@ -149,7 +149,9 @@ class Trainer:
             self._end(job, JobStatus.CANCELLED)
 
     def checkpoint(self, job: Job) -> Future | None:
-        """Saves a job as the host has last read it. None: it has no directory, or nothing new."""
+        """Saves a job as the host has last read it, behind a checkpoint that is being written: that is the one returned
+        then. None: it has no directory, or nothing new."""
+        self._settle()  # what has been written in the meantime
         training = self.trainings.get(job.id)
         if training is None or training.saver is None:
             return None
@@ -158,7 +160,7 @@ class Trainer:
 
     def close(self) -> None:
         """Saves what was read last of every job that has a directory, and leaves the directories to others."""
-        for training in self.trainings.values():
+        for training in list(self.trainings.values()):
             if training.saver is not None:
                 training.saver.save(*training.read)
                 training.saver.close()
@@ -186,7 +188,7 @@ class Trainer:
             or t.pausing
             or t.ending
             or not (t.job.status is JobStatus.PAUSED or t.job.idle)
-            for t in self.trainings.values()
+            for t in list(self.trainings.values())  # another thread may add one
         )
 
     def learnt(self, job: Job) -> Masters | None:
@@ -201,7 +203,7 @@ class Trainer:
 
     def wait_for_disk(self, seconds: float) -> None:
         """Waits a little where jobs wait for nothing but the disk."""
-        savers = [training.saver for training in self.trainings.values() if training.saver is not None]
+        savers = [training.saver for training in list(self.trainings.values()) if training.saver is not None]
         if not any(saver.wait(seconds) for saver in savers):
             time.sleep(seconds)
 
@@ -269,8 +271,7 @@ class Trainer:
                 self._end(job, JobStatus.SUCCEEDED)
             running = job.status is JobStatus.RUNNING and training.lane is not None
             if running and not training.resident and self.versions.make_resident(training):
-                self._set_lane(training)
-                self.queue.go_on(job)
+                self._has_place(training)
             if training.lane is None or training.unread:
                 continue
             if job.status is JobStatus.PAUSED and self.queue.is_idle(job) and (job.batch is None or job.batch.settled):
@@ -278,10 +279,13 @@ class Trainer:
             elif job.status is JobStatus.RUNNING and job.exhausted:
                 self._finish(training)
 
-    def _set_lane(self, training: Training) -> None:
+    def _has_place(self, training: Training) -> None:
+        """The newest version is in the bank: what begins from here on is trained on that, and need not wait for it."""
         for running in self.queue.running:
             if running.job is training.job:
                 running.lane = self.versions.lane_of(training)
+        if training.job.status is JobStatus.RUNNING:
+            self.queue.go_on(training.job)
 
     def after_dispatch(self) -> None:
         """Sends the optimizer steps of batches that are wholly in flight after them."""
@@ -311,7 +315,7 @@ class Trainer:
         """Makes the masters the newest version of the adapter: on the device, in the next step. Where requests hold
         so many versions that the bank has no room, the job waits for one of them to end."""
         if self.versions.publish(training):
-            self._set_lane(training)
+            self._has_place(training)
         else:
             self.queue.hold(training.job)
 

@@ -42,7 +42,8 @@ class Versions:
         old = training.version
         assert old is not None
         self._put(training)
-        self._residency.release(old)
+        if training.resident:
+            self._residency.release(old)
         training.resident = False
         made = self.make_resident(training)
         self._residency.drop(old)

@@ -73,6 +73,7 @@ class Checkpoint:
             tensor = self.tensors[name]
             if tensor.shape != shape:
                 raise ModelError(f"weights: {name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        for name, tensor in self.tensors.items():
             if tensor.dtype not in DTYPES:
                 raise ModelError(f"weights: {name} has dtype {tensor.dtype}; supported: {', '.join(DTYPES)}")
 
@@ -163,7 +164,7 @@ def _weight_files(model_dir: Path) -> list[str]:
         raise ModelError(f"{index}: weight_map is missing")
     files = list(dict.fromkeys(str(name) for name in weight_map.values()))
     for name in files:
-        if name != os.path.basename(name) or not name.endswith(".safetensors"):
+        if name != os.path.basename(name) or not name.endswith(".safetensors") or not name.isprintable():
             raise ModelError(f"{index}: {name!r} is not the name of a safetensors file in this directory")
     return files
 

@@ -4,7 +4,6 @@
 keys mean what. A key that changes the maths and that the family did not read is refused by name.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -176,7 +175,7 @@ class Fields:
         value = self.get(key, default)
         if value is default:
             return value
-        if type(value) not in (int, float) or not math.isfinite(value) or not low < value <= high:
+        if type(value) not in (int, float) or not low < value <= high:
             raise ModelError(f"{self.where}: {key} {_show(value)} must be a number above {low:g} and at most {high:g}")
         return float(value)
 

@@ -86,6 +86,8 @@ def parse_rope(
             low_freq_factor=low,
             high_freq_factor=high,
         )
+    if theta <= 1:
+        raise ModelError(f"{where}: rope_theta {theta:g} must be above 1 for rope_type {kind!r}")
     return RopeConfig(
         theta=theta,
         kind=kind,

@@ -5,7 +5,8 @@ import json
 import shutil
 import threading
 import time
-from concurrent.futures import wait
+from concurrent.futures import ThreadPoolExecutor, wait
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from jaxserve import faults
 from jaxserve.adapters.peft_io import load_peft
 from jaxserve.engine import programs, saver, trainer
 from jaxserve.engine.lanes import weights_of
+from jaxserve.finetune.durable import newest
 from jaxserve.finetune.errors import CheckpointError, CheckpointMismatch
 from jaxserve.finetune.folder import read_events, read_job
 
@@ -383,6 +385,51 @@ def test_a_pause_taken_back_while_the_newest_version_has_no_place_trains_on_no_o
     assert content(engine, "a") == trained
 
 
+def test_updates_while_the_bank_has_no_room_are_trained_on_once_it_has(engine, monkeypatch):
+    engine.open_adapter("b", rank=4)
+    with monkeypatch.context() as full:
+        full.setattr(engine.core.residency, "try_acquire", lambda version: False)
+        for _ in range(2):
+            engine.optim_step("b")
+    engine.optim_step("b")
+    engine.forward_backward("b", [(requests(1)[0], None)])
+    engine.close_adapter("b")
+
+
+def test_a_job_that_comes_while_the_loop_looks_for_work_does_not_disturb_it(engine, monkeypatch):
+    """The loop does so between steps, where other threads may add jobs."""
+    trainings = {}
+
+    class Waiting(SimpleNamespace):
+        @property
+        def unread(self):
+            trainings["late"] = self
+            return []
+
+    still = {"saving": None, "saver": None, "pausing": False, "ending": False}
+    trainings["early"] = Waiting(job=SimpleNamespace(status=trainer.JobStatus.PAUSED), **still)
+    monkeypatch.setattr(engine.core.trainer, "trainings", trainings)
+    assert not engine.core.trainer.has_work()
+
+
+def test_closing_pauses_only_jobs_that_cannot_end_meanwhile(engine, monkeypatch):
+    """As in the step of another thread."""
+    free, pause = [], jaxserve.FinetuneJob.pause
+
+    def is_free():
+        return engine.core.lock.acquire(blocking=False) and engine.core.lock.release() is None
+
+    def paused(job):
+        with ThreadPoolExecutor(1) as other:
+            free.append(other.submit(is_free).result())
+        pause(job)
+
+    monkeypatch.setattr(jaxserve.FinetuneJob, "pause", paused)
+    engine.finetune(examples(1), adapter="a", **JOB)
+    engine.close()
+    assert free == [False]
+
+
 def test_a_closed_engine_leaves_a_jobs_directory_to_whoever_begins_it_again(engine, tmp_path, undisturbed):
     fields = {**JOB, "output_dir": str(tmp_path / "job"), "validation_fraction": 0.3, "eval_steps": 2}
     job = engine.finetune(examples(1), adapter="a", **fields)
@@ -423,6 +470,18 @@ def test_closing_the_engine_saves_what_was_read_last(engine, tmp_path, undisturb
     again.wait()
     assert again.losses == undisturbed[0]
     assert content(engine, "a") == undisturbed[2]
+
+
+def test_a_checkpoint_that_is_asked_for_is_on_the_disk_behind_one_that_was_being_written(engine, tmp_path):
+    job, opened = (
+        engine.finetune(examples(1), adapter="a", output_dir=str(tmp_path), **JOB | {"save_steps": 1}),
+        threading.Event(),
+    )
+    job._job.folder._checkpoints._saver.submit(opened.wait)
+    until(engine, lambda: job.step == 3)
+    threading.Timer(0.1, opened.set).start()
+    job.checkpoint()
+    assert newest(tmp_path / "checkpoints").step == 3
 
 
 def test_a_full_disk_pauses_the_job_and_serving_goes_on(engine, tmp_path, monkeypatch, undisturbed):

@@ -1,6 +1,7 @@
 """A job's directory and a disk that refuses, without an engine."""
 
 import time
+from concurrent.futures import wait
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ from jaxserve.finetune.data import Cursor
 from jaxserve.finetune.durable import newest
 from jaxserve.finetune.errors import CheckpointError
 from jaxserve.finetune.folder import CHECKPOINTS, JobFolder
+from jaxserve.finetune.job import JobStatus
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def job():
     """A job after three steps, which notes what it is told."""
     notes = []
     return SimpleNamespace(
-        step=3, notes=notes, events=list, meta=lambda cursor: {}, note=lambda kind, message: notes.append(message)
+        step=3, notes=notes, events=list, meta=lambda cursor: {}, note=lambda kind, message, **_: notes.append(message)
     )
 
 
@@ -58,4 +60,25 @@ def test_a_directory_that_takes_no_events_is_said_to_be_that(saver, job):
     faults.arm("fs.write=ENOSPC")
     with pytest.raises(CheckpointError, match=r"events\.jsonl: No space left on device"):
         saver.folder.rewind(job)
+    saver.close()
+
+
+def test_a_job_that_was_resumed_by_hand_and_paused_again_is_not_resumed_by_the_disk(saver, job):
+    moved = []
+
+    def settle_what_is_written():
+        wait([saver.saving])
+        saver.settle(lambda job, why: moved.append("pause"), lambda job: moved.append("resume"))
+
+    job.status = JobStatus.RUNNING
+    faults.arm("fs.mkdir=ENOSPC")
+    save(saver)
+    saver.start()
+    settle_what_is_written()
+    saver.retry()
+    saver.start()
+    job.status = JobStatus.PAUSED
+    settle_what_is_written()
+    assert moved == ["pause"]
+    assert job.notes == ["checkpoint 3 is saved"]
     saver.close()

@@ -303,6 +303,10 @@ def test_a_saved_state_goes_on_bit_by_bit(engine, tmp_path):
     engine.load_state("b", tmp_path / "state")
     assert finish() == expected
 
+    engine.open_adapter("c", start=str(tmp_path / "state"), **config)
+    assert engine.adapters.get("c").weights.fetched.rank == 4
+    engine.close_adapter("c")
+
     engine.open_adapter("b", **config | {"rank": 5})
     with pytest.raises(RuntimeError, match="adapter_config is"):
         engine.load_state("b", tmp_path / "state")

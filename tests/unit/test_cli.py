@@ -16,7 +16,7 @@ from jaxserve.adapters import lora
 from jaxserve.adapters.peft_io import save_peft
 from jaxserve.assets import locate
 from jaxserve.bench.engine import counting
-from jaxserve.cli import main
+from jaxserve.cli import main, progress
 from jaxserve.cli.flags import flags
 from jaxserve.config import Config, EngineConfig, resolve
 from jaxserve.engine.compiles import tell
@@ -392,6 +392,24 @@ def test_no_two_keys_share_a_flag():
 
 def test_every_flag_says_what_it_does():
     assert [flag.names for flag in flags(*Config.model_fields) if not flag.field.description] == []
+
+
+def test_a_run_that_ends_in_an_error_gives_the_terminal_its_cursor_back(monkeypatch, capfd):
+    """What is registered for the end of the process does."""
+    at_exit = []
+    monkeypatch.setattr(progress.atexit, "register", at_exit.append)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    speeds = {"output_tokens_per_s": 0.0, "finetune_tokens_per_s": 1.0}
+    state = {"at": 1.0, "requests": 0, "done": 0, "attainment": None, "jobs": [], **speeds}
+    shown = progress.LiveProgress()
+    for _ in range(2):
+        shown.update(state)
+    for function in at_exit:
+        function()
+    out = capfd.readouterr().out
+    assert out.count("\x1b[?25l") == 1
+    assert out.count("\x1b[?25h") == 1
 
 
 def test_help_needs_no_jax_and_the_module_runs():

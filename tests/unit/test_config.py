@@ -141,6 +141,8 @@ def test_a_misspelt_key_gives_the_same_error_in_yaml_and_gin(tmp_path):
         ("lora: {modules: [=c]}", "name=path"),
         ("sampling: {temperature: 2.5}", "temperature is '2.5'"),
         ("sampling: {stop: [1]}", "valid string"),
+        ("finetune: {slo_classes: [[a, -5.0]]}", "slo_classes = -5.0: it should be greater than 0"),
+        ("finetune: {slo_classes: [['', 5.0]]}", "at least 1 character"),
         ("model: {dtype: int8}", "'auto', 'float32', 'bfloat16' or 'float16'"),
         ("1: {a: 2}", "unknown key"),
     ],

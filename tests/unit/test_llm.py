@@ -397,6 +397,18 @@ def test_a_method_that_is_not_served_is_refused_and_the_version_before_stays(eng
     engine.unload_adapter("it")
 
 
+def test_an_id_that_is_used_again_gets_nothing_of_the_request_that_was_aborted(engine):
+    params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+    (expected,) = engine.generate([[1, 2, 3]], params)
+    engine.add_request(list(range(2, 30)), params, request_id="again")
+    engine.step()  # which is still under way
+    engine.abort("again")
+    engine.add_request([1, 2, 3], params, request_id="again")
+    engine._live["again"].collect = True
+    serving.drain(engine)
+    assert engine._finished.pop("again").prompt_logprobs == expected.prompt_logprobs
+
+
 def test_a_rank_beyond_the_engines_is_refused(engine):
     directory = serving.adapter_dir(serving.model_dir(), rank=65)
     with pytest.raises(AdapterError, match="rank 65 exceeds max_lora_rank 64"):
@@ -431,6 +443,9 @@ def test_weights_of_another_shape_are_refused(engine):
         engine.put_adapter(
             "it", dataclasses.replace(weights, pairs={beyond: pair}, scaling={beyond: 1.0}, base_digest=None)
         )
+    unknown = (0, "qkv_proj")
+    with pytest.raises(AdapterError, match="'qkv_proj' is adapted; the model has q_proj, k_proj"):
+        engine.put_adapter("it", dataclasses.replace(weights, pairs={unknown: pair}, scaling={unknown: 1.0}))
     assert engine.list_adapters() == []
 
 

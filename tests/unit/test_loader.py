@@ -234,6 +234,10 @@ def test_a_head_that_differs_from_a_tied_embedding_is_refused(tmp_path):
     directory = tiny_models.build(tmp_path, tokenizer=False, tie_word_embeddings=True, edit=head)
     with pytest.raises(ModelError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
         load(directory)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": np.zeros((300, 64), np.int8)}, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lm_head\.weight has dtype I8; supported"):
+        load(directory)
 
 
 def test_a_directory_without_safetensors_is_refused(tmp_path):
@@ -247,7 +251,19 @@ def test_a_directory_without_safetensors_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["../model.safetensors", "/etc/passwd", "a/b.safetensors", "..", "", "x.bin", "sub/../m.safetensors", None]
+    "name",
+    [
+        "../model.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "..",
+        "",
+        "x.bin",
+        "sub/../m.safetensors",
+        None,
+        "m\0.safetensors",
+        "m\ud800.safetensors",
+    ],
 )
 def test_an_index_that_points_elsewhere_is_refused(tmp_path, name):
     directory = tiny_models.build(tmp_path, tokenizer=False, num_shards=2)

@@ -151,6 +151,8 @@ def test_dynamic_rope_is_the_plain_one_up_to_the_length_it_was_trained_for():
         ({"rope_theta": 0}, "rope_theta 0"),
         ({"rope_theta": float("nan")}, "rope_theta nan"),
         ({"rope_theta": float("inf")}, "rope_theta inf"),
+        ({"rope_theta": 10**400}, "rope_theta 1000"),
+        ({"rope_theta": 1, "rope_scaling": YARN}, "rope_theta 1 must be above 1 for rope_type 'yarn'"),
         ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type 'longrope' is not supported; supported"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "factor is missing"),
