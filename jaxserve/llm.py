@@ -115,6 +115,7 @@ class Engine(TrainingEngine):
           ConfigError, ModelError, AdapterError, InvalidRequest: before any big allocation, but an adapter of another
             base model, which is found before any step shape is compiled.
         """
+        require("jobs", jobs, Iterable, "a list of FinetuneConfig")
         config, jobs = EngineConfig(**options), tuple(jobs)
         for job in jobs:
             if not isinstance(job, FinetuneConfig):
