@@ -524,8 +524,9 @@ METHODS = {
 def test_a_job_is_peft_step_for_step(tmp_path, family, method, stash):
     rng = np.random.default_rng(5)
     path = tiny_models.build(tmp_path / "model", family, tokenizer=False)
-    engine = jaxserve.Engine.from_pretrained(path, **SIZES, finetune_stash_tokens=stash)
-    job = engine.finetune(examples(rng), adapter="a", method=method, **METHODS[method], **JOB)
+    config = jaxserve.FinetuneConfig(method=method, **METHODS[method], **JOB)
+    engine = jaxserve.Engine.from_pretrained(path, **SIZES, finetune_stash_tokens=stash, jobs=[config])
+    job = engine.finetune(examples(rng), adapter="a", config=config)
     start = tmp_path / "start"
     save_peft(job._job.start, start)
     job.wait()
