@@ -113,15 +113,14 @@ class Tokenizer:
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> Tokens:
         """The ids of ``apply_chat_template`` with the text that they are of."""
-        tokens = Tokens("", [], [], [])
+        text, ids, starts, ends = "", [], [], []
         for piece, is_control in self._chat_pieces(messages, add_generation_prompt, variables):
-            ids, offsets = self._piece(piece, is_control, inside=bool(tokens.ids))
-            begin = len(tokens.text)
-            tokens.ids.extend(ids)
-            tokens.starts.extend([begin + start for start, _ in offsets])
-            tokens.ends.extend([begin + end for _, end in offsets])
-            tokens = tokens._replace(text=tokens.text + piece)
-        return tokens
+            new, offsets = self._piece(piece, is_control, inside=bool(ids))
+            ids += new
+            starts += [len(text) + start for start, _ in offsets]
+            ends += [len(text) + end for _, end in offsets]
+            text += piece
+        return Tokens(text, ids, starts, ends)
 
     def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
         """The text of ``chat_tokens``, which is not encoded."""

@@ -74,19 +74,19 @@ def model_path(config: Config) -> str:
     return locate(config.model.path)
 
 
+def say(line: str) -> None:
+    """Prints to stderr: results go to stdout."""
+    print(line, file=sys.stderr, flush=True)
+
+
 @contextmanager
-def stage(text: str) -> Iterator[None]:
-    """Says that something takes a while, and how long it took; on stderr, for results go to stdout."""
+def stage(text: str, say: Callable[[str], None] = say) -> Iterator[None]:
+    """Says that something takes a while, and how long it took."""
     start = time.monotonic()
     say(f"{text} ...")
-    with counting(text):
+    with counting(text, say):
         yield
     say(f"{text}: {time.monotonic() - start:.1f} s")
-
-
-def say(line: str) -> None:
-    """Prints to stderr."""
-    print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

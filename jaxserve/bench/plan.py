@@ -28,7 +28,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import load_config, stored_dtype
-from jaxserve.models.params import check_finetuning_tp, check_tp
+from jaxserve.models.params import can_finetune, check_finetuning_tp, check_tp
 
 GB = 1e9
 LARGE = 1 << 20  # bytes: copies of anything smaller are not looked for
@@ -111,7 +111,7 @@ def plan(
 
 def _train_shape(core: CoreConfig, model: ModelConfig, options: EngineConfig) -> TrainShape | None:
     """Of the job that an engine makes room for whenever it could finetune; None: it could not."""
-    if not core.max_loras or options.tensor_parallel > model.num_kv_heads:
+    if not core.max_loras or not can_finetune(model, options.tensor_parallel):
         return None
     return train_shape(core, max(options.max_finetune_jobs, 1))
 

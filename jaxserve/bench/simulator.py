@@ -399,12 +399,12 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: object) -> Job:
+def endless_job(adapter: str, lengths: Sequence[int], tenant: str = "", **config: Any) -> Job:
     """A job over examples of these lengths that goes on for ever."""
     examples = tuple(
         Example(np.zeros(length, np.int32), np.ones(length, np.float32), index) for index, length in enumerate(lengths)
     )
-    settings = FinetuneConfig(**{"max_steps": 10**9, **config})
+    settings = FinetuneConfig(**ENDLESS | config)
     return Job(adapter, settings, Dataset(examples), start=None, tenant=tenant)  # pyright: ignore[reportArgumentType]
 
 

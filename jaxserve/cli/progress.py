@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from jaxserve.bench.coserve_numbers import ms
-from jaxserve.bench.engine import counting
+from jaxserve.bench.engine import counting, stage
 
 State = Mapping[str, Any]
 LIVE_SECONDS = 0.25
@@ -96,13 +96,8 @@ class LineProgress(_Timed):
     def say(self, text: str) -> None:
         print(text, flush=True)
 
-    @contextmanager
-    def stage(self, text: str) -> Iterator[None]:
-        start = time.monotonic()
-        print(f"{text} ...", flush=True)
-        with counting(text, self.say):
-            yield
-        print(f"{text}: {time.monotonic() - start:.1f} s", flush=True)
+    def stage(self, text: str) -> Any:
+        return stage(text, self.say)
 
     def update(self, state: State) -> None:
         print("  ".join(filter(None, [_served(state), *map(_job, state["jobs"]), _speed(state)])), flush=True)

@@ -73,9 +73,14 @@ def check_tp(config: ModelConfig, tp: int) -> None:
         )
 
 
+def can_finetune(config: ModelConfig, tp: int) -> bool:
+    """Whether no two of so many shards hold the same kv head: its gradients would lie on both."""
+    return tp <= config.num_kv_heads
+
+
 def check_finetuning_tp(config: ModelConfig, tp: int) -> None:
-    """Refuses a number of shards of which several hold the same kv head: its gradients would lie on all of them."""
-    if tp > config.num_kv_heads:
+    """Raises InvalidRequest for a number of shards that cannot finetune."""
+    if not can_finetune(config, tp):
         raise InvalidRequest(
             f"finetuning needs tensor_parallel at most num_key_value_heads {config.num_kv_heads}; it is {tp}"
         )
