@@ -43,8 +43,14 @@ class ChatTemplate:
         written += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         self.literal_text = "\0".join(written)  # all text that the template itself can write
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: dict) -> str:
-        """The conversation as text.
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+        fence: "Fence | None" = None,
+    ) -> str:
+        """The conversation as text, in which ``fence`` marks the control tokens that users wrote.
 
         Raises:
           InvalidRequest: messages the template refuses or fails on.
@@ -52,6 +58,9 @@ class ChatTemplate:
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise InvalidRequest("messages: must be a list of at least one object", param="messages")
         chat = [_as_templates_read(message) for message in messages]
+        if fence is not None:
+            chat = [fence.protect(message, message.get("role") == "assistant") for message in chat]
+            variables = fence.protect(variables)
         names = {"tools": None, "documents": None, **self._named_tokens, **variables}
         try:
             return self._template.render(messages=chat, add_generation_prompt=add_generation_prompt, **names)
@@ -61,11 +70,25 @@ class ChatTemplate:
 
 
 def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
-    """A message without nulls, which templates handle worse than missing keys, and with its reasoning under the names
-    that templates know."""
+    """A message without nulls, which templates handle worse than missing keys, with its reasoning under the names that
+    templates know. Beside tool calls there is a content, and their arguments are objects: templates write the JSON."""
     given = {key: value for key, value in message.items() if value is not None}
+    if isinstance(calls := given.get("tool_calls"), list | tuple):
+        given = {"content": ""} | given | {"tool_calls": [_with_object(call) for call in calls]}
     reasoning = next((given[key] for key in _REASONING if key in given), None)
     return given if reasoning is None else {"thinking": reasoning} | given | {"reasoning_content": reasoning}
+
+
+def _with_object(call: Any) -> Any:
+    """A tool call whose arguments are an object; API clients send it as JSON in a string."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"])
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
 class Fence:

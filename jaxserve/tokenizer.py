@@ -122,18 +122,18 @@ class Tokenizer:
             text += piece
         return Tokens(text, ids, starts, ends)
 
-    def chat_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> str:
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
         """The text of ``chat_tokens``, which is not encoded."""
-        return "".join(piece for piece, _ in self._chat_pieces(messages, add_generation_prompt, {}))
+        return "".join(piece for piece, _ in self._chat_pieces(messages, add_generation_prompt, variables))
 
     def _chat_pieces(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, variables: Mapping[str, Any]
     ) -> Iterator[tuple[str, bool]]:
         """What the template writes, cut into (piece, is it a user's control token)."""
-        template, protect = self._template_for(variables), self._fence.protect
-        chat = [protect(message, _is_assistant(message)) for message in messages]
-        protected = {name: protect(value) for name, value in variables.items()}
-        return self._fence.split(template.render(chat, add_generation_prompt, protected))
+        text = self._template_for(variables).render(messages, add_generation_prompt, variables, self._fence)
+        return self._fence.split(text)
 
     def render_chat(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -325,10 +325,6 @@ def _by_use(where: str, given: Any) -> tuple[str | None, str | None]:
 
 def _optional_json(path: Path) -> dict[str, Any]:
     return read_json(path) if path.exists() else {}
-
-
-def _is_assistant(message: Any) -> bool:
-    return isinstance(message, Mapping) and message.get("role") == "assistant"
 
 
 def _content(token: Any) -> str:

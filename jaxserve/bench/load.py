@@ -81,10 +81,13 @@ def _prompt(line: bytes, tokenizer: Tokenizer) -> tuple[int, ...]:
         ids = tokenizer.encode(value["prompt"])
     else:
         messages = value["messages"]
-        if not all(isinstance(message, dict) and isinstance(message.get("content"), str) for message in messages):
+        if not all(
+            isinstance(m, dict) and (isinstance(m.get("content"), str) or m.get("tool_calls")) for m in messages
+        ):
             raise ValueError("messages must be objects with role and content")
         asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages
-        ids = tokenizer.apply_chat_template([{"role": m.get("role"), "content": m["content"]} for m in asked])
+        asked = [{key: item for key, item in message.items() if key != "weight"} for message in asked]
+        ids = tokenizer.apply_chat_template(asked, tools=value.get("tools"))
     if not ids:
         raise ValueError("the prompt is empty")
     return tuple(ids)

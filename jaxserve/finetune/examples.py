@@ -3,8 +3,6 @@
 Shapes: S tokens of one example. weights_S[t] is the weight of predicting token t from those before it.
 """
 
-from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -12,11 +10,11 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxserve.errors import InvalidRequest
-from jaxserve.finetune.records import Chat, Completion, Record, Text
-from jaxserve.tokenizer import Tokenizer, Tokens
+from jaxserve.finetune.conversations import Chat
+from jaxserve.finetune.records import Completion, Record, Text
+from jaxserve.finetune.turns import Turns, common
+from jaxserve.tokenizer import Tokenizer
 
-# two contents that share neither their first nor their last token with each other
-_STAND_INS = ("0", "A")
 _VERBATIM = "{{ messages[0]['content'] }}"
 
 
@@ -106,7 +104,7 @@ class Encoder:
         else:
             # together, as a prompt that goes on; a token that holds the seam belongs to the completion
             ids = self._plain(record.prompt + record.completion)
-            start = _common(ids, self._plain(record.prompt))
+            start = common(ids, self._plain(record.prompt))
         before, after = self._ends
         end = self.tokenizer.eos_token_id
         closing = after or ([] if end is None else [end])
@@ -133,63 +131,10 @@ class Encoder:
         return [], []
 
     def _encode_chat(self, chat: Chat) -> tuple[list[int], np.ndarray]:
-        whole = self.tokenizer.chat_tokens(chat.messages, add_generation_prompt=False)
-        learnt_S = np.full(len(whole.ids), self.loss_on == "all")
+        turns = Turns(self.tokenizer, chat)
+        learnt_S = np.full(len(turns.ids), self.loss_on == "all")
         for place, message in enumerate(chat.messages):
             wanted = chat.weights[place] > 0
             if message["role"] == "assistant" and wanted != (self.loss_on == "all"):
-                learnt_S[slice(*self._turn(whole, chat.messages, place))] = wanted
-        return whole.ids, learnt_S.astype(np.float32)
-
-    def _turn(self, whole: Tokens, messages: Sequence[Mapping[str, str]], place: int) -> tuple[int, int]:
-        """(start, end) of what the model says in its turn: after the generation prompt, to the token that ends it.
-
-        Templates may write an earlier turn otherwise than a last one, so each end is taken from the conversation cut
-        there if that is a beginning of the whole, and else from what stays when the message's content is replaced.
-        """
-        ids, through = whole.ids, messages[: place + 1]
-        start = self._length_of_beginning(whole, messages[:place], prompt=True)
-        end = len(ids) if len(through) == len(messages) else self._length_of_beginning(whole, through)
-        if start is None or end is None:
-            first, last = self._content(whole, messages, place)
-            start = first if start is None else start
-            end = last + 1 if end is None else end  # and the token that ends the turn
-        if not start < end:
-            raise ValueError(f"messages[{place}]: the model's chat template leaves nothing of it to learn")
-        return start, self._without_tail(ids, start, min(end, len(ids)))
-
-    def _length_of_beginning(
-        self, whole: Tokens, messages: Sequence[Mapping[str, str]], prompt: bool = False
-    ) -> int | None:
-        """Number of tokens of ``messages`` if the whole begins with them."""
-        try:
-            part = self.tokenizer.chat_text(messages, add_generation_prompt=prompt)
-        except InvalidRequest:  # templates may want a user's message first, or last
-            return None
-        return whole.num_before(len(part)) if whole.text.startswith(part) else None
-
-    def _content(self, whole: Tokens, messages: Sequence[Mapping[str, str]], place: int) -> tuple[int, int]:
-        """(start, end) of the tokens that change with the message's content, and of the space that a first word may
-        have in its token."""
-        others = [
-            [*messages[:place], {**messages[place], "content": content}, *messages[place + 1 :]]
-            for content in _STAND_INS
-        ]
-        text, variants = whole.text, [self.tokenizer.chat_text(other, add_generation_prompt=False) for other in others]
-        start = min(_common(text, variant) for variant in variants)
-        end = len(text) - min(_common(text[::-1], variant[::-1]) for variant in variants)
-        return bisect_right(whole.ends, len(text[:start].rstrip(" "))), bisect_left(whole.starts, end)
-
-    def _without_tail(self, ids: Sequence[int], start: int, end: int) -> int:
-        """Where the turn ends: after its last control token, if only white space follows that."""
-        control = self.tokenizer.special_ids
-        last = next((at for at in range(end - 1, start - 1, -1) if ids[at] in control), None)
-        if last is None or self.tokenizer.decode(ids[last + 1 : end]).strip():
-            return end
-        return last + 1
-
-
-def _common(one: Sequence, other: Sequence) -> int:
-    """Length of the common beginning."""
-    most = min(len(one), len(other))
-    return bisect_left(range(most), True, key=lambda at: one[: at + 1] != other[: at + 1])
+                learnt_S[slice(*turns.bounds(place))] = wanted
+        return turns.ids, learnt_S.astype(np.float32)

@@ -1,7 +1,7 @@
 """Reads training data strictly: JSONL files line by line, or Python values; what is wrong is named by line.
 
-A record is one of {"messages": [{"role", "content", "weight"}]}, {"prompt", "completion"} and {"text"}. What a user
-wrote is never repeated in an error, only keys, lines and reasons.
+A record is one of {"messages", "tools"} (``finetune.conversations``), {"prompt", "completion"} and {"text"}. What a
+user wrote is never repeated in an error, only keys, lines and reasons.
 """
 
 import os
@@ -13,12 +13,12 @@ from typing import Any, BinaryIO
 from jaxserve.adapters.fields import show
 from jaxserve.adapters.files import strict_json
 from jaxserve.errors import AdapterError
+from jaxserve.finetune.conversations import Chat, check_keys, check_text, parse_chat
 from jaxserve.finetune.errors import DataError
 
 MAX_LINE_BYTES = 1 << 20
 MAX_LINES = 10**6
 MAX_ERRORS = 10
-ROLES = ("system", "developer", "user", "assistant", "tool")
 FORMS = "messages, prompt and completion, or text"
 
 _NOT_JSONL = {  # first bytes -> what the file is instead
@@ -29,14 +29,6 @@ _NOT_JSONL = {  # first bytes -> what the file is instead
     b"PK\x03\x04": "a zip archive (unpack it first)",
     b"PAR1": "Parquet (convert it to JSONL)",
 }
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation; ``weights`` holds 1 for every message that is learnt and 0 for the others."""
-
-    messages: tuple[Mapping[str, str], ...]
-    weights: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -136,87 +128,31 @@ def parse_record(value: Any) -> Record:
     """The record that a parsed line or a Python mapping is. Raises ValueError with the reason."""
     if not isinstance(value, Mapping):
         raise ValueError(f"must be an object with {FORMS}")
-    for form, (keys, parse) in _FORMS.items():
+    for form, (keys, optional, parse) in _FORMS.items():
         if form in value:
-            _check_keys(value, keys)
+            check_keys(value, keys, optional)
             return parse(value)
-    known = {key for keys, _ in _FORMS.values() for key in keys}
+    known = {key for keys, *_ in _FORMS.values() for key in keys}
     unknown = [key for key in value if key not in known]
     raise ValueError(f"unknown key {show(unknown[0])}" if unknown else f"needs {FORMS}")
 
 
-def _check_keys(value: Mapping[str, Any], keys: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    unknown = [key for key in value if key not in keys + optional]
-    if unknown:
-        raise ValueError(f"unknown key {show(unknown[0])}, known here are {', '.join(keys + optional)}")
-    missing = [key for key in keys if key not in value]
-    if missing:
-        raise ValueError(f"key {missing[0]!r} is missing")
-
-
-def _chat(value: Mapping[str, Any]) -> Chat:
-    messages = value["messages"]
-    if not isinstance(messages, list | tuple) or not messages:
-        raise ValueError("messages must be a list of at least one message")
-    for place, message in enumerate(messages):
-        try:
-            _check_message(message)
-        except ValueError as error:
-            raise ValueError(f"messages[{place}]: {error}") from None
-    if messages[-1]["role"] != "assistant":
-        raise ValueError("nothing to learn: the last message must be the assistant's")
-    weights = tuple(int(m.get("weight", 1)) if m["role"] == "assistant" else 0 for m in messages)
-    if not any(weights):
-        raise ValueError("nothing to learn: every assistant message has weight 0")
-    return Chat(tuple({"role": m["role"], "content": m["content"]} for m in messages), weights)
-
-
-def _check_message(message: Any) -> None:
-    if not isinstance(message, Mapping):
-        raise ValueError("must be an object")
-    _check_keys(message, ("role", "content"), ("weight",))
-    role = message["role"]
-    if not isinstance(role, str) or role not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}")
-    _check_text("content", message["content"])
-    if "weight" in message:
-        weight = message["weight"]
-        if role != "assistant":
-            raise ValueError(f"weight belongs to assistant messages, not to role {role}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
-            raise ValueError("weight must be 0 or 1")
-    if role == "assistant" and message.get("weight", 1) and not message["content"]:
-        raise ValueError("nothing to learn: the assistant's content is empty")
-
-
-def _check_text(key: str, text: Any) -> str:
-    if not isinstance(text, str):
-        raise ValueError(f"{key} must be a string")
-    if "\0" in text:
-        raise ValueError(f"{key} holds NUL")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"{key} is not Unicode: it holds half of a surrogate pair") from None
-    return text
-
-
 def _completion(value: Mapping[str, Any]) -> Completion:
-    prompt, completion = (_check_text(key, value[key]) for key in ("prompt", "completion"))
+    prompt, completion = (check_text(key, value[key]) for key in ("prompt", "completion"))
     if not completion:
         raise ValueError("nothing to learn: completion is empty")
     return Completion(prompt, completion)
 
 
 def _text(value: Mapping[str, Any]) -> Text:
-    if not _check_text("text", value["text"]):
+    if not check_text("text", value["text"]):
         raise ValueError("nothing to learn: text is empty")
     return Text(value["text"])
 
 
-_FORMS = {  # the key that tells -> (all keys, what makes the record)
-    "messages": (("messages",), _chat),
-    "prompt": (("prompt", "completion"), _completion),
-    "completion": (("prompt", "completion"), _completion),
-    "text": (("text",), _text),
+_FORMS = {  # the key that tells -> (keys that it needs, keys that it may have, what makes the record)
+    "messages": (("messages",), ("tools", "parallel_tool_calls"), parse_chat),
+    "prompt": (("prompt", "completion"), (), _completion),
+    "completion": (("prompt", "completion"), (), _completion),
+    "text": (("text",), (), _text),
 }

@@ -304,7 +304,7 @@ BAD_CHATS = [
     ([USER], "the last message must be the assistant's"),
     ([ASSISTANT, USER], "the last message must be the assistant's"),
     ([USER, {"role": "assistant", "content": ""}], "messages[1]: nothing to learn"),
-    ([USER, {"role": "assistant", "content": None}], "messages[1]: content must be a string"),
+    ([USER, {"role": "assistant", "content": None}], "messages[1]: key 'content' is missing"),
     ([USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "content must be a string"),
     ([USER, {"role": "assistant"}], "messages[1]: key 'content' is missing"),
     ([{"role": SECRET, "content": "a"}, ASSISTANT], "messages[0]: role must be one of"),
@@ -316,8 +316,7 @@ BAD_CHATS = [
     ([USER, {**ASSISTANT, "weight": True}], "weight must be 0 or 1"),
     ([USER, {**ASSISTANT, "weight": "1"}], "weight must be 0 or 1"),
     ([USER, {**ASSISTANT, "weight": 0}], "nothing to learn: every assistant message has weight 0"),
-    ([{**USER, "weight": 1}, ASSISTANT], "weight belongs to assistant messages"),
-    ([USER, {**ASSISTANT, "tool_calls": []}], "unknown key 'tool_calls'"),
+    ([{**USER, "weight": 1}, ASSISTANT], "messages[0]: unknown key 'weight', known here are role, content, name"),
 ]
 
 

@@ -144,6 +144,24 @@ def test_a_conversation_with_tools_has_the_template_that_is_named_for_them(write
     assert saved.render_chat(CHAT) == ours.render_chat(CHAT)
 
 
+def test_arguments_of_tool_calls_may_be_a_string_that_holds_the_object(write):
+    template = "{% for call in messages[1].tool_calls %}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>"
+    ours, theirs = load_tokenizer(write(template)), auto_tokenizer(write(template))
+
+    def chat(arguments, **fields):
+        call = {"type": "function", "function": {"name": "sum", "arguments": arguments}}
+        return [{"role": "user", "content": "1 + 2?"}, {"role": "assistant", **fields, "tool_calls": [call]}]
+
+    given = {"terms": [1, 2], "unit": "<|im_end|>"}
+    wanted = theirs.apply_chat_template(chat(given, content=""), tokenize=False)
+    for arguments in (given, json.dumps(given), json.dumps(given).replace("<", "\\u003c")):
+        assert ours.render_chat(chat(arguments)) == wanted
+        ids = ours.apply_chat_template(chat(arguments), add_generation_prompt=False)
+        assert [id for id in ids if id in control_ids(ours)] == [tiny_models.IM_END]
+    for no_object in ("[1]", "1 +", ""):
+        assert ours.render_chat(chat(no_object)) == json.dumps(no_object) + "<|im_end|>"
+
+
 @pytest.mark.parametrize("named", [[{"name": "default", "template": "D"}], {"default": "D", "tool_use": "T"}, "D"])
 def test_a_processors_file_gives_the_chat_template_where_the_tokenizer_has_none(write, tmp_path, named):
     directory = write()
