@@ -29,7 +29,7 @@ from jaxserve.models import decoder
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
 from pallas_kernels.numerics import map_rows
-from pallas_kernels.token_sampling import VocabShard, log_normaliser, penalise, pick, sample, top_tokens
+from pallas_kernels.token_sampling import COUNT_MASK, VocabShard, log_normaliser, penalise, pick, sample, top_tokens
 from sharding import AXIS, partition_spec, tree_specs
 
 HEAD_ROWS = 64  # rows of a prompt whose logits exist at one time
@@ -176,7 +176,8 @@ def _draw(head, last_token_B, count_BV, edits, hidden_RD, ints, floats, *, spec:
     column_R = jnp.where(batch.counted_R > 0, token_R - shard.offset(logits_RV.shape[1]), logits_RV.shape[1])
     column_R = jnp.where(column_R < 0, logits_RV.shape[1], column_R)
     last_token_B = last_token_B.at[batch.slot_R].set(token_R, mode="drop")
-    count_BV = count_BV.at[batch.slot_R, column_R].add(jnp.int16(1), mode="drop")
+    more_R = (count_BV.at[slot_R, column_R].get(mode="clip") & COUNT_MASK) < COUNT_MASK  # a full count stays
+    count_BV = count_BV.at[batch.slot_R, column_R].add(more_R.astype(jnp.int16), mode="drop")
     return last_token_B, count_BV, Drawn(**drawn, finite_R=finite_R & drawable_R)
 
 

@@ -19,7 +19,7 @@ from jaxserve.engine.gradient import TrainShape, TrainState, empty_train_state, 
 from jaxserve.kvcache.pool import KV_AXES, LayerKV, empty_pool
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import padded_vocab
-from pallas_kernels.token_sampling import PROMPT_BIT
+from pallas_kernels.token_sampling import COUNT_MASK, PROMPT_BIT
 from sharding import named_sharding, partition_spec, zeros
 
 MAX_EDITS = 384  # logit_bias entries plus tokens held back until min_tokens, per sequence
@@ -32,7 +32,7 @@ class EngineState:
     kv: list[LayerKV]
     bank: Bank | None  # None: the engine serves the base model only
     last_token_B: Int[Array, "B"]  # the latest token drawn in each slot
-    count_BV: Int[Array, "B V"]  # PROMPT_BIT and output count of each token, kept for slots with penalties
+    count_BV: Int[Array, "B V"]  # PROMPT_BIT and output count, to COUNT_MASK, of each token; of slots with penalties
     edit_token_BZ: Int[Array, "B Z"]
     edit_value_BZ: Float[Array, "B Z"]  # added to the logit ...
     edit_until_BZ: Int[Array, "B Z"]  # ... of tokens drawn at a position below this
@@ -101,13 +101,12 @@ def write_slot(state: EngineState, slot, token_S, kind_S, edit_token_Z, edit_val
     """
     width = state.count_BV.shape[1]
     column_S = jnp.where(kind_S > 0, token_S, width)
-    output_V = jnp.zeros(width, jnp.int16).at[column_S].add((kind_S == 1).astype(jnp.int16), mode="drop")
-    in_prompt_V = (
-        jnp.zeros(width, jnp.int16).at[jnp.where(kind_S == 2, token_S, width)].set(jnp.int16(PROMPT_BIT), mode="drop")
-    )
+    output_V = jnp.zeros(width, jnp.int32).at[column_S].add((kind_S == 1).astype(jnp.int32), mode="drop")
+    in_prompt_V = jnp.zeros(width, jnp.int32).at[jnp.where(kind_S == 2, token_S, width)].set(PROMPT_BIT, mode="drop")
+    count_V = (jnp.minimum(output_V, COUNT_MASK) | in_prompt_V).astype(jnp.int16)
     return replace(
         state,
-        count_BV=state.count_BV.at[slot].set(output_V | in_prompt_V),
+        count_BV=state.count_BV.at[slot].set(count_V),
         edit_token_BZ=state.edit_token_BZ.at[slot].set(edit_token_Z),
         edit_value_BZ=state.edit_value_BZ.at[slot].set(edit_value_Z),
         edit_until_BZ=state.edit_until_BZ.at[slot].set(edit_until_Z),

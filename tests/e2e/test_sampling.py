@@ -3,12 +3,18 @@
 Shapes: T tokens, V vocab.
 """
 
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import serving
 import tiny_models
 
+from jaxserve.engine.state import EngineState, write_slot
 from jaxserve.sampling import SamplingParams
+from pallas_kernels.token_sampling import COUNT_MASK, PROMPT_BIT
 from pallas_kernels.token_sampling.reference import kept_tokens, penalised
 
 PROMPT = serving.prompt(23, seed=5)
@@ -51,6 +57,30 @@ def test_a_slot_forgets_the_counts_of_the_request_before(engine):
     first = one(engine, **params)
     one(engine, serving.prompt(40, seed=8), **params)  # the only one: in the same slot
     assert one(engine, **params).token_ids == first.token_ids
+
+
+def test_a_count_that_is_full_stays_so_and_is_no_prompt_s(engine):
+    params = SamplingParams(
+        max_tokens=8, temperature=0.0, ignore_eos=True, frequency_penalty=1e-3, logit_bias={5: 100.0}
+    )
+    engine.add_request([1, 2, 3], params)
+    while engine.has_work():
+        engine.step()
+        core = engine.core
+        count_BV = core.state.count_BV
+        most_BV = jnp.where(count_BV & COUNT_MASK == 1, COUNT_MASK - 2, count_BV)  # the first token's
+        core.state = replace(core.state, count_BV=jax.device_put(most_BV.astype(count_BV.dtype), count_BV.sharding))
+    assert int(jnp.max(core.state.count_BV[:, 5])) == COUNT_MASK
+    serving.check_idle(engine)
+
+
+def test_a_sequence_that_comes_back_with_more_outputs_than_a_count_holds_has_a_full_one():
+    whole = [jnp.zeros((2, 4), dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32)]
+    state = EngineState([], None, jnp.zeros(2, jnp.int32), jnp.zeros((2, 8), jnp.int16), *whole, None)
+    kind_S = jnp.full(3 * COUNT_MASK, 1, jnp.int32).at[:2].set(2)
+    state = write_slot(state, jnp.int32(1), jnp.full_like(kind_S, 5).at[0].set(3), kind_S, *(x[0] for x in whole))
+    wanted = [0, 0, 0, PROMPT_BIT, 0, PROMPT_BIT | COUNT_MASK, 0, 0]
+    assert state.count_BV.tolist() == [[0] * 8, wanted]
 
 
 def test_logit_bias_is_added_to_the_logits(engine):
