@@ -120,6 +120,8 @@ class Engine(TrainingEngine):
         for job in jobs:
             if not isinstance(job, FinetuneConfig):
                 raise InvalidRequest(f"jobs has {job!r}; each must be a FinetuneConfig", "jobs")
+        if jobs and not config.max_finetune_jobs:
+            raise InvalidRequest(f"jobs has {len(jobs)} settings; max_finetune_jobs is 0, must be at least 1", "jobs")
         use_compilation_cache()
         if not isinstance(path, str | os.PathLike):
             raise ModelError(f"model path is {str(path)[:64]!r}; it must be that of a directory")

@@ -82,10 +82,17 @@ class LaneSums:
 
     # programs
 
+    def compile_ahead(self, device: DeviceShapes) -> None:
+        """Compiles, for ``device``, what its arrays will be, the programs of the shapes there are."""
+        for shapes, scaled in list(self._shapes.values()):
+            self._compile(shapes, scaled, device)
+
     def compile(self, shapes: JobShapes, scaled: bool) -> None:
         """Compiles the programs of jobs of these shapes, once."""
         self._shapes[shapes.key] = shapes, scaled  # first: scales that come meanwhile need theirs, too
-        device = self._device_shapes()
+        self._compile(shapes, scaled, self._device_shapes())
+
+    def _compile(self, shapes: JobShapes, scaled: bool, device: DeviceShapes) -> None:
         key = (*shapes.key, device.scales is not None)
         if key not in self._programs:
             train = device.train if scaled else replace(device.train, scale_lanes=None)

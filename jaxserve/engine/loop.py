@@ -300,7 +300,11 @@ class EngineCore:
             writer.compile_scales(arrays.scales, arrays.state.bank, arrays.params)
             if programs.train is not None and arrays.train is not None:
                 lanes = empty_scale_lanes(programs.train, writer.shape, self.mesh)
-                arrays = arrays._replace(train=replace(arrays.train, scale_lanes=shapes_of(lanes)))
+                train = replace(arrays.train, scale_lanes=shapes_of(lanes))
+                arrays = arrays._replace(train=train)
+                if self.trainer is not None:
+                    device = replace(self._device_shapes(), train=sums_alone(train), scales=arrays.scales)
+                    self.trainer.sums.compile_ahead(device)
         programs.compile(programs.add(self.planner.buckets), arrays)
 
     def _warm_up_writer(self) -> None:

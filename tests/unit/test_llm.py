@@ -485,6 +485,8 @@ def test_adapters_that_cannot_be_loaded_are_refused_before_the_model_is_loaded(m
 def test_jobs_to_come_must_be_settings():
     with pytest.raises(InvalidRequest, match=r"jobs is '5'; it must be a list of FinetuneConfig"):
         jaxserve.Engine.from_pretrained("nowhere", jobs=5)
+    with pytest.raises(InvalidRequest, match=r"jobs has 1 settings; max_finetune_jobs is 0, must be at least 1"):
+        jaxserve.Engine.from_pretrained("nowhere", jobs=[jaxserve.FinetuneConfig()])
     with pytest.raises(InvalidRequest, match=r"jobs has \{'dropout': 0.1\}; each must be a FinetuneConfig"):
         jaxserve.Engine.from_pretrained("nowhere", jobs=[{"dropout": 0.1}])
 
