@@ -10,7 +10,7 @@ import jax
 
 from pallas_kernels import lowered
 
-MOSAIC_VERSION, UNKNOWN_VERSION = (0, 11, 2), (0, 12)  # of JAX: Mosaic kernels are written for those between
+MOSAIC_VERSION, UNKNOWN_VERSION = (0, 11, 2), (0, 13)  # of JAX: Mosaic kernels are written for those between
 HOPPER = re.compile(r"\bG?H(20|100|200|800)\b")
 MOSAIC, INTERPRETED = "mosaic", "mosaic_interpreted"
 COPY_BYTES, COPY_SIDE = 16, 256  # of a kernel's bulk copies: multiples of so many bytes, elements of an axis at most

@@ -110,6 +110,21 @@ def opaque(number: jax.Array) -> jax.Array:
     return lax.optimization_barrier(number)
 
 
+def columns(width: int, filled: int, number: jax.Array) -> Any:
+    """The first ``width`` columns of global memory that has ``filled``: copies add zeros past those, or leave them.
+    ``number`` is any that only the run knows: JAX from 0.12 on refuses a slice that it can see to be too long."""
+    return pl.ds(0 if width <= filled else number * 0, width)
+
+
+def put(ref: Any, value: jax.Array) -> None:
+    """Writes an array to global memory, or to shared memory that no layout fits. JAX before 0.12 finds that out for
+    itself, and has no ``store``."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, value, optimized=False)
+    else:
+        ref[...] = value
+
+
 def full(shape: tuple[int, ...], value: float, layout: Any = plgpu.Layout.WGMMA) -> jax.Array:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 

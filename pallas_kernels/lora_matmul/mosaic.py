@@ -75,7 +75,7 @@ def shrink_singles(
             plgpu.copy_gmem_to_smem(x_ref.at[rows_of(part, block_ref[item]), columns], x_sm, full_bar)
             plgpu.copy_gmem_to_smem(a_ref.at[page_ref[item], :, columns], a_sm.at[pl.ds(0, R)], full_bar)
             plgpu.barrier_wait(full_bar)
-            out_ref[item, split] = mosaic.matmul(a_sm, x_sm.T)
+            mosaic.put(out_ref.at[item, split], mosaic.matmul(a_sm, x_sm.T))
 
         _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
 
@@ -222,7 +222,7 @@ def shrink_blocks(
                 lax.fori_loop(0, steps, add_tile, None)
                 return acc[...]
 
-            out_ref[item, split] = pl.run_scoped(multiply, plgpu.ACC((Q, R), jnp.float32))
+            mosaic.put(out_ref.at[item, split], pl.run_scoped(multiply, plgpu.ACC((Q, R), jnp.float32)))
 
         _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
 

@@ -135,6 +135,8 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
 
         @pl.when(lax.axis_index("warpgroup") == COPY)
         def _():
+            columns = mosaic.columns(width, q_ref.shape[3], worker)
+
             def copy_block(step, at):
                 place, head, block = at
                 slot = lax.rem(step - begin, stages)
@@ -143,13 +145,11 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                plgpu.copy_gmem_to_smem(
-                    q_ref.at[row_ref[place], head, :, pl.ds(0, width)], q_sm.at[slot], k_full.at[slot]
-                )
+                plgpu.copy_gmem_to_smem(q_ref.at[row_ref[place], head, :, columns], q_sm.at[slot], k_full.at[slot])
                 pages = Pages(table_ref, sequence_ref[place], head, position_ref[place], shape.page_size)
                 first_key = (lax.div(low_ref[place], S) + block) * S
-                pages.fetch(k_ref, k_sm.at[slot], k_full.at[slot], first_key, pl.ds(0, width))
-                pages.fetch(v_ref, v_sm.at[slot], v_full.at[slot], first_key, pl.ds(0, width))
+                pages.fetch(k_ref, k_sm.at[slot], k_full.at[slot], first_key, columns)
+                pages.fetch(v_ref, v_sm.at[slot], v_full.at[slot], first_key, columns)
                 last_block = block + 1 == num_blocks(place)
                 next_place, next_head = past(place, head)
                 return (
@@ -183,7 +183,7 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
                     new_top_N = jnp.maximum(top_N, score_SN.max(axis=0))
                     decay_N = jnp.exp2(top_N - new_top_N)
                     weight_SN = jnp.exp2(score_SN - along(1, new_top_N, (S, N)))
-                    weight_sm.T[...] = weight_SN.astype(shape.dtype)
+                    mosaic.put(weight_sm.T, weight_SN.astype(shape.dtype))
                     total_SN = total_SN * along(1, decay_N, (S, N)) + weight_SN
                     plgpu.barrier_wait(v_full.at[slot])
                     seen = position + 1 - (first_key + i * S)
@@ -204,9 +204,9 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
                 init = full((N,), MASKED, COLUMN), full((S, N), 0), full((width, N), 0)
                 top_N, total_SN, out_CN = lax.fori_loop(0, blocks, add_block, init)
                 partial = place * K + head + worker
-                out_ref[partial] = out_CN
-                top_total_ref[partial, 0] = top_N
-                top_total_ref[partial, 1] = total_SN.sum(axis=0)
+                mosaic.put(out_ref.at[partial], out_CN)
+                mosaic.put(top_total_ref.at[partial, 0], top_N)
+                mosaic.put(top_total_ref.at[partial, 1], total_SN.sum(axis=0))
                 return step + blocks, *past(place, head), jnp.int32(0)
 
             lax.while_loop(lambda at: at[0] < end, attend, (begin, *start()))
@@ -244,15 +244,13 @@ def _combine(shape: DecodeShape, first_row: int):
         top_N, total_N, out_CN = lax.fori_loop(first_worker, stop, add_partial, init)
         nothing_N = total_N == 0
         out_CN /= along(1, jnp.where(nothing_N, 1.0, total_N), (width, N))
-        out_sm.T[...] = out_CN.astype(out_sm.dtype)
+        mosaic.put(out_sm.T, out_CN.astype(out_sm.dtype))
         lse_N = (top_N + jnp.log2(jnp.where(nothing_N, 1.0, total_N))) * LN2
         row = row_ref[place]
-        lse_ref[row, head] = jnp.where(nothing_N, -jnp.inf, lse_N)
+        mosaic.put(lse_ref.at[row, head], jnp.where(nothing_N, -jnp.inf, lse_N))
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-            out_sm.at[pl.ds(0, shape.group)],
-            out_ref.at[first_row + row, pl.ds(head * shape.group, shape.group), pl.ds(0, width)],
-        )
+        heads, columns = pl.ds(head * shape.group, shape.group), mosaic.columns(width, out_ref.shape[2], row)
+        plgpu.copy_smem_to_gmem(out_sm.at[pl.ds(0, shape.group)], out_ref.at[first_row + row, heads, columns])
         plgpu.wait_smem_to_gmem(0)
 
     return attention_decode_sum

@@ -21,7 +21,7 @@ from pallas_kernels.ragged_paged_attention.layout import AttentionLayout
 
 SPAN_KEYS = 64  # keys per loop step, at least one page: few enough that a step's arrays stay in cache
 TILE_ROWS = 32  # rows of row blocks that share a loop on CPU: few wait for keys that only others see
-SMALL_HEAD, WHOLE_HEAD = 16, 64  # head dims up to the one, and multiples of the other, are whole columns on a CPU
+WHOLE_HEAD = 64  # multiples of it are whole columns on a CPU
 MASKED = -1e30  # finite: exp(MASKED - MASKED) is 1, never NaN
 
 
@@ -49,7 +49,11 @@ def ragged_paged_attention(
             arrays = q_NQHC, position_NQ, layout.sequence_T[rows].reshape(-1, block)[:, 0]
             tiles = partial(_row_by_row if block == 1 else _tile_by_tile, all_at_once)
             parts.append(lax.platform_dependent(*arrays, cpu=tiles, default=all_at_once))
-    out_THC, lse_TH = (jnp.concatenate([p[i] for p in parts]) if len(parts) > 1 else parts[0][i] for i in (0, 1))
+    out_THC, top_TH, total_TH = (
+        jnp.concatenate(each) if len(parts) > 1 else each[0] for each in zip(*parts, strict=True)
+    )
+    # of all rows at once: on a CPU a logarithm's bits depend on what it is computed with
+    lse_TH = jnp.where(total_TH == 0, -jnp.inf, top_TH + jnp.log(jnp.where(total_TH == 0, 1, total_TH)))
     return out_THC, lse_TH
 
 
@@ -73,10 +77,13 @@ def _tile_by_tile(attend, q_NQHC, position_NQ, sequence_N):
             mine_T = jnp.repeat(mine_n, Q)
             position_T = jnp.where(mine_T, position_nQ.reshape(-1), -1)
             sequence = lax.dynamic_slice_in_dim(sequence_n, jnp.argmax(mine_n), 1)
-            out_THC, lse_TH = attend(q_nQHC.reshape(1, n * Q, H, C), position_T[None], sequence)
-            return jnp.where(mine_T[:, None, None], out_THC, found[0]), jnp.where(mine_T[:, None], lse_TH, found[1])
+            new = attend(q_nQHC.reshape(1, n * Q, H, C), position_T[None], sequence)
+            return jax.tree.map(lambda x, y: jnp.where(mine_T.reshape(-1, *(1,) * (x.ndim - 1)), x, y), new, found)
 
-        nothing = jnp.zeros((n * Q, H, C), q_nQHC.dtype), jnp.zeros((n * Q, H), wide_dtype(q_nQHC.dtype))
+        wide = wide_dtype(q_nQHC.dtype)
+        nothing = tuple(
+            jnp.zeros((n * Q, H, *of), dtype) for of, dtype in (((C,), q_nQHC.dtype), ((), wide), ((), wide))
+        )
         return lax.fori_loop(0, run_n[-1] + 1, one_run, nothing)
 
     tiles = tuple(x.reshape(-1, tile, *x.shape[1:]) for x in (q_NQHC, position_NQ, sequence_N))
@@ -105,7 +112,8 @@ def _attend_blocks(
     scale: float,
     softcap: float | None,
     window: int | None,
-) -> tuple[Float[Array, "NQ H C"], Float[Array, "NQ H"]]:
+) -> tuple[Float[Array, "NQ H C"], Float[Array, "NQ H"], Float[Array, "NQ H"]]:
+    """The output, the highest score and the sum of weights of each row and head."""
     N, Q, H, C = q_NQHC.shape
     K, G = k_PKGC.shape[1:3]
     group = H // K
@@ -150,13 +158,12 @@ def _attend_blocks(
     top_NKR, total_NKR, out_NKRC = lax.fori_loop(first, spans, add_span, start)
     out_NKRC = (out_NKRC / jnp.where(total_NKR == 0, 1, total_NKR)[..., None]).astype(q_NQHC.dtype)
     out_NKRC = jnp.where((position_NR >= 0)[:, None, :, None], out_NKRC, 0)  # beside a NaN sequence as well
-    lse_NKR = jnp.where(total_NKR == 0, -jnp.inf, top_NKR + jnp.log(jnp.where(total_NKR == 0, 1, total_NKR)))
 
     def to_rows(x):
         x = x[:, :, : Q * group].reshape(N, K, Q, group, *x.shape[3:])
         return jnp.moveaxis(x, 1, 2).reshape(N * Q, H, *x.shape[4:])
 
-    return to_rows(out_NKRC), to_rows(lse_NKR)
+    return to_rows(out_NKRC), to_rows(top_NKR), to_rows(total_NKR)
 
 
 def gather_pages(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) -> Float[Array, "N K S C"]:
@@ -171,15 +178,14 @@ def gather_pages(pool_PKGC: Float[Array, "P K G C"], ids_NJ: Int[Array, "N J"]) 
 
 def weighted_sum(weight_NKRS: jax.Array, value_NKSC: jax.Array, accumulate: jnp.dtype) -> Float[Array, "N K R C"]:
     """Sums values over the keys. XLA's CPU backend multiplies from 64 rows on by another kernel, which has other bits
-    but for whole multiples of its columns (and for few columns): there the values are padded to such."""
+    but for whole multiples of its columns: there the values are padded to such."""
 
     def product(weight_NKRS, value_NKSC):
         return _dot(weight_NKRS, value_NKSC, ((3,), (2,)), accumulate)
 
     def on_cpu(weight_NKRS, value_NKSC):
         C = value_NKSC.shape[3]
-        missing = 0 if C <= SMALL_HEAD else -C % WHOLE_HEAD
-        return product(weight_NKRS, jnp.pad(value_NKSC, (*((0, 0),) * 3, (0, missing))))[..., :C]
+        return product(weight_NKRS, jnp.pad(value_NKSC, (*((0, 0),) * 3, (0, -C % WHOLE_HEAD))))[..., :C]
 
     return lax.platform_dependent(weight_NKRS, value_NKSC, cpu=on_cpu, default=product)
 

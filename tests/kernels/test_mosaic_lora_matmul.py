@@ -247,7 +247,7 @@ def test_a_hopper_gpu_gets_the_kernels_and_no_other_device():
 
 @pytest.mark.skipif(not OLD_JAX, reason="about JAX before Mosaic kernels")
 def test_an_older_jax_is_told_so():
-    with pytest.raises(NoImplementation, match=r"need jax 0\.11\.2 or later, before 0\.12; this is"):
+    with pytest.raises(NoImplementation, match=r"need jax 0\.11\.2 or later, before 0\.13; this is"):
         lora_matmul(*make(SINGLES), implementation=MOSAIC)
 
 
