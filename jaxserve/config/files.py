@@ -84,7 +84,7 @@ def _read_yaml(path: Path, text: str) -> Entries:
     try:
         _check_yaml_events(path, text)
         values = _yaml().load(text)
-        lines = _yaml_lines(text)
+        lines = _yaml_lines(path, text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -128,15 +128,22 @@ def _check_yaml_events(path: Path, text: str) -> None:
             raise ConfigError([f"{path}:{line}: directives are not allowed"])
 
 
-def _yaml_lines(text: str) -> dict[tuple[str, ...], int]:
+def _yaml_lines(path: Path, text: str) -> dict[tuple[str, ...], int]:
     from ruamel.yaml.nodes import MappingNode
 
     lines = {}
+
+    def note(*keys: Any) -> None:
+        line = keys[-1].start_mark.line + 1
+        if not all(isinstance(key.value, str) for key in keys):
+            raise ConfigError([f"{path}:{line}: a key must be a name"])
+        lines[tuple(key.value for key in keys)] = line
+
     root = _yaml().compose(text)
     for section, content in root.value if isinstance(root, MappingNode) else ():
-        lines[section.value,] = section.start_mark.line + 1
+        note(section)
         for key, _ in content.value if isinstance(content, MappingNode) else ():
-            lines[section.value, key.value] = key.start_mark.line + 1
+            note(section, key)
     return lines
 
 

@@ -394,6 +394,11 @@ def test_every_flag_says_what_it_does():
     assert [flag.names for flag in flags(*Config.model_fields) if not flag.field.description] == []
 
 
+def test_a_flag_that_takes_one_of_a_few_words_names_them(capsys):
+    assert run("coserve", "--help") == 0
+    assert "--finetune-remat none|elementwise|attention|full" in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_run_that_ends_in_an_error_gives_the_terminal_its_cursor_back(monkeypatch, capfd):
     """What is registered for the end of the process does."""
     at_exit = []

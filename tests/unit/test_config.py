@@ -76,6 +76,8 @@ def test_the_processs_environment_is_read_by_default(monkeypatch):
         ("ENGINE__ENABLE_PREFIX_CACHING", "false", False),
         ("ENGINE__GPU_MEMORY_UTILIZATION", "5e-1", 0.5),
         ("ENGINE__NUM_KV_PAGES", "none", None),
+        ("FINETUNE__FINETUNE_REMAT", "none", "none"),
+        ("FINETUNE__FINETUNE_REMAT", "null", None),
         ("MODEL__PATH", "123", "123"),
         ("LORA__MODULES", '["a=b=c"]', (LoraModule("a", "b=c"),)),
         ("LORA__MODULES", '["{\\"name\\": \\"a\\", \\"path\\": \\"b\\"}"]', (LoraModule("a", "b"),)),
@@ -144,6 +146,8 @@ def test_a_misspelt_key_gives_the_same_error_in_yaml_and_gin(tmp_path):
         ("finetune: {slo_classes: [[a, -5.0]]}", "slo_classes = -5.0: it should be greater than 0"),
         ("finetune: {slo_classes: [['', 5.0]]}", "at least 1 character"),
         ("model: {dtype: int8}", "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ('coserve: {results_dir: "a\\0b"}', "must not hold NUL"),
+        ("bench: {trace: ''}", "at least 1 character"),
         ("1: {a: 2}", "unknown key"),
     ],
 )
@@ -196,6 +200,8 @@ def test_engine_config_holds_what_the_sections_say():
         ("- 1\n", "must be a mapping"),
         ("a: 2026-13-45\n", "month must be in 1..12"),
         ("engine: {block_size: 3", "expected"),
+        ("engine:\n  ? [a, b]\n  : 3\n", ":2: a key must be a name"),
+        ("? [a, b]\n: {c: 3}\n", ":1: a key must be a name"),
         ("a: \x00", "special characters are not allowed"),
     ],
 )
@@ -300,10 +306,12 @@ def configs(draw) -> Config:
         "seed": draw(st.none() | st.integers(0, 2**63)),
     }
     names = draw(st.lists(TEXTS.filter(lambda t: "=" not in t and t[0] != "{"), unique=True, max_size=3))
+    objectives = NUMBERS | st.sampled_from([500.0, 1234.567, 1e6, 1e17])
     return Config(
         model={"path": draw(st.none() | TEXTS), "seed": draw(st.integers(0, 9))},
         engine={"enable_prefix_caching": draw(st.booleans())},
         lora={"modules": [f"{name}={draw(TEXTS)}" for name in names]},
+        finetune={"slo_classes": [(name, draw(objectives), draw(st.none() | objectives)) for name in names]},
         sampling=sampling,
     )  # pyright: ignore
 
