@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.adapters.peft_io import save_peft
-from jaxserve.assets import locate
 from jaxserve.bench import sweep
+from jaxserve.bench.engine import model_path
 from jaxserve.bench.finetune import PeftPeer, how
 from jaxserve.bench.peers import TransformersPeer, require_peft, write_dummy_checkpoint
 from jaxserve.bench.policies import ALONE
@@ -94,9 +94,7 @@ def check(config: Config) -> None:
 
 def shared(config: Config, scratch: Path) -> Config:
     """What both sides run: a model that both load from the same files in the same dtype, an adapter to start from."""
-    model, bench, dtype = config.model, config.bench, peer_dtype(config)
-    assert model.path is not None, "check() was not called"
-    path = locate(model.path)
+    path, model, bench, dtype = model_path(config), config.model, config.bench, peer_dtype(config)
     if model.load_format == "dummy":
         write_dummy_checkpoint(path, scratch / "model", dtype, model.seed)
         path = str(scratch / "model")

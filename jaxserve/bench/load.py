@@ -7,12 +7,13 @@ import numpy as np
 
 from jaxserve.adapters.files import strict_json
 from jaxserve.assets import locate
+from jaxserve.bench.engine import model_path
 from jaxserve.bench.workload import BenchRequest, Row, Workload, clip, make_workload
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.records import Problems, read_lines
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import Tokenizer, find_tokenizer
 
 BASE = "base"  # the base model, where adapters are named
 
@@ -47,6 +48,12 @@ class Bursts(NamedTuple):
 
     def __str__(self) -> str:
         return f"bursts of {self.factor:g} times the rate for {self.seconds:g} s every {self.period:g} s"
+
+
+def check_prompts(config: Config) -> None:
+    """Raises ConfigError where coserve.prompts cannot be read, ModelError for a broken tokenizer."""
+    if config.coserve.prompts is not None:
+        read_prompts(locate(config.coserve.prompts), find_tokenizer(model_path(config), config.model.tokenizer))
 
 
 def read_prompts(path: str, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:

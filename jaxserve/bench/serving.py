@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.compare import Comparison, against_base, against_transformers, fastest
-from jaxserve.bench.engine import stage
+from jaxserve.bench.engine import model_path, stage
 from jaxserve.bench.peers import TransformersPeer, require_transformers, write_dummy_checkpoint
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
@@ -51,11 +51,11 @@ def check(config: Config) -> None:
     if wrong:
         raise ConfigError(wrong)
     bench, adapters = config.bench, config.bench.num_adapters or len(config.lora.modules)
-    if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+    model_path(config)
     check_targets(bench.adapter_targets)
     if adapters and not config.lora.enable_lora:
-        raise ConfigError([f"bench.num_adapters {bench.num_adapters}: lora.enable_lora is off"])
+        key = "bench.num_adapters" if bench.num_adapters else "lora.modules"
+        raise ConfigError([f"{key}: lora.enable_lora is off"])
     if bench.against == "base" and not adapters:
         raise ConfigError(["bench.against base compares adapters with the base alone; set bench.num_adapters"])
     if bench.against == "peft":
@@ -126,13 +126,12 @@ def write_config(config: Config, place: Path) -> None:
 @contextmanager
 def model_directory(config: Config) -> Iterator[str]:
     """Where the weights are; beside a peer, dummy ones are written out first, so that both sides have the same."""
-    model = config.model
-    assert model.path is not None, "check() was not called"
+    path, model = model_path(config), config.model
     if config.bench.against not in PEERS or model.load_format != "dummy":
-        yield model.path
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as directory:
-        write_dummy_checkpoint(model.path, directory, peer_dtype(config), model.seed)
+        write_dummy_checkpoint(path, directory, peer_dtype(config), model.seed)
         yield directory
 
 
@@ -243,7 +242,7 @@ def sampling(config: Config) -> SamplingParams:
 def goodput_of(config: Config) -> tuple[str, ...]:
     """bench.goodput, or the objectives that the scheduler keeps."""
     kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
-    return config.bench.goodput or tuple(f"{name}:{ms:g}" for name, ms in kept.items() if ms is not None)
+    return config.bench.goodput or tuple(f"{name}:{ms}" for name, ms in kept.items() if ms is not None)
 
 
 def run_load(config: Config, engine: "Engine", workload: Workload) -> Run:

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxserve.assets import locate
 from jaxserve.bench.arrivals import bursts_of, rows_at
-from jaxserve.bench.load import unknown_answers
+from jaxserve.bench.engine import NO_MODEL
+from jaxserve.bench.load import check_prompts, unknown_answers
 from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
 from jaxserve.bench.ran import write_tables
@@ -29,6 +31,8 @@ from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual, unsimulated
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
+from jaxserve.finetune.data import check_file
+from jaxserve.finetune.errors import DataError
 
 MOST_REQUESTS = 10**7  # of a run
 UNUSED = {
@@ -52,6 +56,12 @@ UNUSED = {
         "the sweep's jobs go on at one learning rate until a run ends, and keep nothing",
     ),
 }  # fmt: skip
+
+NOT_MEASURED = {
+    "sweep.replicas": "the engine here is one; sweep.simulate has more",
+    "sweep.processes": "only simulated runs are made side by side",
+    "sweep.matmul_efficiency": "only a simulated device has one",
+}
 
 
 def main(config: Config) -> int:
@@ -98,7 +108,7 @@ def main(config: Config) -> int:
 
 
 def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
-    """Raises ConfigError for what cannot be run, before anything is loaded.
+    """Raises ConfigError, DataError or ModelError for what cannot be run, before the model is loaded.
 
     Args:
       not_used: keys that must not be given, as for ``serving.unused``.
@@ -113,21 +123,22 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong += [f"job of adapter {job.adapter!r}: {key}: {not_used[f'job.{key}']}" for key in useless]
     wrong += unknown_answers(config, [job.adapter for job in config.coserve.jobs])
     if config.model.path is None:
-        wrong.append("MODEL: name a model directory, or set model.path")
+        wrong.append(NO_MODEL)
     if not goals_of(config):
         wrong.append(
             "finetune.tpot_objective_ms, finetune.ttft_objective_ms: set one at least; attainment is about them"
         )
-    if sweep.simulate == "none" and sweep.replicas > 1:
-        wrong.append(f"sweep.replicas {sweep.replicas}: the engine here is one; sweep.simulate has more")
-    if sweep.simulate == "none" and sweep.matmul_efficiency is not None:
-        wrong.append(f"sweep.matmul_efficiency {sweep.matmul_efficiency:g}: only a simulated device has one")
-    if sweep.simulate != "none":
-        wrong += unsimulated(config)
+    wrong += unused(config, NOT_MEASURED) if sweep.simulate == "none" else unsimulated(config)
     if not config.lora.enable_lora:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
         raise ConfigError(wrong)
+    for job in config.coserve.jobs if sweep.simulate == "none" else ():
+        try:
+            check_file(locate(job.data))
+        except DataError as error:
+            raise error.within(f"job of adapter {job.adapter!r}") from None
+    check_prompts(config)
 
 
 def check_rates(config: Config) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
+from jaxserve.bench.engine import model_path
 from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, drain_seconds, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
@@ -34,7 +34,7 @@ from jaxserve.models.loader import load_config
 from jaxserve.models.params import check_finetuning_tp, check_tp
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.tokenizer import Tokenizer, find_tokenizer
 
 RESERVE_BYTES = 2 << 30  # of each device: runtime, buffers of steps without gradient rows
 MAX_LENGTH = 8192  # of a sequence, where the configuration says nothing
@@ -239,9 +239,8 @@ class Virtual:
         Raises:
           ModelError, InvalidRequest: a model that an engine of so many devices would not take.
         """
-        assert config.model.path is not None, "no model"
-        path = Path(locate(config.model.path))
-        tokenizer = None if config.coserve.prompts is None else load_tokenizer(path)
+        path = Path(model_path(config))
+        tokenizer = None if config.coserve.prompts is None else find_tokenizer(path, config.model.tokenizer)
         model, shards = load_config(path), config.engine.tensor_parallel
         check_tp(model, shards)
         check_finetuning_tp(model, shards)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxserve.assets import locate
 from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, recent, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
-from jaxserve.bench.engine import load_engine, model_path, options_of, room_for
-from jaxserve.bench.load import BASE, Bursts, make_load, unknown_answers
+from jaxserve.bench.engine import NO_MODEL, load_engine, model_path, options_of, room_for
+from jaxserve.bench.load import BASE, Bursts, check_prompts, make_load, unknown_answers
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
     NOT_SAMPLED,
@@ -117,7 +117,7 @@ def check(config: Config) -> list[Planned]:
     check_results_dir("coserve.results_dir", config.coserve.results_dir)
     wrong = unused(config, {**UNUSED, **NOT_SAMPLED})
     if config.model.path is None:
-        wrong.append("MODEL: name a model directory, or set model.path")
+        wrong.append(NO_MODEL)
     if not config.lora.enable_lora and config.coserve.jobs:
         wrong.append("coserve.jobs: lora.enable_lora is off")
     jobs = []
@@ -139,6 +139,9 @@ def check(config: Config) -> list[Planned]:
             check_data(job)
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
+    if config.bench.trace is not None:
+        trace_rows(config)
+    check_prompts(config)
     check_adapters(config, jobs, room_for(config, [job.config for job in jobs]))
     return jobs
 

@@ -16,8 +16,9 @@ from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.cli.app import app
 from jaxserve.config import Config, resolve
-from jaxserve.errors import ConfigError, EngineError, InvalidRequest, ModelError
+from jaxserve.errors import ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
 from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.finetune.errors import DataError
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
@@ -396,7 +397,7 @@ def test_a_model_that_no_engine_would_split_so_is_not_simulated(tmp_path, tensor
 
 def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     config = Config(
-        sweep={"replicas": 4, "matmul_efficiency": 0.5},
+        sweep={"replicas": 4, "processes": 2, "matmul_efficiency": 0.5},
         lora={"enable_lora": False},
         coserve={"answer_with": ("base", "nobody", "a"), "jobs": ("a=a.jsonl",)},
     )
@@ -406,13 +407,23 @@ def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     for part in (
         "MODEL",
         "tpot_objective_ms",
-        "sweep.replicas 4",
-        "matmul_efficiency 0.5",
+        "sweep.replicas: ",
+        "sweep.processes: ",
+        "sweep.matmul_efficiency: ",
         "enable_lora",
         "no 'nobody'",
     ):
         assert part in said
-    assert len(error.value.errors) == 6
+    assert len(error.value.errors) == 7
+
+
+def test_data_that_is_not_there_is_said_before_anything_is_loaded():
+    given = {"model": {"path": "m"}, "finetune": {"tpot_objective_ms": 45.0}}
+    with pytest.raises(DataError, match=r"job of adapter 'a': data file: No such file"):
+        sweep.check(Config(**given, coserve={"jobs": ("a=none.jsonl",)}))
+    for model, problem in (("m", "m: not a model directory"), ("demo:storyteller", "none.jsonl: data file: No such")):
+        with pytest.raises(JaxServeError, match=problem):
+            sweep.check(Config(**given | {"model": {"path": model}}, coserve={"prompts": "none.jsonl"}))
 
 
 def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
