@@ -10,7 +10,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -42,6 +42,7 @@ from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
 
 RUN_AHEAD = 2  # steps that the device has and the host has not read, at most
+UNBOUNDED = 10**9
 TRAINED = "trained"  # the adapter of made-up examples
 ENDLESS: dict[str, Any] = {"max_steps": 10**9, "schedule": "constant"}
 
@@ -265,7 +266,7 @@ class Simulator:
         buckets: Buckets | None = None,
         replica: int = 0,
     ):
-        limits = settings.limits
+        limits = replace(settings.limits, max_queue=UNBOUNDED)  # others wait outside, and it counts for them as well
         self.settings, self.device, self.look, self.model, self.replica = settings, device, look, model, replica
         self.pool = PagePool(settings.num_pages, settings.page_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(limits, self.pool, _Resident())

@@ -3,6 +3,7 @@
 import gc
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,12 @@ def test_with_a_stash_more_is_trained_within_the_same_objectives(device, stashin
     assert any(mix.forward and mix.decode for mix in mixes)
     together = sum(mix.backward for mix in mixes if mix.forward)  # reading the weights once for both passes' rows
     assert together > 0.15 * sum(mix.backward for mix in mixes)
+
+
+def test_requests_that_a_full_queue_would_refuse_wait(device):
+    settings = Settings(limits=replace(LIMITS, max_queue=1), num_pages=2000)
+    run = Simulator(settings, device)([replace(request, arrival_s=0.0) for request in load(4, 1)])
+    assert all(request.num_outputs for request in run.requests)
 
 
 def test_it_is_the_same_every_time(device):

@@ -1,6 +1,10 @@
 """bench coserve: what ways to share come to, and the figures that its tables hold."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +20,7 @@ from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.cli.app import app
 from jaxserve.config import Config, resolve
+from jaxserve.config.engine import SloClass
 from jaxserve.errors import ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.errors import DataError
@@ -303,6 +308,17 @@ def test_simulated_examples_fit_into_the_stash():
     assert backend.run("finetune-only", 1.0).finetune_rate > 0
 
 
+def test_a_simulated_engine_is_sized_as_one_that_is_there():
+    config = simulated(engine={"max_num_batched_tokens": 32, "max_num_seqs": 16})
+    more = {"finetune_stash_tokens": 300, "slo_classes": (SloClass("chat", 100.0),)}
+    config = config.model_copy(update={"finetune": config.finetune.model_copy(update=more)})
+    settings = virtual.settings_of(config, EIGHT, Virtual(config=config, model=EIGHT).device, "coserve")
+    assert (settings.stash_blocks, settings.limits.max_num_batched_tokens) == (5, 64)
+    assert settings.objectives == (Objective(5.0, 0.045), Objective(0.1, NEVER))
+    with pytest.raises(ConfigError, match="max_model_len 9000 exceeds max_position_embeddings 8192"):
+        Virtual(config=simulated(model={"max_model_len": 9000}), model=EIGHT).run("coserve", 1.0)
+
+
 def test_simulated_jobs_have_the_settings_that_are_given():
     job = {"deterministic": True, "window": 128}
     config = simulated(model={"max_model_len": 256}, bench={"finetune_longest": 4096}, job=job)
@@ -372,6 +388,25 @@ def test_other_processes_simulate_the_same(tmp_path):
         ran.write_tables(tmp_path / name, list(runs))
     for table in ("requests.csv", "steps.csv"):
         assert (tmp_path / "here" / table).read_bytes() == (tmp_path / "there" / table).read_bytes()
+
+
+def test_processes_end_with_the_one_that_is_killed():
+    code = (
+        "import os, time\n"
+        "from jaxserve.bench.processes import spawned\n"
+        "pool = spawned(1)\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    try:
+        assert parent.communicate(timeout=20) == ("", None)  # the worker has closed its end as well
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        raise
 
 
 @pytest.mark.slow
