@@ -14,7 +14,6 @@ from jaxserve.bench.coserve_numbers import (
     Answer,
     Coserved,
     ms,
-    numbers,
     request_rows,
     step_rows,
     write_csv,
@@ -33,16 +32,18 @@ KINDS = {  # of a step's tokens: label and colour, from the bottom of a plot to 
 }
 
 
-def write(directory: str | Path, done: Coserved, title: str) -> dict[str, Any]:
-    """Writes results.json, requests.csv, steps.csv and report.html; returns the numbers."""
-    place, found = Path(directory), numbers(done)
+def write(place: Path, done: Coserved, found: Mapping[str, Any], title: str) -> None:
+    """Writes results.json, requests.csv, steps.csv and report.html.
+
+    Args:
+      found: its ``numbers``.
+    """
     place.mkdir(parents=True, exist_ok=True)
     whole = {**(done.circumstances or {}), **found}
     (place / "results.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     write_csv(place / "requests.csv", REQUEST_COLUMNS, request_rows(done))
     write_csv(place / "steps.csv", STEP_COLUMNS, step_rows(done.run))
     (place / REPORT).write_text(report(done, found, title), encoding="utf-8")
-    return found
 
 
 def report(done: Coserved, found: Mapping[str, Any], title: str) -> str:

@@ -31,6 +31,18 @@ class Bursts(NamedTuple):
     seconds: float
     period: float
 
+    @classmethod
+    def of(cls, config: Config) -> "Bursts":
+        """Those of made-up requests; a trace has none."""
+        options = config.coserve
+        factor = options.burst_factor if config.bench.trace is None else 1.0
+        return cls(factor, options.burst_seconds, options.burst_period)
+
+    @property
+    def gain(self) -> float:
+        """Requests in the mean over those that come without bursts."""
+        return 1 + (self.factor - 1) * self.seconds / self.period
+
     def spans(self, end: float) -> list[tuple[float, float]]:
         """(start, end) in seconds of the bursts that begin before ``end``."""
         starts = np.arange(self.period / 2, end, self.period).tolist()
@@ -38,6 +50,8 @@ class Bursts(NamedTuple):
 
     def squeeze(self, rows: Sequence[Row]) -> list[Row]:
         """The same rows, their arrivals closer together in the bursts; gaps outside stay as they are."""
+        if self.factor == 1:
+            return list(rows)
         last = max((row.arrival_s for row in rows), default=0.0)
         knots = [0.0, *(knot for span in self.spans(last) for knot in span), last + self.period]
         gained = np.diff(knots)

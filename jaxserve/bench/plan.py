@@ -277,7 +277,7 @@ def _draw(core: CoreConfig, model: ModelConfig, mesh: Any, params: Any, state: A
 
 
 def _load(core: CoreConfig, bucket: Bucket, context: int) -> roofline.StepLoad:
-    """A full step: every decode row at ``context`` tokens, one prompt, one window at the end of an example."""
+    """A full step: every decode row at ``context`` tokens, the beginnings of a prompt and of an example."""
     ranks = [core.max_lora_rank] * min(core.max_loras, bucket.decode_rows)
     return roofline.StepLoad(
         decodes=[context] * bucket.decode_rows,

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.assets import locate
-from jaxserve.bench.arrivals import bursts_of, rows_at
+from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.engine import NO_MODEL
-from jaxserve.bench.load import check_prompts, unknown_answers
+from jaxserve.bench.load import Bursts, check_prompts, unknown_answers
 from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
 from jaxserve.bench.ran import write_tables
@@ -143,9 +143,9 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
 
 def check_rates(config: Config) -> None:
     """Raises ConfigError for a rate of any cell's runs at which there are no requests, or more than can be kept."""
-    replicas, seconds = config.sweep.replicas, config.sweep.seconds
+    replicas, seconds, bursts = config.sweep.replicas, config.sweep.seconds, Bursts.of(config)
     for rate in dict.fromkeys(rate for _, rate in calls_of(cells_of(config)) if rate):
-        if rate * replicas * seconds > MOST_REQUESTS:
+        if rate * replicas * seconds * bursts.gain > MOST_REQUESTS:
             said = f"{rate:g} on each of {replicas} replicas for {seconds:g} s"
             raise ConfigError([f"sweep.rates: {said} are more than {MOST_REQUESTS:,} requests"])
         rows_at(config, rate * replicas, seconds)
@@ -302,6 +302,6 @@ def leave(config: Config, place: Path, runs: Runs, result: Mapping[str, Any]) ->
     write_tables(place, made)
     (place / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_config(config, place)
-    page = report(result, made, bursts_of(config, config.sweep.seconds))
+    page = report(result, made, Bursts.of(config).spans(config.sweep.seconds))
     (place / REPORT).write_text(page, encoding="utf-8")
     print(f"report: {place / REPORT}")

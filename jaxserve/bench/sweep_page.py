@@ -14,7 +14,6 @@ from jaxserve.bench.ran import Ran, StepRow
 REPORT = "report.html"
 NUM_BINS = 120  # of a plot over time, about
 MOST_DOTS = 1500
-NUM_COLORS = 8
 
 Found = Mapping[str, Any]
 
@@ -68,8 +67,8 @@ def _series(
                 x=[x for x, _ in points],
                 y=[y for _, y in points],
                 kind="line" if len(points) > 1 else "dots",
-                color=1 + number % NUM_COLORS,
-                dashed=number >= NUM_COLORS,
+                color=1 + number,
+                dashed=number >= html.NUM_COLORS,
             )
         )
     return found

@@ -217,7 +217,7 @@ def plan(
 
 
 @bench_app.command()
-@configured("model", "engine", "finetune")
+@configured("model", "engine")
 def memory(
     config: Config,
     model: Model = None,

@@ -18,7 +18,7 @@ from jaxserve.bench.serving import (
     check_results_dir,
     circumstances,
     goodput_of,
-    made_up_rows,
+    rows_of,
     run_load,
     sampling,
     trace_rows,
@@ -212,26 +212,18 @@ def directories(jobs: Sequence[Planned]) -> dict[str, str]:
 
 def requests_of(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple[Workload, list[tuple[float, float]]]:
     """The requests, each for an adapter, and the (start, end) of bursts among them."""
-    bench, options = config.bench, config.coserve
-    bursts = Bursts(options.burst_factor, options.burst_seconds, options.burst_period)
-    spans: list[tuple[float, float]] = []
-    if bench.trace is not None:
-        rows, source = trace_rows(config)
-    else:
-        rows, source = made_up_rows(config)
-        if bursts.factor > 1:
-            rows, source = bursts.squeeze(rows), f"{source}, {bursts}"
-            spans = bursts.spans(rows[-1].arrival_s)
+    bursts, (rows, source) = Bursts.of(config), rows_of(config)
+    rows = bursts.squeeze(rows)
     load = make_load(
         config,
         rows,
-        source,
-        options.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained),
+        f"{source}, {bursts}" if bursts.factor > 1 else source,
+        config.coserve.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained),
         vocab_size=engine.model.vocab_size,
         max_model_len=engine.core.config.max_model_len,
         tokenizer=engine.tokenizer,
     )
-    return load, spans
+    return load, bursts.spans(rows[-1].arrival_s)
 
 
 def coserve(
@@ -327,7 +319,7 @@ def leave(config: Config, done: Coserved, found: Mapping[str, Any], title: str) 
     if config.coserve.results_dir is None:
         return
     place = Path(config.coserve.results_dir)
-    write(place, done, title)
+    write(place, done, found, title)
     write_config(config, place)
     for adapter, job in done.jobs.items():
         if job.step > 0 and job.status != "failed":

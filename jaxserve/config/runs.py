@@ -56,7 +56,8 @@ class CoserveSection(Section):
     ] = ()
     """Jobs that run beside the requests, as adapter=data, or as an object that may change settings of section job."""
     answer_with: Annotated[tuple[Name, ...], Field(strict=False)] = ()
-    """Adapters that requests are for, or base; by default base, the loaded adapters and those of the jobs."""
+    """Adapters that requests are for, or base; by default base, the loaded adapters and those of the jobs, but in
+    benchmarks base alone."""
     prompts: Place | None = None
     """JSONL of real prompts, {"messages"} or {"prompt"}; by default random tokens of the requested lengths."""
     burst_factor: Annotated[float, Field(ge=1)] = 1.0
@@ -131,7 +132,7 @@ class BenchSection(Section):
     """Requests to send; of a trace, its first ones."""
     request_rate: Annotated[float, Field(gt=0)] | None = None
     """Made-up requests per second; by default all come at once."""
-    burstiness: Annotated[float, Field(gt=0)] = 1.0
+    burstiness: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Shape of the gamma distribution of made-up gaps; 1 is Poisson, less is burstier."""
     random_input_len: PositiveInt = 128
     """Mean prompt tokens of a made-up request."""
@@ -164,7 +165,8 @@ class BenchSection(Section):
     ] = ()
     """Objectives a good request meets, in ms, as ttft:500 or tpot:50."""
     against: Literal["none", "transformers", "base", "peft"] = "none"
-    """Run the same requests side by side through transformers' generate, or through the base model without adapters."""
+    """Run the same side by side: requests through transformers' generate, or through the base model without adapters;
+    of bench finetune, training through PEFT."""
     repeats: PositiveInt = 1
     """Runs of each side, in turn; the fastest counts."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0

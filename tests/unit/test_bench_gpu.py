@@ -56,6 +56,12 @@ def test_the_smoke_run_measures_this_device(tmp_path):
     assert all(figure["value"] > 0 for part in written["parts"] for figure in part["figures"])
 
 
+def test_a_result_file_that_cannot_be_written_is_refused_before_the_first_part(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--smoke", "--parts", "device", "--out", str(tmp_path / "none" / "gpu.json")])
+    assert "gpu.json: No such file or directory" in capsys.readouterr().err
+
+
 def test_an_unknown_part_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["--smoke", "--parts", "nonsense"])

@@ -216,6 +216,20 @@ def test_a_second_process_that_ends_is_not_waited_for(tmp_path, capfd):
     assert "nowhere" in capfd.readouterr().err
 
 
+def test_made_up_requests_come_to_the_end_however_bursty_they_are():
+    rows, _ = arrivals.rows_at(Config(bench={"burstiness": 0.05, "seed": 9}), 5.0, 60.0)
+    assert 59 < rows[-1].arrival_s < 60
+    rows, said = arrivals.rows_at(Config(coserve={"burst_factor": 10.0}), 5.0, 60.0)
+    assert len(rows) == pytest.approx(5 * 60 * 3.25, rel=0.2)
+    assert said.endswith("bursts of 10 times the rate for 3 s every 12 s")
+
+
+def test_bursts_count_among_the_requests_that_can_be_kept():
+    given = simulated(sweep={"rates": (1e5,), "policies": ("coserve",)}, coserve={"burst_factor": 100.0})
+    with pytest.raises(ConfigError, match="are more than 10,000,000 requests"):
+        sweep.main(given)
+
+
 def test_a_trace_is_brought_to_any_rate_and_length():
     rows = [Row(10.0 + i, 5, 3) for i in range(11)]  # one a second
     found, said = arrivals.trace_at(rows, 2.0, 20.0, "stretch")
