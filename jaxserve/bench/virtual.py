@@ -26,7 +26,7 @@ from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator
 from jaxserve.bench.workload import NOBODY, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens, window_remat
-from jaxserve.engine.planner import Planned
+from jaxserve.engine.planner import NOTHING, Planned
 from jaxserve.engine.sizes import check_length, objectives
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
@@ -168,7 +168,8 @@ class _Measured:
     def seconds(self, planned: Planned) -> float:
         parts = self.device.parts(planned)
         beside = self.device.shared(parts, self.other)
-        self.traffic, self.busy = self.traffic + self.device.traffic(parts), self.busy + beside
+        if planned.plan is not NOTHING:  # calibration
+            self.traffic, self.busy = self.traffic + self.device.traffic(parts), self.busy + beside
         return beside if self.is_shared else self.device.alone(parts)
 
     @property
@@ -192,7 +193,7 @@ class BesideRequests:
     def seconds(self, planned: Planned) -> float:
         parts = self.device.parts(planned)
         alone = self.device.alone(parts)
-        if planned.plan.finetune is None:  # calibration
+        if planned.plan is NOTHING:  # calibration
             return alone
         start, left = self._at, 1.0  # of the step's work
         beside = self.device.shared(parts, self.other)

@@ -333,6 +333,14 @@ def test_a_simulated_engine_is_sized_as_one_that_is_there():
         Virtual(config=simulated(model={"max_model_len": 9000}), model=EIGHT).run("coserve", 1.0)
 
 
+def test_what_a_process_asks_of_the_bandwidth_is_that_of_its_steps():
+    backend = Virtual(config=simulated(), model=EIGHT)
+    settings = virtual.settings_of(backend.config, EIGHT, backend.device, "finetune-only")
+    device = virtual._Measured(backend.make_device(settings))
+    Simulator(settings, device, backend.jobs())  # calibrates
+    assert device.bandwidth == 0.0
+
+
 def test_simulated_jobs_have_the_settings_that_are_given():
     job = {"deterministic": True, "window": 128}
     config = simulated(model={"max_model_len": 256}, bench={"finetune_longest": 4096}, job=job)
