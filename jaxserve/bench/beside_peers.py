@@ -17,7 +17,7 @@ from jaxserve.bench.engine import model_path
 from jaxserve.bench.finetune import PeftPeer, how
 from jaxserve.bench.peers import TransformersPeer, require_peft, write_dummy_checkpoint
 from jaxserve.bench.policies import ALONE
-from jaxserve.bench.ran import DRAIN_SECONDS, Asked, Ran, serving_numbers
+from jaxserve.bench.ran import Asked, Ran, drain_seconds, serving_numbers
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result
 from jaxserve.bench.time_sliced import POLICIES, TimeSliced
@@ -25,6 +25,7 @@ from jaxserve.bench.workload import NOBODY, Workload
 from jaxserve.config import Config
 from jaxserve.config.runs import SamplingSection
 from jaxserve.config.schema import JobSection
+from jaxserve.engine.sizes import objectives
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.models.loader import load_config
@@ -136,7 +137,7 @@ class Peer:
             policy,
             load,
             seconds=self.config.sweep.seconds,
-            drain_seconds=DRAIN_SECONDS,
+            drain_seconds=drain_seconds(objectives(self.config.engine_config())[""], load.requests),
             max_batch=self.config.engine.max_num_seqs,
         )()
 

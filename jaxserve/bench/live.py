@@ -126,8 +126,7 @@ class Live:
         """
         engine, seconds = self.engine, self.config.sweep.seconds
         core, load = engine.core, self.workload(name, rate, seconds)
-        longest = max((request.output_tokens for request in load.requests), default=0)
-        end = seconds + drain_seconds(core.config.objectives[""], longest)
+        end = seconds + drain_seconds(core.config.objectives[""], load.requests)
         jobs = {} if how == "inference-only" else self._start()
         core.planner.sharing = sharing(how)
 

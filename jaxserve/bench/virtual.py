@@ -384,8 +384,7 @@ class Virtual:
 def simulated(name: str, simulator: Simulator, load: Workload, seconds: float) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
     coming, cpu = sorted(load.requests, key=lambda request: request.arrival_s), time.process_time()
-    longest = max((request.output_tokens for request in coming), default=0)
-    end = seconds + drain_seconds(simulator.settings.objectives[0], longest)
+    end = seconds + drain_seconds(simulator.settings.objectives[0], coming)
     run = simulator(coming, seconds)
     while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
         if simulator.now >= end:
