@@ -22,7 +22,7 @@ from jaxserve.bench import gpu_trace
 from jaxserve.bench.gpu import Bench, Figure
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.replay import Replay
-from jaxserve.bench.roofline import ideal_decode_seconds, matmul_params
+from jaxserve.bench.roofline import ideal_decode_seconds, matmul_params, train_flops
 from jaxserve.bench.workload import Row, make_workload
 from jaxserve.engine.buckets import Bucket, Buckets
 from jaxserve.sampling import SamplingParams
@@ -252,7 +252,7 @@ def finetune(bench: Bench) -> Iterator[Figure]:
         note = f"{rate / theirs:.2f} times PEFT" if theirs else ""
         yield Figure(name=f"sequences of {length}", value=rate, unit="tokens/s", note=note)
         if device:
-            share = 4 * matmul_params(engine.model) * rate / device.flops
+            share = train_flops(engine.model) * rate / device.flops
             yield Figure(name=f"MFU, sequences of {length}", value=100 * share, unit="%")
 
 

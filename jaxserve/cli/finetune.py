@@ -80,11 +80,10 @@ def train(engine: "Engine", job: "FinetuneJob", root: str, progress: Progress, s
             progress.event(job.adapter, event)
         if progress.due():
             progress.update(state(job, start, before))
-    progress.update(state(job, start, before))
+    progress.update(end := state(job, start, before))
     for event in job.events(told):
         progress.event(job.adapter, event)
-    seconds = time.monotonic() - start
-    return {"seconds": seconds, "tokens_per_s": (job.trained_tokens - before) / seconds}
+    return {"seconds": end["at"], "tokens_per_s": end["finetune_tokens_per_s"]}
 
 
 def state(job: "FinetuneJob", start: float, before: int) -> dict[str, Any]:

@@ -117,6 +117,11 @@ def test_a_latency_that_no_request_has_is_not_shown(tmp_path):
     assert "TPOT            mean -, median -, p99 - ms" in text_block(found)
 
 
+def test_a_request_that_is_refused_is_over():
+    run = MixedRun(requests=[ServedRequest(prompt_tokens=5, start=0.0, output_tokens=3, error="too long")])
+    assert (so_far(run, ["ttft:500"])["done"], so_far(run, ["ttft:500"])["attainment"]) == (1, 0.0)
+
+
 def test_what_models_say_is_text_and_no_markup(left):
     page, _ = left
     assert "&lt;b&gt;Ahoy?&lt;/b&gt;" in page
