@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.compare import Comparison, against_base, against_transformers, fastest
-from jaxserve.bench.engine import model_path, stage
+from jaxserve.bench.engine import model_path, options_of, stage
 from jaxserve.bench.peers import TransformersPeer, require_transformers, write_dummy_checkpoint
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
@@ -178,7 +178,7 @@ def make_engine(config: Config, path: str) -> "Engine":
     """The engine with the named adapters, and room for the random ones where the user left that open."""
     from jaxserve import Engine
 
-    bench, lora, options = config.bench, config.lora, dict(config.engine_config())
+    bench, lora, room = config.bench, config.lora, dict[str, Any]()
     if bench.num_adapters:
         count = bench.num_adapters + len(lora.modules)
         room = {
@@ -186,8 +186,8 @@ def make_engine(config: Config, path: str) -> "Engine":
             "max_cpu_loras": max(count, lora.max_cpu_loras),
             "max_lora_rank": bench.adapter_rank,
         }
-        options |= {name: value for name, value in room.items() if name not in lora.model_fields_set}
-    return Engine.from_pretrained(path, adapters=dict(lora.modules), **beside_peer(config, options))
+    options = beside_peer(config, options_of(config, room))
+    return Engine.from_pretrained(path, adapters=dict(lora.modules), **options)
 
 
 def make_adapters(config: Config, engine: "Engine") -> list[str]:

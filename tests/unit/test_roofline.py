@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from jaxserve.bench import roofline
 from jaxserve.bench.roofline import (
     ALL_LINEAR,
     DEVICES,
@@ -31,6 +32,7 @@ from jaxserve.bench.roofline import (
 from jaxserve.kvcache.pool import page_bytes
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import param_specs
+from pallas_kernels.lora_matmul import PAGE_RANK
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
 H200 = DEVICES["h200"]
@@ -66,6 +68,7 @@ def test_bytes_are_those_of_the_engines_arrays(config, shards):
     assert weight_bytes(config, 2, shards) == pytest.approx(exact, rel=1e-3)
     assert kv_bytes(config, 2, shards) * 64 * shards == page_bytes(config, 64, shards, "bfloat16")
     assert finetune_bytes(config, 2, shards) == kv_bytes(config, 2, shards) * 3  # float32 is twice as wide
+    assert roofline.PAGE_RANK == PAGE_RANK
 
 
 def test_published_sizes():
