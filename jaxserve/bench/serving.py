@@ -47,7 +47,7 @@ def main(config: Config) -> int:
 def check(config: Config) -> None:
     """Raises ConfigError for what cannot be run, before anything is loaded."""
     check_result_file(config)
-    wrong = unused(config, NOT_SAMPLED)
+    wrong = unused(config, {**NOT_SAMPLED, **not_timed(config)})
     if wrong:
         raise ConfigError(wrong)
     bench, adapters = config.bench, config.bench.num_adapters or len(config.lora.modules)
@@ -94,6 +94,16 @@ def check_results_dir(key: str, directory: str | None) -> None:
         tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise ConfigError([f"{key} {directory!r} cannot be written: {error.strerror}"]) from None
+
+
+def not_timed(config: Config) -> dict[str, str]:
+    """Keys that say nothing about when requests come, and why, for ``unused``."""
+    if config.bench.trace is None:
+        return dict.fromkeys(("bench.trace_speed", "bench.trace_scaling"), "there is no bench.trace")
+    return {
+        "bench.request_rate": "the trace has its own, which bench.trace_speed changes",
+        "coserve.burst_factor": "the trace has its own bursts",
+    }
 
 
 def unused(config: Config, reasons: Mapping[str, str]) -> list[str]:

@@ -18,6 +18,7 @@ from jaxserve.bench.serving import (
     check_results_dir,
     circumstances,
     goodput_of,
+    not_timed,
     rows_of,
     run_load,
     sampling,
@@ -115,7 +116,7 @@ def check(config: Config) -> list[Planned]:
     """The jobs; refuses what cannot be run before a model is loaded."""
     check_result_file(config)
     check_results_dir("coserve.results_dir", config.coserve.results_dir)
-    wrong = unused(config, {**UNUSED, **NOT_SAMPLED})
+    wrong = unused(config, {**UNUSED, **NOT_SAMPLED, **not_timed(config)})
     if config.model.path is None:
         wrong.append(NO_MODEL)
     if not config.lora.enable_lora and config.coserve.jobs:

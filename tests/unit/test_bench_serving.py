@@ -421,6 +421,19 @@ def test_adapters_where_none_are_served_are_refused_by_what_asks_for_them(tmp_pa
         serving.main(asked)
 
 
+@pytest.mark.parametrize(
+    ("bench", "problem"),
+    [
+        ({"trace_speed": 2.0}, r"bench\.trace_speed: there is no bench\.trace"),
+        ({"trace": "none.csv", "request_rate": 2.0}, r"bench\.request_rate: the trace has its own"),
+    ],
+)
+@pytest.mark.parametrize("main", [MAINS[0], MAINS[3]], ids=["serving", "coserve"])
+def test_what_says_nothing_about_when_requests_come_is_refused(main, bench, problem):
+    with pytest.raises(ConfigError, match=problem):
+        main(Config(model={"path": "m"}, bench=bench))
+
+
 @pytest.mark.parametrize("key", ["n", "max_tokens"])
 @pytest.mark.parametrize("main", [*MAINS[:1], *MAINS[2:]], ids=["serving", "sweep", "coserve"])
 def test_what_the_load_decides_is_not_asked_for(tmp_path, main, key):
