@@ -28,6 +28,7 @@ from jaxserve.config.schema import JobSection
 from jaxserve.engine.sizes import objectives
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.metrics import percent
 from jaxserve.models.loader import load_config
 
 if TYPE_CHECKING:
@@ -260,12 +261,9 @@ def line(row: Mapping[str, Any]) -> str:
         values = row[f"{name}_ms"]
         return f"{values[kind]:.1f}" if values else "-"
 
-    def share(name: str, digits: int) -> str:
-        return "-" if row[name] is None else f"{row[name]:.{digits}%}"
-
     return (
-        f"{row['side']:<34}{row['finetune_tokens_per_s']:>9.0f} {share('finetuning_kept', 0):>5} "
-        f"{row['completed']:>4}/{row['requests']:<4} {share('attainment', 1):>8} {ms('ttft', 'p50'):>9} "
+        f"{row['side']:<34}{row['finetune_tokens_per_s']:>9.0f} {percent(row['finetuning_kept'], 0):>5} "
+        f"{row['completed']:>4}/{row['requests']:<4} {percent(row['attainment']):>8} {ms('ttft', 'p50'):>9} "
         f"{ms('ttft', 'p99'):>8} {ms('tpot', 'p50'):>9} {ms('tpot', 'p99'):>7} {row['output_tokens_per_s']:>8.1f} "
         f"{row['cpu_seconds']:>6.0f}"
     )

@@ -118,8 +118,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     return inside if len(inside) > 1 else ticks(low, high)
 
 
-def number(value: float) -> str:
-    """A number as people write it: three figures, thousands apart."""
+def number(value: float | None) -> str:
+    """A number as people write it: three figures, thousands apart; - where there is none."""
+    if value is None:
+        return "-"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 1000:

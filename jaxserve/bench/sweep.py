@@ -33,6 +33,7 @@ from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 from jaxserve.finetune.data import check_file
 from jaxserve.finetune.errors import DataError
+from jaxserve.metrics import percent
 
 MOST_REQUESTS = 10**7  # of a run
 UNUSED = {
@@ -212,16 +213,13 @@ def line(cell: Mapping[str, Any]) -> str:
         values = cell.get(f"{name}_ms")
         return f"{values[kind]:.1f}" if values else "-"
 
-    def share(name: str, digits: int = 0) -> str:
-        value = cell.get(name)
-        return "-" if value is None else f"{value:.{digits}%}"
-
-    goodput = cell.get("goodput")
+    goodput, usage = cell.get("goodput"), cell.get("kv_usage_mean")
     return (
-        f"{cell['rate']:>6g} {cell['policy']:<17}{cell['finetune_tokens_per_s']:>9.0f} {share('finetuning_kept'):>5} "
-        f"{share('attainment', 1):>8} {ms('ttft', 'p99'):>9} {ms('tpot', 'mean'):>6} {ms('tpot', 'p99'):>6} "
-        f"{ms('itl', 'p99'):>8} {'-' if goodput is None else f'{goodput:.2f}':>8} {share('kv_usage_mean'):>5} "
-        f"{cell['preemptions'] + cell['evictions']:>4} {share('prediction_error_p90', 1):>6}"
+        f"{cell['rate']:>6g} {cell['policy']:<17}{cell['finetune_tokens_per_s']:>9.0f} "
+        f"{percent(cell['finetuning_kept'], 0):>5} {percent(cell.get('attainment')):>8} {ms('ttft', 'p99'):>9} "
+        f"{ms('tpot', 'mean'):>6} {ms('tpot', 'p99'):>6} {ms('itl', 'p99'):>8} "
+        f"{'-' if goodput is None else f'{goodput:.2f}':>8} {percent(usage, 0):>5} "
+        f"{cell['preemptions'] + cell['evictions']:>4} {percent(cell.get('prediction_error_p90')):>6}"
     )
 
 
