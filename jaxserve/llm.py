@@ -46,7 +46,7 @@ from jaxserve.outputs import Event, RequestOutput
 from jaxserve.prompts import Prompt, as_list, prompt_ids, require, spread, template_variables
 from jaxserve.sampling import SamplingParams, default_params
 from jaxserve.scheduler.request import Request
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.tokenizer import Tokenizer, find_tokenizer
 from jaxserve.training import TrainingEngine
 from sharding import make_mesh
 
@@ -140,7 +140,7 @@ class Engine(TrainingEngine):
         config = config.model_copy(update={"dtype": dtype})
         generation_config = load_generation_config(directory)
         default_params(generation_config)
-        tokenizer = _tokenizer(directory, config)
+        tokenizer = find_tokenizer(directory, config.tokenizer)
         if tokenizer is not None:
             check_tokenizer(model, tokenizer)
         name, adapters = directory.resolve().name, adapters or {}
@@ -503,11 +503,3 @@ def _base_digest(model: ModelConfig, weights: bytes) -> bytes:
     """Names the base model, whatever dtype it is served in: its description and its weights."""
     described = json.dumps(dataclasses.asdict(model), sort_keys=True, default=str)
     return hashlib.sha256(described.encode() + weights).digest()
-
-
-def _tokenizer(directory: Path, config: EngineConfig) -> Tokenizer | None:
-    """The model's tokenizer; a directory without one serves token ids."""
-    if config.tokenizer is not None:
-        return load_tokenizer(config.tokenizer)
-    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return load_tokenizer(directory) if any((directory / name).exists() for name in names) else None

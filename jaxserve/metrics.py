@@ -5,6 +5,11 @@ from collections.abc import Collection
 import numpy as np
 
 
+def percent(share: float | None, digits: int = 1) -> str:
+    """As people write it; - where there is none."""
+    return "-" if share is None else f"{share:.{digits}%}"
+
+
 def summary(values: Collection[float]) -> dict[str, float]:
     """mean, median, std and p99 (linear between neighbours); zeros where there are no values."""
     if not values:

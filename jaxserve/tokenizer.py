@@ -228,6 +228,14 @@ class Stream:
         return decode(self._ids[self._read :])
 
 
+def find_tokenizer(model_dir: str | os.PathLike, other: str | os.PathLike | None = None) -> Tokenizer | None:
+    """That of another directory, where one is named, or the model's; a model without one serves token ids."""
+    if other is not None:
+        return load_tokenizer(other)
+    path, names = directory(model_dir), ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return load_tokenizer(path) if any((path / name).exists() for name in names) else None
+
+
 def load_tokenizer(model_dir: str | os.PathLike, chat_template: str | None = None) -> Tokenizer:
     """Loads tokenizer.json, or what transformers makes of older files.
 

@@ -8,29 +8,31 @@ from jaxserve.bench.workload import Row, random_rows, read_trace, rescale
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 
-SPARE = 1.2  # made-up rows beyond the mean: arrivals are random, and the last ones are cut off
+SPARE = 1.2  # made-up rows beyond the mean, mostly enough: arrivals are random, and the last ones are cut off
 
 
 def rows_at(config: Config, rate: float, seconds: float) -> tuple[list[Row], str]:
-    """Rows that come at ``rate`` per second on average, up to ``seconds``, and how they came about in words."""
-    bench, options = config.bench, config.coserve
+    """Rows that come at ``rate`` per second on average, between bursts if there are some, up to ``seconds``, and how
+    they came about in words."""
+    bench, bursts, rows = config.bench, Bursts.of(config), list[Row]()
     if bench.trace is not None:
         rows, source = trace_at(read_trace(bench.trace), rate, seconds, bench.trace_scaling, bench.seed)
         return rows, f"trace {bench.trace}, {source}"
-    bursts = Bursts(options.burst_factor, options.burst_seconds, options.burst_period)
-    squeezed = 1 + (bursts.factor - 1) * bursts.seconds / bursts.period
-    rows = random_rows(
-        math.ceil(rate * seconds * squeezed * SPARE) + 50,
-        input_len=bench.random_input_len,
-        output_len=bench.random_output_len,
-        range_ratio=bench.random_range_ratio,
-        rate=rate,
-        burstiness=bench.burstiness,
-        seed=bench.seed,
-    )
+    count = math.ceil(rate * seconds * bursts.gain * SPARE) + 50
+    while not rows or rows[-1].arrival_s < seconds:
+        made_up = random_rows(
+            count,
+            input_len=bench.random_input_len,
+            output_len=bench.random_output_len,
+            range_ratio=bench.random_range_ratio,
+            rate=rate,
+            burstiness=bench.burstiness,
+            seed=bench.seed,
+        )
+        rows, count = bursts.squeeze(made_up), 2 * count
     source = f"random lengths, {rate:g} requests/s, gaps gamma of shape {bench.burstiness:g}, seed {bench.seed}"
     if bursts.factor > 1:
-        rows, source = bursts.squeeze(rows), f"{source}, {bursts}"
+        source += f", {bursts}"
     return [row for row in rows if row.arrival_s < seconds], source
 
 
@@ -78,11 +80,3 @@ def _beginning(rows: list[Row], rate: float, seconds: float, how: str) -> tuple[
     if count == len(rows):  # the gap behind the last one is as long as the others are on average
         lasts = rows[-1].arrival_s * count / (count - 1)
     return rows[:count], lasts
-
-
-def bursts_of(config: Config, seconds: float) -> list[tuple[float, float]]:
-    """(start, end) of the bursts of made-up load."""
-    options = config.coserve
-    if config.bench.trace is not None:
-        return []
-    return Bursts(options.burst_factor, options.burst_seconds, options.burst_period).spans(seconds)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.adapters.peft_io import save_peft
-from jaxserve.assets import locate
 from jaxserve.bench import sweep
+from jaxserve.bench.engine import model_path
 from jaxserve.bench.finetune import PeftPeer, how
 from jaxserve.bench.peers import TransformersPeer, require_peft, write_dummy_checkpoint
 from jaxserve.bench.policies import ALONE
-from jaxserve.bench.ran import DRAIN_SECONDS, Asked, Ran, serving_numbers
+from jaxserve.bench.ran import Asked, Ran, drain_seconds, serving_numbers
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result
 from jaxserve.bench.time_sliced import POLICIES, TimeSliced
@@ -25,8 +25,10 @@ from jaxserve.bench.workload import NOBODY, Workload
 from jaxserve.config import Config
 from jaxserve.config.runs import SamplingSection
 from jaxserve.config.schema import JobSection
+from jaxserve.engine.sizes import objectives
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.metrics import percent
 from jaxserve.models.loader import load_config
 
 if TYPE_CHECKING:
@@ -94,9 +96,7 @@ def check(config: Config) -> None:
 
 def shared(config: Config, scratch: Path) -> Config:
     """What both sides run: a model that both load from the same files in the same dtype, an adapter to start from."""
-    model, bench, dtype = config.model, config.bench, peer_dtype(config)
-    assert model.path is not None, "check() was not called"
-    path = locate(model.path)
+    path, model, bench, dtype = model_path(config), config.model, config.bench, peer_dtype(config)
     if model.load_format == "dummy":
         write_dummy_checkpoint(path, scratch / "model", dtype, model.seed)
         path = str(scratch / "model")
@@ -138,7 +138,7 @@ class Peer:
             policy,
             load,
             seconds=self.config.sweep.seconds,
-            drain_seconds=DRAIN_SECONDS,
+            drain_seconds=drain_seconds(objectives(self.config.engine_config())[""], load.requests),
             max_batch=self.config.engine.max_num_seqs,
         )()
 
@@ -261,12 +261,9 @@ def line(row: Mapping[str, Any]) -> str:
         values = row[f"{name}_ms"]
         return f"{values[kind]:.1f}" if values else "-"
 
-    def share(name: str, digits: int) -> str:
-        return "-" if row[name] is None else f"{row[name]:.{digits}%}"
-
     return (
-        f"{row['side']:<34}{row['finetune_tokens_per_s']:>9.0f} {share('finetuning_kept', 0):>5} "
-        f"{row['completed']:>4}/{row['requests']:<4} {share('attainment', 1):>8} {ms('ttft', 'p50'):>9} "
+        f"{row['side']:<34}{row['finetune_tokens_per_s']:>9.0f} {percent(row['finetuning_kept'], 0):>5} "
+        f"{row['completed']:>4}/{row['requests']:<4} {percent(row['attainment']):>8} {ms('ttft', 'p50'):>9} "
         f"{ms('ttft', 'p99'):>8} {ms('tpot', 'p50'):>9} {ms('tpot', 'p99'):>7} {row['output_tokens_per_s']:>8.1f} "
         f"{row['cpu_seconds']:>6.0f}"
     )

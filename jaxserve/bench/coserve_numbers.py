@@ -220,7 +220,7 @@ def recent(run: MixedRun, seconds: float, now: float) -> dict[str, Any]:
 
 def so_far(run: MixedRun, goodput: Sequence[str]) -> dict[str, Any]:
     """Latencies, None of no request, and attainment of the requests that are over."""
-    over = [r for r in run.served if r.over]
+    over = [r for r in run.served if r.over or r.error is not None]  # some are refused and never begin
     begun = [r for r in run.served if r.token_times]
     tpots, kinds = [r.tpot for r in over if r.tpot is not None], ("median", "p99")
     latencies = in_ms("ttft", [r.ttft for r in begun], kinds) | in_ms("tpot", tpots, kinds)

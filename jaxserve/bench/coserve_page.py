@@ -14,7 +14,6 @@ from jaxserve.bench.coserve_numbers import (
     Answer,
     Coserved,
     ms,
-    numbers,
     request_rows,
     step_rows,
     write_csv,
@@ -22,6 +21,7 @@ from jaxserve.bench.coserve_numbers import (
 from jaxserve.bench.html import Limit, Plot, Series, Span
 from jaxserve.bench.load import BASE
 from jaxserve.bench.replay import ServedRequest
+from jaxserve.metrics import percent
 
 REPORT = "report.html"
 NUM_BINS = 120  # of a plot over time, about
@@ -33,16 +33,18 @@ KINDS = {  # of a step's tokens: label and colour, from the bottom of a plot to 
 }
 
 
-def write(directory: str | Path, done: Coserved, title: str) -> dict[str, Any]:
-    """Writes results.json, requests.csv, steps.csv and report.html; returns the numbers."""
-    place, found = Path(directory), numbers(done)
+def write(place: Path, done: Coserved, found: Mapping[str, Any], title: str) -> None:
+    """Writes results.json, requests.csv, steps.csv and report.html.
+
+    Args:
+      found: its ``numbers``.
+    """
     place.mkdir(parents=True, exist_ok=True)
     whole = {**(done.circumstances or {}), **found}
     (place / "results.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
     write_csv(place / "requests.csv", REQUEST_COLUMNS, request_rows(done))
     write_csv(place / "steps.csv", STEP_COLUMNS, step_rows(done.run))
     (place / REPORT).write_text(report(done, found, title), encoding="utf-8")
-    return found
 
 
 def report(done: Coserved, found: Mapping[str, Any], title: str) -> str:
@@ -243,7 +245,7 @@ def _answers(answers: Sequence[Answer]) -> str:
 def _tables(found: Mapping[str, Any]) -> str:
     served = found["requests"]
     latency = [
-        [label, *(_number(served[f"{kind}_{name}_ms"]) for kind in ("mean", "median", "p99"))]
+        [label, *(html.number(served[f"{kind}_{name}_ms"]) for kind in ("mean", "median", "p99"))]
         for name, label in (
             ("ttft", "Time to first token"),
             ("tpot", "Time per output token, over the tokens after the first"),
@@ -258,8 +260,8 @@ def _tables(found: Mapping[str, Any]) -> str:
             [
                 name.replace("_", " "),
                 str(part["requests"]),
-                _percent(part["attainment"]),
-                _number(part["finetune_tokens_per_s"]),
+                percent(part["attainment"]),
+                html.number(part["finetune_tokens_per_s"]),
             ]
             for name, part in found["bursts"].items()
         ]
@@ -282,14 +284,6 @@ def _tables(found: Mapping[str, Any]) -> str:
         ]  # fmt: skip
         blocks.append(html.table(header, rows))
     return html.section("In numbers", *blocks)
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else html.number(value)
 
 
 def _about(done: Coserved) -> str:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 FEW_TOKENS = 512  # of a step: enough for a prompt to be read about as fast as can be
 TOLD_SECONDS = 5.0  # between words on how far the compiler is
+NO_MODEL = "MODEL: name a model directory, or set model.path"
 VERSIONS = 4  # of a job's adapter in the bank at once: requests in flight keep the one they began with
 
 
@@ -70,7 +71,7 @@ def model_path(config: Config) -> str:
       ConfigError: no model.
     """
     if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+        raise ConfigError([NO_MODEL])
     return locate(config.model.path)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jaxserve.adapters.peft_io import save_peft
-from jaxserve.bench.engine import options_of, room_alone, stage
+from jaxserve.bench.engine import NO_MODEL, options_of, room_alone, stage
 from jaxserve.bench.peers import require_peft
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.serving import (
@@ -28,7 +28,7 @@ from jaxserve.bench.serving import (
     write_result,
 )
 from jaxserve.config import Config
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, EngineError
 from jaxserve.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
@@ -70,13 +70,17 @@ def make_examples(count: int, shortest: int, longest: int, vocab_size: int, seed
 
 
 def train(engine: "Engine", examples: Examples, adapter: str, fields: dict[str, Any]) -> TrainRun:
-    """One of our jobs from its first step to its last; its adapter is not kept."""
+    """One of our jobs from its first step to its last; its adapter is not kept.
+
+    Raises:
+      EngineError: the job failed.
+    """
     job = engine.finetune([(ids, None) for ids in examples], adapter=adapter, **fields)
     start, cpu = time.perf_counter(), time.process_time()
     job.wait()
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     if job.status != "succeeded":
-        raise ConfigError([f"the job is {job.status}: {job.error}"])
+        raise EngineError(f"the job is {job.status}: {job.error}")
     engine.unload_adapter(adapter)
     return TrainRun(how="JaxServe", seconds=seconds, cpu_seconds=cpu, tokens=job.trained_tokens, losses=job.losses)
 
@@ -169,13 +173,14 @@ def main(config: Config) -> int:
     check_result_file(config)
     wrong = unused(config, UNUSED)
     if config.model.path is None:
-        wrong.append("MODEL: name a model directory, or set model.path")
+        wrong.append(NO_MODEL)
     if not config.lora.enable_lora:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
         raise ConfigError(wrong)
     if config.bench.against not in ("none", "peft"):
         raise ConfigError([f"bench.against {config.bench.against}: jaxserve bench finetune compares with peft"])
+    check_targets(config.bench.adapter_targets)
     if config.bench.against == "peft":
         require_peft()
     with model_directory(config) as path, tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as scratch:

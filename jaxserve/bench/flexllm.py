@@ -84,6 +84,8 @@ def main(
     missing = [str(path) for path in directories if not path.is_dir()]
     if missing:
         raise ConfigError([f"--models {models}: no {', '.join(missing)}"])
+    if trace and lengths:
+        raise ConfigError([f"--lengths {lengths[0]}: the requests of --trace have their own"])
     check_results_dir("--out", out)
     found, begun = [], deque()
     with Pool() as pool:

@@ -186,6 +186,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--parts: no part {unknown[0]!r}; there are {', '.join(part.name for part in parts)}")
         parts = tuple(part for part in parts if part.name in wanted)
     report = Report(options.out, facts(options.smoke) | {"layers": options.layers, "few": options.few})
+    try:
+        report.write()
+    except OSError as error:
+        parser.error(f"--out {options.out}: {error.strerror}")
     bench = Bench(smoke=options.smoke, layers=options.layers, few=options.few, facts=report.facts)
     watchdog = threading.Timer(LIMIT, _give_up, (report,))
     watchdog.daemon = True

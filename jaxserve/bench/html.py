@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 46
+NUM_COLORS = 8
 MOST_TIPS = 1000  # points that say their value under the pointer
 
 
@@ -25,8 +26,12 @@ class Series:
     x: Sequence[float]
     y: Sequence[float]
     kind: Literal["line", "dots", "area"] = "line"
-    color: int = 1  # 1 to 8
+    color: int = 1  # from 1 on; the first comes again after the last
     dashed: bool = False  # dots are rings
+
+    @property
+    def hue(self) -> int:
+        return 1 + (self.color - 1) % NUM_COLORS
 
 
 class Span(NamedTuple):
@@ -113,8 +118,10 @@ def log_ticks(low: float, high: float) -> list[float]:
     return inside if len(inside) > 1 else ticks(low, high)
 
 
-def number(value: float) -> str:
-    """A number as people write it: three figures, thousands apart."""
+def number(value: float | None) -> str:
+    """A number as people write it: three figures, thousands apart; - where there is none."""
+    if value is None:
+        return "-"
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) >= 1000:
@@ -138,7 +145,7 @@ def figure(plot: Plot) -> str:
 
 
 def _swatch(series: Series) -> str:
-    return f"b{series.color} {series.kind}{' dashed' if series.dashed else ''}"
+    return f"b{series.hue} {series.kind}{' dashed' if series.dashed else ''}"
 
 
 def _svg(plot: Plot, shown: Sequence[Series]) -> str:
@@ -202,14 +209,14 @@ def _grid(plot: Plot, axes: _Axes) -> list[str]:
 
 
 def _drawn(series: Series, below: Sequence[float], above: Sequence[float], axes: _Axes) -> list[str]:
-    color = f"s{series.color}"
+    color = f"s{series.hue}"
     if series.kind == "area":
-        return [f'<path class="f{series.color} area" d="{_area(series.x, below, above, axes)}"/>']
+        return [f'<path class="f{series.hue} area" d="{_area(series.x, below, above, axes)}"/>']
     points = [(axes.px(x), axes.py(y)) for x, y in zip(series.x, above, strict=True)]
     if series.kind == "line":
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         return [f'<polyline class="{color} line{" dashed" if series.dashed else ""}" points="{path}"/>']
-    tips, look = len(points) <= MOST_TIPS, f"{color} ring" if series.dashed else f"f{series.color} dot"
+    tips, look = len(points) <= MOST_TIPS, f"{color} ring" if series.dashed else f"f{series.hue} dot"
     return [
         f'<circle class="{look}" cx="{px:.1f}" cy="{py:.1f}" r="2.6">'
         + (f"<title>{escape(series.label)}: {number(x)}, {number(y)}</title>" if tips else "")

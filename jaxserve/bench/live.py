@@ -23,7 +23,7 @@ from jaxserve.bench.replay import STOPPED, Replay, ServedRequest
 from jaxserve.bench.report import share_met
 from jaxserve.bench.serving import rows_of, run_load, sampling, warm_up_load
 from jaxserve.bench.simulator import TRAINED, FittedDevice, Settings, Simulator, endless_jobs
-from jaxserve.bench.virtual import objective_of, simulated
+from jaxserve.bench.virtual import simulated
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.buckets import Bucket
@@ -126,8 +126,7 @@ class Live:
         """
         engine, seconds = self.engine, self.config.sweep.seconds
         core, load = engine.core, self.workload(name, rate, seconds)
-        longest = max((request.output_tokens for request in load.requests), default=0)
-        end = seconds + drain_seconds(objective_of(self.config), longest)
+        end = seconds + drain_seconds(core.config.objectives[""], load.requests)
         jobs = {} if how == "inference-only" else self._start()
         core.planner.sharing = sharing(how)
 

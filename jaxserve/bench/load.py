@@ -7,12 +7,13 @@ import numpy as np
 
 from jaxserve.adapters.files import strict_json
 from jaxserve.assets import locate
+from jaxserve.bench.engine import model_path
 from jaxserve.bench.workload import BenchRequest, Row, Workload, clip, make_workload
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.records import Problems, read_lines
-from jaxserve.tokenizer import Tokenizer
+from jaxserve.tokenizer import Tokenizer, find_tokenizer
 
 BASE = "base"  # the base model, where adapters are named
 
@@ -30,6 +31,18 @@ class Bursts(NamedTuple):
     seconds: float
     period: float
 
+    @classmethod
+    def of(cls, config: Config) -> "Bursts":
+        """Those of made-up requests; a trace has none."""
+        options = config.coserve
+        factor = options.burst_factor if config.bench.trace is None else 1.0
+        return cls(factor, options.burst_seconds, options.burst_period)
+
+    @property
+    def gain(self) -> float:
+        """Requests in the mean over those that come without bursts."""
+        return 1 + (self.factor - 1) * self.seconds / self.period
+
     def spans(self, end: float) -> list[tuple[float, float]]:
         """(start, end) in seconds of the bursts that begin before ``end``."""
         starts = np.arange(self.period / 2, end, self.period).tolist()
@@ -37,6 +50,8 @@ class Bursts(NamedTuple):
 
     def squeeze(self, rows: Sequence[Row]) -> list[Row]:
         """The same rows, their arrivals closer together in the bursts; gaps outside stay as they are."""
+        if self.factor == 1:
+            return list(rows)
         last = max((row.arrival_s for row in rows), default=0.0)
         knots = [0.0, *(knot for span in self.spans(last) for knot in span), last + self.period]
         gained = np.diff(knots)
@@ -47,6 +62,12 @@ class Bursts(NamedTuple):
 
     def __str__(self) -> str:
         return f"bursts of {self.factor:g} times the rate for {self.seconds:g} s every {self.period:g} s"
+
+
+def check_prompts(config: Config) -> None:
+    """Raises ConfigError where coserve.prompts cannot be read, ModelError for a broken tokenizer."""
+    if config.coserve.prompts is not None:
+        read_prompts(locate(config.coserve.prompts), find_tokenizer(model_path(config), config.model.tokenizer))
 
 
 def read_prompts(path: str, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:

@@ -1,16 +1,12 @@
-"""Runs of simulated replicas in several processes at once: each is the same as alone, and they come in order.
-
-A process imports JAX, with its threads, on the way to the job machinery, so the others are spawned, never forked.
-"""
+"""Runs of simulated replicas in several processes at once: each is the same as alone, and they come in order."""
 
 import os
-import signal
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
-from multiprocessing import get_context
 
 from jaxserve.bench.policies import Backend, Runs
+from jaxserve.bench.processes import spawned
 from jaxserve.bench.ran import Ran
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
@@ -36,8 +32,7 @@ class Pool:
 
     def submit(self, function: Callable[..., tuple[Ran, ...]], *args: object) -> "Future[tuple[Ran, ...]]":
         if self._executor is None:  # as late as this: what needs no runs starts no processes
-            quietly = (signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends all, and this process says so
-            self._executor = ProcessPoolExecutor(self.processes, get_context("spawn"), signal.signal, quietly)
+            self._executor = spawned(self.processes)
         return self._executor.submit(function, *args)
 
     def backend(self, virtual: Virtual, cells: Sequence[tuple[str, float]]) -> Backend:

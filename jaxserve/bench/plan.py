@@ -6,9 +6,7 @@ fit, kernels, collectives and copies, what each Pallas kernel needs, and the roo
 
 import dataclasses
 import json
-import multiprocessing
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ from jax import tree
 
 from jaxserve.bench import ahead, hlo, roofline
 from jaxserve.bench.engine import model_path
+from jaxserve.bench.processes import spawned
 from jaxserve.config import Config, EngineConfig
 from jaxserve.engine.activations import activation_bytes, stash_bytes
 from jaxserve.engine.batch import DrawLayout
@@ -206,7 +205,7 @@ def _kernels(
     its own: kernels keep where they were dumped to, and one that was compiled before is not dumped."""
     kinds = {layer: index for index, layer in reversed(list(enumerate(model.layers)))}
     few = _cut(model, sorted(kinds.values()))
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as other:
+    with spawned(1) as other:
         found = other.submit(_dumped_kernels, core, few, device, tensor_parallel, train, tuple(buckets)).result()
     return tuple(sorted(set(found), key=lambda kernel: (kernel.name, kernel.registers, kernel.shared_bytes)))
 
@@ -278,7 +277,7 @@ def _draw(core: CoreConfig, model: ModelConfig, mesh: Any, params: Any, state: A
 
 
 def _load(core: CoreConfig, bucket: Bucket, context: int) -> roofline.StepLoad:
-    """A full step: every decode row at ``context`` tokens, one prompt, one window at the end of an example."""
+    """A full step: every decode row at ``context`` tokens, the beginnings of a prompt and of an example."""
     ranks = [core.max_lora_rank] * min(core.max_loras, bucket.decode_rows)
     return roofline.StepLoad(
         decodes=[context] * bucket.decode_rows,

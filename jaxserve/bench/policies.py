@@ -157,7 +157,7 @@ def claims(cells: Sequence[Mapping[str, Any]], enough: float = ENOUGH) -> list[d
             continue
         plain, ours = here.get(REQUESTS), _best(cell for cell in all_ours if _keeps(cell, enough)) or all_ours[0]
         served = None if plain is None else (plain["attainment"] or 0.0) >= enough
-        others = [cell for name, cell in here.items() if not is_ours(name) and name != ALONE]
+        others = [cell for name, cell in here.items() if not is_ours(name) and name not in (ALONE, REQUESTS)]
         best = _best(cell for cell in others if _keeps(cell, enough))
         rival = best["finetune_tokens_per_s"] if best else 0.0
         found.append(

@@ -95,12 +95,10 @@ def finetune_tokens(steps: Iterable[StepRow], seconds: float) -> int:
     return sum(step.mix.backward for step in steps if step.end <= seconds)
 
 
-def drain_seconds(objective: Objective, longest: int) -> float:
-    """How long requests may take to end when no more come; one that is not over by then counts as missed.
-
-    Args:
-      longest: output tokens of a request at most; one that keeps its objectives takes no longer than they allow.
-    """
+def drain_seconds(objective: Objective, requests: Iterable[BenchRequest]) -> float:
+    """How long requests may take to end when no more come: the longest as long as its objectives allow. One that is not
+    over by then counts as missed."""
+    longest = max((request.output_tokens for request in requests), default=0)
     first = DRAIN_SECONDS if objective.ttft == NEVER else objective.ttft
     others = 0.0 if objective.tpot == NEVER else objective.tpot * longest
     return max(DRAIN_SECONDS, first + others)

@@ -215,13 +215,6 @@ def finetune_bytes(model: ModelConfig, itemsize: int = 2, tensor_parallel: int =
     return kv_bytes(model, itemsize, tensor_parallel) + kv_bytes(model, WIDE, tensor_parallel)
 
 
-def adapter_bytes(model: ModelConfig, rank: int, itemsize: int = 2, tensor_parallel: int = 1) -> int:
-    """Bytes of an adapter of all linear layers on one device; ranks are stored in pages of 16."""
-    return model.num_layers * sum(
-        _factor_elements(name, *dims, rank, tensor_parallel) * itemsize for name, dims in site_dims(model).items()
-    )
-
-
 def train_flops(model: ModelConfig) -> int:
     """FLOPs per token that finetuning needs, attention left out: a forward and dx, no dW (4 P)."""
     return 4 * matmul_params(model)
@@ -473,9 +466,3 @@ def _keys_of_decodes(contexts: Sequence[int], window: int | None) -> int:
 
 def _padded(rank: int) -> int:
     return -(-rank // PAGE_RANK) * PAGE_RANK
-
-
-def _factor_elements(site: str, inputs: int, outs: tuple[int, ...], rank: int, shards: int) -> int:
-    """A of every member and B, of which the split one shrinks with the number of devices."""
-    a, b = _padded(rank) * len(outs) * inputs, _padded(rank) * sum(outs)
-    return a // shards + b if site in ROW_PARALLEL else a + b // shards

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxserve.bench.compare import Comparison, against_base, against_transformers, fastest
-from jaxserve.bench.engine import stage
+from jaxserve.bench.engine import model_path, options_of, stage
 from jaxserve.bench.peers import TransformersPeer, require_transformers, write_dummy_checkpoint
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
@@ -47,15 +47,15 @@ def main(config: Config) -> int:
 def check(config: Config) -> None:
     """Raises ConfigError for what cannot be run, before anything is loaded."""
     check_result_file(config)
-    wrong = unused(config, NOT_SAMPLED)
+    wrong = unused(config, {**NOT_SAMPLED, **not_timed(config)})
     if wrong:
         raise ConfigError(wrong)
     bench, adapters = config.bench, config.bench.num_adapters or len(config.lora.modules)
-    if config.model.path is None:
-        raise ConfigError(["MODEL: name a model directory, or set model.path"])
+    model_path(config)
     check_targets(bench.adapter_targets)
     if adapters and not config.lora.enable_lora:
-        raise ConfigError([f"bench.num_adapters {bench.num_adapters}: lora.enable_lora is off"])
+        key = "bench.num_adapters" if bench.num_adapters else "lora.modules"
+        raise ConfigError([f"{key}: lora.enable_lora is off"])
     if bench.against == "base" and not adapters:
         raise ConfigError(["bench.against base compares adapters with the base alone; set bench.num_adapters"])
     if bench.against == "peft":
@@ -96,6 +96,16 @@ def check_results_dir(key: str, directory: str | None) -> None:
         raise ConfigError([f"{key} {directory!r} cannot be written: {error.strerror}"]) from None
 
 
+def not_timed(config: Config) -> dict[str, str]:
+    """Keys that say nothing about when requests come, and why, for ``unused``."""
+    if config.bench.trace is None:
+        return dict.fromkeys(("bench.trace_speed", "bench.trace_scaling"), "there is no bench.trace")
+    return {
+        "bench.request_rate": "the trace has its own, which bench.trace_speed changes",
+        "coserve.burst_factor": "the trace has its own bursts",
+    }
+
+
 def unused(config: Config, reasons: Mapping[str, str]) -> list[str]:
     """Lines for the keys that a command has no use for but were given, with the reason of each.
 
@@ -126,13 +136,12 @@ def write_config(config: Config, place: Path) -> None:
 @contextmanager
 def model_directory(config: Config) -> Iterator[str]:
     """Where the weights are; beside a peer, dummy ones are written out first, so that both sides have the same."""
-    model = config.model
-    assert model.path is not None, "check() was not called"
+    path, model = model_path(config), config.model
     if config.bench.against not in PEERS or model.load_format != "dummy":
-        yield model.path
+        yield path
         return
     with tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as directory:
-        write_dummy_checkpoint(model.path, directory, peer_dtype(config), model.seed)
+        write_dummy_checkpoint(path, directory, peer_dtype(config), model.seed)
         yield directory
 
 
@@ -179,7 +188,7 @@ def make_engine(config: Config, path: str) -> "Engine":
     """The engine with the named adapters, and room for the random ones where the user left that open."""
     from jaxserve import Engine
 
-    bench, lora, options = config.bench, config.lora, dict(config.engine_config())
+    bench, lora, room = config.bench, config.lora, dict[str, Any]()
     if bench.num_adapters:
         count = bench.num_adapters + len(lora.modules)
         room = {
@@ -187,8 +196,8 @@ def make_engine(config: Config, path: str) -> "Engine":
             "max_cpu_loras": max(count, lora.max_cpu_loras),
             "max_lora_rank": bench.adapter_rank,
         }
-        options |= {name: value for name, value in room.items() if name not in lora.model_fields_set}
-    return Engine.from_pretrained(path, adapters=dict(lora.modules), **beside_peer(config, options))
+    options = beside_peer(config, options_of(config, room))
+    return Engine.from_pretrained(path, adapters=dict(lora.modules), **options)
 
 
 def make_adapters(config: Config, engine: "Engine") -> list[str]:
@@ -243,7 +252,7 @@ def sampling(config: Config) -> SamplingParams:
 def goodput_of(config: Config) -> tuple[str, ...]:
     """bench.goodput, or the objectives that the scheduler keeps."""
     kept = {"ttft": config.finetune.ttft_objective_ms, "tpot": config.finetune.tpot_objective_ms}
-    return config.bench.goodput or tuple(f"{name}:{ms:g}" for name, ms in kept.items() if ms is not None)
+    return config.bench.goodput or tuple(f"{name}:{ms}" for name, ms in kept.items() if ms is not None)
 
 
 def run_load(config: Config, engine: "Engine", workload: Workload) -> Run:

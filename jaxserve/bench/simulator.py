@@ -10,7 +10,7 @@ import gc
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +19,7 @@ import numpy as np
 from jaxserve.bench import roofline
 from jaxserve.bench.fake_model import FakeModel
 from jaxserve.bench.ran import StepRow, step_row
-from jaxserve.bench.report import RequestRecord, share_met
+from jaxserve.bench.report import RequestRecord
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.config import Config
 from jaxserve.engine.buckets import Buckets
@@ -42,6 +42,7 @@ from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 from jaxserve.scheduler.slo import LatencyBudget
 
 RUN_AHEAD = 2  # steps that the device has and the host has not read, at most
+UNBOUNDED = 10**9
 TRAINED = "trained"  # the adapter of made-up examples
 ENDLESS: dict[str, Any] = {"max_steps": 10**9, "schedule": "constant"}
 
@@ -168,27 +169,8 @@ class Simulated:
 
     requests: list[RequestRecord] = field(default_factory=list)
     steps: list[StepRow] = field(default_factory=list)
-    duration: float = 0.0
     preemptions: int = 0
     evictions: int = 0  # of finetune sequences, whose pages requests needed
-
-    def attainment(self, goals: dict[str, float]) -> float:
-        """Share of the requests that met every objective, as ``{"ttft": 5.0, "tpot": 0.05}``."""
-        share = share_met(self.requests, goals)
-        return 1.0 if share is None else share
-
-    def finetune_tokens(self, start: float = 0.0, end: float = float("inf")) -> int:
-        """Tokens whose backward was done in this time."""
-        return sum(step.mix.backward for step in self.steps if start < step.end <= end)
-
-    def finetune_rate(self, start: float = 0.0, end: float | None = None) -> float:
-        """The same per second."""
-        end = self.duration if end is None else end
-        return self.finetune_tokens(start, end) / (end - start)
-
-    def errors(self) -> np.ndarray:
-        """Predicted over real seconds of each step, minus 1."""
-        return np.array([step.predicted / step.seconds - 1 for step in self.steps])
 
 
 class VirtualTraining:
@@ -265,7 +247,7 @@ class Simulator:
         buckets: Buckets | None = None,
         replica: int = 0,
     ):
-        limits = settings.limits
+        limits = replace(settings.limits, max_queue=UNBOUNDED)  # others wait outside, and it counts for them as well
         self.settings, self.device, self.look, self.model, self.replica = settings, device, look, model, replica
         self.pool = PagePool(settings.num_pages, settings.page_size, settings.enable_prefix_caching)
         self.scheduler = Scheduler(limits, self.pool, _Resident())
@@ -312,7 +294,6 @@ class Simulator:
             self.look(self)
         for seq, record in self._records.items():
             record.token_ids = seq.output_ids
-        self.run.duration = self.now
         self.run.preemptions = self.scheduler.counts().preemptions
         self.run.evictions = self.training.evictions if self.training else 0
         return self.run

@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxserve.bench.arrivals import bursts_of, rows_at
-from jaxserve.bench.load import unknown_answers
+from jaxserve.assets import locate
+from jaxserve.bench.arrivals import rows_at
+from jaxserve.bench.engine import NO_MODEL
+from jaxserve.bench.load import Bursts, check_prompts, unknown_answers
 from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
 from jaxserve.bench.ran import write_tables
@@ -29,6 +31,9 @@ from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual, unsimulated
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
+from jaxserve.finetune.data import check_file
+from jaxserve.finetune.errors import DataError
+from jaxserve.metrics import percent
 
 MOST_REQUESTS = 10**7  # of a run
 UNUSED = {
@@ -52,6 +57,12 @@ UNUSED = {
         "the sweep's jobs go on at one learning rate until a run ends, and keep nothing",
     ),
 }  # fmt: skip
+
+NOT_MEASURED = {
+    "sweep.replicas": "the engine here is one; sweep.simulate has more",
+    "sweep.processes": "only simulated runs are made side by side",
+    "sweep.matmul_efficiency": "only a simulated device has one",
+}
 
 
 def main(config: Config) -> int:
@@ -98,7 +109,7 @@ def main(config: Config) -> int:
 
 
 def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
-    """Raises ConfigError for what cannot be run, before anything is loaded.
+    """Raises ConfigError, DataError or ModelError for what cannot be run, before the model is loaded.
 
     Args:
       not_used: keys that must not be given, as for ``serving.unused``.
@@ -113,28 +124,29 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong += [f"job of adapter {job.adapter!r}: {key}: {not_used[f'job.{key}']}" for key in useless]
     wrong += unknown_answers(config, [job.adapter for job in config.coserve.jobs])
     if config.model.path is None:
-        wrong.append("MODEL: name a model directory, or set model.path")
+        wrong.append(NO_MODEL)
     if not goals_of(config):
         wrong.append(
             "finetune.tpot_objective_ms, finetune.ttft_objective_ms: set one at least; attainment is about them"
         )
-    if sweep.simulate == "none" and sweep.replicas > 1:
-        wrong.append(f"sweep.replicas {sweep.replicas}: the engine here is one; sweep.simulate has more")
-    if sweep.simulate == "none" and sweep.matmul_efficiency is not None:
-        wrong.append(f"sweep.matmul_efficiency {sweep.matmul_efficiency:g}: only a simulated device has one")
-    if sweep.simulate != "none":
-        wrong += unsimulated(config)
+    wrong += unused(config, NOT_MEASURED) if sweep.simulate == "none" else unsimulated(config)
     if not config.lora.enable_lora:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
         raise ConfigError(wrong)
+    for job in config.coserve.jobs if sweep.simulate == "none" else ():
+        try:
+            check_file(locate(job.data))
+        except DataError as error:
+            raise error.within(f"job of adapter {job.adapter!r}") from None
+    check_prompts(config)
 
 
 def check_rates(config: Config) -> None:
     """Raises ConfigError for a rate of any cell's runs at which there are no requests, or more than can be kept."""
-    replicas, seconds = config.sweep.replicas, config.sweep.seconds
+    replicas, seconds, bursts = config.sweep.replicas, config.sweep.seconds, Bursts.of(config)
     for rate in dict.fromkeys(rate for _, rate in calls_of(cells_of(config)) if rate):
-        if rate * replicas * seconds > MOST_REQUESTS:
+        if rate * replicas * seconds * bursts.gain > MOST_REQUESTS:
             said = f"{rate:g} on each of {replicas} replicas for {seconds:g} s"
             raise ConfigError([f"sweep.rates: {said} are more than {MOST_REQUESTS:,} requests"])
         rows_at(config, rate * replicas, seconds)
@@ -201,16 +213,13 @@ def line(cell: Mapping[str, Any]) -> str:
         values = cell.get(f"{name}_ms")
         return f"{values[kind]:.1f}" if values else "-"
 
-    def share(name: str, digits: int = 0) -> str:
-        value = cell.get(name)
-        return "-" if value is None else f"{value:.{digits}%}"
-
-    goodput = cell.get("goodput")
+    goodput, usage = cell.get("goodput"), cell.get("kv_usage_mean")
     return (
-        f"{cell['rate']:>6g} {cell['policy']:<17}{cell['finetune_tokens_per_s']:>9.0f} {share('finetuning_kept'):>5} "
-        f"{share('attainment', 1):>8} {ms('ttft', 'p99'):>9} {ms('tpot', 'mean'):>6} {ms('tpot', 'p99'):>6} "
-        f"{ms('itl', 'p99'):>8} {'-' if goodput is None else f'{goodput:.2f}':>8} {share('kv_usage_mean'):>5} "
-        f"{cell['preemptions'] + cell['evictions']:>4} {share('prediction_error_p90', 1):>6}"
+        f"{cell['rate']:>6g} {cell['policy']:<17}{cell['finetune_tokens_per_s']:>9.0f} "
+        f"{percent(cell['finetuning_kept'], 0):>5} {percent(cell.get('attainment')):>8} {ms('ttft', 'p99'):>9} "
+        f"{ms('tpot', 'mean'):>6} {ms('tpot', 'p99'):>6} {ms('itl', 'p99'):>8} "
+        f"{'-' if goodput is None else f'{goodput:.2f}':>8} {percent(usage, 0):>5} "
+        f"{cell['preemptions'] + cell['evictions']:>4} {percent(cell.get('prediction_error_p90')):>6}"
     )
 
 
@@ -291,6 +300,6 @@ def leave(config: Config, place: Path, runs: Runs, result: Mapping[str, Any]) ->
     write_tables(place, made)
     (place / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_config(config, place)
-    page = report(result, made, bursts_of(config, config.sweep.seconds))
+    page = report(result, made, Bursts.of(config).spans(config.sweep.seconds))
     (place / REPORT).write_text(page, encoding="utf-8")
     print(f"report: {place / REPORT}")

@@ -10,11 +10,11 @@ from jaxserve.bench.coserve_page import KINDS
 from jaxserve.bench.html import Limit, Plot, Series, Span
 from jaxserve.bench.policies import ALONE, ENOUGH, OURS, REQUESTS
 from jaxserve.bench.ran import Ran, StepRow
+from jaxserve.metrics import percent
 
 REPORT = "report.html"
 NUM_BINS = 120  # of a plot over time, about
 MOST_DOTS = 1500
-NUM_COLORS = 8
 
 Found = Mapping[str, Any]
 
@@ -44,7 +44,7 @@ def _tiles(result: Found) -> str:
         value, remark = f"{claim['coserve_tokens_per_s']:,.0f} tokens/s", f"the finetuning of {ours}, per replica"
         if times is not None:
             value, remark = f"{times:.2f} x", f"the finetuning of {ours} over {claim['best_other']}"
-        remark += f"; {_percent(claim['coserve_attainment'])} of its requests met the objectives"
+        remark += f"; {percent(claim['coserve_attainment'])} of its requests met the objectives"
         tiles.append((f"{claim['rate']:g} requests/s", value, remark))
     for cell in (cell for cell in result["cells"] if cell["policy"] == ALONE):
         tiles.append(("Finetuning alone", f"{cell['finetune_tokens_per_s']:,.0f} tokens/s", "per replica"))
@@ -68,8 +68,8 @@ def _series(
                 x=[x for x, _ in points],
                 y=[y for _, y in points],
                 kind="line" if len(points) > 1 else "dots",
-                color=1 + number % NUM_COLORS,
-                dashed=number >= NUM_COLORS,
+                color=1 + number,
+                dashed=number >= html.NUM_COLORS,
             )
         )
     return found
@@ -184,7 +184,7 @@ def _over_time(cell: Found, ran: Ran, bursts: Sequence[tuple[float, float]]) -> 
             x_label="measured, ms",
             y_label="predicted, ms",
             series=_predictions(steps),
-            note=f"90 % of all steps are within {_percent(cell['prediction_error_p90'])}. {_said(steps)}",
+            note=f"90 % of all steps are within {percent(cell['prediction_error_p90'])}. {_said(steps)}",
         ),
     ]
     title = f"Co-serving at {cell['rate']:g} requests/s over time"
@@ -229,14 +229,6 @@ def _predictions(steps: Sequence[StepRow]) -> list[Series]:
     ]
 
 
-def _percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}%}"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else html.number(value)
-
-
 def _tables(result: Found) -> str:
     rows = [
         [
@@ -244,19 +236,19 @@ def _tables(result: Found) -> str:
             cell["policy"],
             str(cell.get("requests", "-")),
             str(cell["clipped"]),
-            _number(cell["finetune_tokens_per_s"]),
-            _percent(cell["finetuning_kept"], 0),
-            _percent(cell.get("attainment")),
+            html.number(cell["finetune_tokens_per_s"]),
+            percent(cell["finetuning_kept"], 0),
+            percent(cell.get("attainment")),
             *(
-                _number(_ms(name, kind)(cell))
+                html.number(_ms(name, kind)(cell))
                 for name in ("ttft", "tpot", "tpot_all_tokens", "itl")
                 for kind in ("mean", "p99")
             ),
-            _number(cell.get("goodput")),
-            _percent(cell["kv_usage_mean"], 0),
+            html.number(cell.get("goodput")),
+            percent(cell["kv_usage_mean"], 0),
             str(cell["preemptions"]),
             str(cell["evictions"]),
-            _percent(cell["prediction_error_p90"]),
+            percent(cell["prediction_error_p90"]),
         ]
         for cell in result["cells"]
     ]
@@ -272,11 +264,11 @@ def _tables(result: Found) -> str:
             f"{claim['rate']:g}",
             {True: "yes", False: "no", None: "-"}[claim["requests_alone_meet"]],
             claim["coserve_policy"],
-            _percent(claim["coserve_attainment"]),
-            _number(claim["coserve_tokens_per_s"]),
+            percent(claim["coserve_attainment"]),
+            html.number(claim["coserve_tokens_per_s"]),
             claim["best_other"] or "-",
-            _number(claim["best_other_tokens_per_s"]),
-            _number(claim["times_best_other"]),
+            html.number(claim["best_other_tokens_per_s"]),
+            html.number(claim["times_best_other"]),
         ]
         for claim in result["claims"]
     ]
@@ -289,10 +281,10 @@ def _tables(result: Found) -> str:
         agreed = [
             [
                 each["run"],
-                _number(each["measured_finetune_tokens_per_s"]),
-                _number(each["simulated_finetune_tokens_per_s"]),
-                _percent(each["measured_attainment"]),
-                _percent(each["simulated_attainment"]),
+                html.number(each["measured_finetune_tokens_per_s"]),
+                html.number(each["simulated_finetune_tokens_per_s"]),
+                percent(each["measured_attainment"]),
+                percent(each["simulated_attainment"]),
             ]
             for each in result["agreement"]
         ]

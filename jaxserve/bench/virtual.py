@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxserve.assets import locate
 from jaxserve.bench import roofline
 from jaxserve.bench.arrivals import rows_at
+from jaxserve.bench.engine import model_path
 from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, drain_seconds, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
@@ -26,15 +26,16 @@ from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator
 from jaxserve.bench.workload import NOBODY, Row, Workload
 from jaxserve.config import Config
 from jaxserve.engine.activations import STASH_SHARE, activation_bytes, stash_bytes, stash_tokens, window_remat
-from jaxserve.engine.planner import Planned
+from jaxserve.engine.planner import NOTHING, Planned
+from jaxserve.engine.sizes import check_length, objectives
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.job import Job
+from jaxserve.finetune.windows import rounded
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.loader import load_config
 from jaxserve.models.params import check_finetuning_tp, check_tp
-from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
-from jaxserve.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.tokenizer import Tokenizer, find_tokenizer
 
 RESERVE_BYTES = 2 << 30  # of each device: runtime, buffers of steps without gradient rows
 MAX_LENGTH = 8192  # of a sequence, where the configuration says nothing
@@ -79,18 +80,18 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
       copies: of the weights that the device's memory holds.
 
     Raises:
-      ConfigError: no room for the pages of one sequence.
+      ConfigError: no room for the pages of one sequence, or one longer than the model was made for.
     """
     engine, finetune, shards = config.engine, config.finetune, config.engine.tensor_parallel
     longest = longest_of(config, model)
     rows = max(finetune.finetune_window // ROW_BLOCK, 1) * ROW_BLOCK
     accumulators = 2 * longest * kv_bytes(model, roofline.WIDE, shards)
-    used = copies * weight_bytes(model, 2, shards) + RESERVE_BYTES + accumulators
+    weights = copies * weight_bytes(model, 2, shards)
     budget = int(device.memory * engine.gpu_memory_utilization)
-    each = stash_bytes(model, tensor_parallel=shards)
-    room = (budget - used) // STASH_SHARE
+    each, room = stash_bytes(model, tensor_parallel=shards), (budget - weights) // STASH_SHARE
     stash = stash_tokens(finetune.finetune_stash_tokens, finetune.finetune_remat, longest, room, each)
-    used += stash * each
+    stash = rounded(stash, ROW_BLOCK)
+    used = weights + RESERVE_BYTES + accumulators + stash * each
     remat = window_remat(stash, finetune.finetune_remat)
     used += activation_bytes(model, rows, remat, tensor_parallel=shards)
     free = budget - used
@@ -109,32 +110,32 @@ def settings_of(config: Config, model: ModelConfig, device: roofline.Device, sha
     return Settings(
         limits=SchedulerConfig(
             max_num_seqs=engine.max_num_seqs,
-            max_num_batched_tokens=engine.max_num_batched_tokens,
+            max_num_batched_tokens=max(engine.max_num_batched_tokens, ROW_BLOCK),
             max_model_len=longest,
             row_block=ROW_BLOCK,
             policy=engine.scheduling_policy,
             enable_chunked_prefill=engine.enable_chunked_prefill,
-            max_queue=10**9,
         ),
         num_pages=pages,
         page_size=engine.block_size,
         enable_prefix_caching=engine.enable_prefix_caching,
         max_grad_rows=rows,
         stash_blocks=stash // ROW_BLOCK,
-        objectives=(objective_of(config),),
+        objectives=tuple(objectives(config.engine_config()).values()),
         finetune_floor=finetune.finetune_floor,
         sharing=sharing,
     )
 
 
 def longest_of(config: Config, model: ModelConfig) -> int:
-    """Tokens of a sequence at most."""
-    return min(config.model.max_model_len or MAX_LENGTH, model.max_position_embeddings)
+    """Tokens of a sequence at most.
 
-
-def objective_of(config: Config) -> Objective:
-    given = (config.finetune.ttft_objective_ms, config.finetune.tpot_objective_ms)
-    return Objective(*(NEVER if ms is None else ms / 1000 for ms in given))
+    Raises:
+      ConfigError: more than the model was made for.
+    """
+    longest = config.model.max_model_len or min(MAX_LENGTH, model.max_position_embeddings)
+    check_length(longest, model)
+    return longest
 
 
 class SharedDevice(RooflineDevice):
@@ -167,7 +168,8 @@ class _Measured:
     def seconds(self, planned: Planned) -> float:
         parts = self.device.parts(planned)
         beside = self.device.shared(parts, self.other)
-        self.traffic, self.busy = self.traffic + self.device.traffic(parts), self.busy + beside
+        if planned.plan is not NOTHING:  # calibration
+            self.traffic, self.busy = self.traffic + self.device.traffic(parts), self.busy + beside
         return beside if self.is_shared else self.device.alone(parts)
 
     @property
@@ -191,7 +193,7 @@ class BesideRequests:
     def seconds(self, planned: Planned) -> float:
         parts = self.device.parts(planned)
         alone = self.device.alone(parts)
-        if planned.plan.finetune is None:  # calibration
+        if planned.plan is NOTHING:  # calibration
             return alone
         start, left = self._at, 1.0  # of the step's work
         beside = self.device.shared(parts, self.other)
@@ -239,9 +241,8 @@ class Virtual:
         Raises:
           ModelError, InvalidRequest: a model that an engine of so many devices would not take.
         """
-        assert config.model.path is not None, "no model"
-        path = Path(locate(config.model.path))
-        tokenizer = None if config.coserve.prompts is None else load_tokenizer(path)
+        path = Path(model_path(config))
+        tokenizer = None if config.coserve.prompts is None else find_tokenizer(path, config.model.tokenizer)
         model, shards = load_config(path), config.engine.tensor_parallel
         check_tp(model, shards)
         check_finetuning_tp(model, shards)
@@ -303,7 +304,7 @@ class Virtual:
     def _example_lengths(self) -> tuple[int, int]:
         """Tokens of the shortest example and of the longest."""
         bench = self.config.bench
-        stash = self.config.finetune.finetune_stash_tokens or bench.finetune_longest
+        stash = rounded(self.config.finetune.finetune_stash_tokens or bench.finetune_longest, ROW_BLOCK)
         longest = min(bench.finetune_longest, stash, longest_of(self.config, self.model))
         return min(bench.finetune_shortest, longest), longest
 
@@ -383,8 +384,7 @@ class Virtual:
 def simulated(name: str, simulator: Simulator, load: Workload, seconds: float) -> Ran:
     """One simulator's run: for so long, and then until the requests are over."""
     coming, cpu = sorted(load.requests, key=lambda request: request.arrival_s), time.process_time()
-    longest = max((request.output_tokens for request in coming), default=0)
-    end = seconds + drain_seconds(simulator.settings.objectives[0], longest)
+    end = seconds + drain_seconds(simulator.settings.objectives[0], coming)
     run = simulator(coming, seconds)
     while len(run.requests) < len(coming) or simulator.scheduler.has_requests:
         if simulator.now >= end:

@@ -91,7 +91,7 @@ def generate(
     """Complete prompts and print the texts."""
     if not prompt:
         raise ConfigError(["--prompt: at least one is needed"])
-    seqs, tokens = len(prompt) * config.sampling.params().n, sum(len(text.encode()) for text in prompt)
+    seqs, tokens = len(prompt) * config.sampling.params().n, sum(len(text.encode(errors="replace")) for text in prompt)
     failed, engine = False, build_engine(config, room_to_answer(config, seqs, tokens), adapter)
     for output in engine.generate(prompt, config.sampling.params(engine.default_params), adapter=adapter):
         if json_lines:
@@ -217,7 +217,7 @@ def plan(
 
 
 @bench_app.command()
-@configured("model", "engine", "finetune")
+@configured("model", "engine")
 def memory(
     config: Config,
     model: Model = None,

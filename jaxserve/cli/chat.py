@@ -45,6 +45,8 @@ def _read(adapter: str | None) -> str | None:
     except EOFError:
         print()
         return None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"what is read is not {error.encoding}: {error.reason}", "messages") from None
 
 
 def _answer(engine: "Engine", prompt: list[int], params: "SamplingParams", adapter: str | None) -> str:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxserve.assets import locate
 from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, recent, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
-from jaxserve.bench.engine import load_engine, model_path, options_of, room_for
-from jaxserve.bench.load import BASE, Bursts, make_load, unknown_answers
+from jaxserve.bench.engine import NO_MODEL, load_engine, model_path, options_of, room_for
+from jaxserve.bench.load import BASE, Bursts, check_prompts, make_load, unknown_answers
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
     NOT_SAMPLED,
@@ -18,7 +18,8 @@ from jaxserve.bench.serving import (
     check_results_dir,
     circumstances,
     goodput_of,
-    made_up_rows,
+    not_timed,
+    rows_of,
     run_load,
     sampling,
     trace_rows,
@@ -115,9 +116,9 @@ def check(config: Config) -> list[Planned]:
     """The jobs; refuses what cannot be run before a model is loaded."""
     check_result_file(config)
     check_results_dir("coserve.results_dir", config.coserve.results_dir)
-    wrong = unused(config, {**UNUSED, **NOT_SAMPLED})
+    wrong = unused(config, {**UNUSED, **NOT_SAMPLED, **not_timed(config)})
     if config.model.path is None:
-        wrong.append("MODEL: name a model directory, or set model.path")
+        wrong.append(NO_MODEL)
     if not config.lora.enable_lora and config.coserve.jobs:
         wrong.append("coserve.jobs: lora.enable_lora is off")
     jobs = []
@@ -139,6 +140,9 @@ def check(config: Config) -> list[Planned]:
             check_data(job)
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
+    if config.bench.trace is not None:
+        trace_rows(config)
+    check_prompts(config)
     check_adapters(config, jobs, room_for(config, [job.config for job in jobs]))
     return jobs
 
@@ -209,26 +213,18 @@ def directories(jobs: Sequence[Planned]) -> dict[str, str]:
 
 def requests_of(config: Config, engine: "Engine", trained: Sequence[str]) -> tuple[Workload, list[tuple[float, float]]]:
     """The requests, each for an adapter, and the (start, end) of bursts among them."""
-    bench, options = config.bench, config.coserve
-    bursts = Bursts(options.burst_factor, options.burst_seconds, options.burst_period)
-    spans: list[tuple[float, float]] = []
-    if bench.trace is not None:
-        rows, source = trace_rows(config)
-    else:
-        rows, source = made_up_rows(config)
-        if bursts.factor > 1:
-            rows, source = bursts.squeeze(rows), f"{source}, {bursts}"
-            spans = bursts.spans(rows[-1].arrival_s)
+    bursts, (rows, source) = Bursts.of(config), rows_of(config)
+    rows = bursts.squeeze(rows)
     load = make_load(
         config,
         rows,
-        source,
-        options.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained),
+        f"{source}, {bursts}" if bursts.factor > 1 else source,
+        config.coserve.answer_with or (BASE, *(module.name for module in config.lora.modules), *trained),
         vocab_size=engine.model.vocab_size,
         max_model_len=engine.core.config.max_model_len,
         tokenizer=engine.tokenizer,
     )
-    return load, spans
+    return load, bursts.spans(rows[-1].arrival_s)
 
 
 def coserve(
@@ -324,7 +320,7 @@ def leave(config: Config, done: Coserved, found: Mapping[str, Any], title: str) 
     if config.coserve.results_dir is None:
         return
     place = Path(config.coserve.results_dir)
-    write(place, done, title)
+    write(place, done, found, title)
     write_config(config, place)
     for adapter, job in done.jobs.items():
         if job.step > 0 and job.status != "failed":

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.bench.engine import load_engine, room_alone
+from jaxserve.bench.engine import NO_MODEL, load_engine, room_alone
 from jaxserve.cli.coserve import Planned, begun, check_adapters, check_data, close, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
@@ -40,7 +40,7 @@ def check(config: Config) -> tuple[Planned, str]:
     """The job and its directory; refuses what cannot be run before a model is loaded."""
     root = config.job.output_dir
     missing = {
-        "MODEL: name a model directory, or set model.path": config.model.path,
+        NO_MODEL: config.model.path,
         "DATA: name a JSONL file, or set job.data": config.job.data,
         "--adapter: name the adapter, or set job.adapter": config.job.adapter,
         "--output-dir: name a directory for checkpoints and the adapter, or set job.output_dir": root,
@@ -80,11 +80,10 @@ def train(engine: "Engine", job: "FinetuneJob", root: str, progress: Progress, s
             progress.event(job.adapter, event)
         if progress.due():
             progress.update(state(job, start, before))
-    progress.update(state(job, start, before))
+    progress.update(end := state(job, start, before))
     for event in job.events(told):
         progress.event(job.adapter, event)
-    seconds = time.monotonic() - start
-    return {"seconds": seconds, "tokens_per_s": (job.trained_tokens - before) / seconds}
+    return {"seconds": end["at"], "tokens_per_s": end["finetune_tokens_per_s"]}
 
 
 def state(job: "FinetuneJob", start: float, before: int) -> dict[str, Any]:

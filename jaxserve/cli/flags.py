@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from jaxserve.config import Config, Entry, resolve
 from jaxserve.config.messages import submodel
+from jaxserve.config.section import words
 from jaxserve.errors import ConfigError
 
 # where vLLM's flag, or another section's, makes the key's own name the wrong one; () is no flag
@@ -61,9 +62,9 @@ class Flag(NamedTuple):
         return Entry(given[0], self.names[0])
 
     def _metavar(self) -> str:
+        if known := words(self.field.annotation):
+            return "|".join(known)
         first = (get_args(self.field.annotation) or (self.field.annotation,))[0]
-        if isinstance(first, str):  # the members of a Literal
-            return "|".join(get_args(self.field.annotation))
         kind = getattr(first, "__origin__", first)  # Annotated[int, ...] to int
         if self.repeats:
             return "TEXT..."

@@ -1,10 +1,11 @@
 """The options of an engine; ``EngineConfig`` is what it takes."""
 
+from decimal import Decimal
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, PlainSerializer, PositiveInt, model_validator
 
-from jaxserve.config.section import Keywords, Name, Section, refuse_twice
+from jaxserve.config.section import Keywords, Name, Place, Section, refuse_twice
 
 
 class ModelOptions(Section):
@@ -12,7 +13,7 @@ class ModelOptions(Section):
     """Dtype of weights, activations and KV pages; auto is the checkpoint's own."""
     load_format: Literal["auto", "dummy"] = "auto"
     """dummy: random weights made from config.json alone."""
-    tokenizer: str | None = None
+    tokenizer: Place | None = None
     """Directory of the tokenizer; by default the model's."""
     max_model_len: PositiveInt | None = None
     """Most tokens of prompt and output together; by default what the model was made for."""
@@ -78,7 +79,14 @@ class SloClass(NamedTuple):
 
     def __str__(self) -> str:
         promises = {"ttft": self.ttft_ms, "tpot": self.tpot_ms}
-        return f"{self.name}=" + ",".join(f"{key}:{value:g}" for key, value in promises.items() if value is not None)
+        return f"{self.name}=" + ",".join(
+            f"{key}:{_plain(value)}" for key, value in promises.items() if value is not None
+        )
+
+
+def _plain(number: float) -> str:
+    """All of its digits, without an exponent."""
+    return f"{Decimal(repr(number)).normalize():f}"
 
 
 def _slo_class(value: Any) -> Any:

@@ -84,7 +84,7 @@ def _read_yaml(path: Path, text: str) -> Entries:
     try:
         _check_yaml_events(path, text)
         values = _yaml().load(text)
-        lines = _yaml_lines(text)
+        lines = _yaml_lines(path, text)
     except YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -128,15 +128,22 @@ def _check_yaml_events(path: Path, text: str) -> None:
             raise ConfigError([f"{path}:{line}: directives are not allowed"])
 
 
-def _yaml_lines(text: str) -> dict[tuple[str, ...], int]:
+def _yaml_lines(path: Path, text: str) -> dict[tuple[str, ...], int]:
     from ruamel.yaml.nodes import MappingNode
 
     lines = {}
+
+    def note(*keys: Any) -> None:
+        line = keys[-1].start_mark.line + 1
+        if not all(isinstance(key.value, str) for key in keys):
+            raise ConfigError([f"{path}:{line}: a key must be a name"])
+        lines[tuple(key.value for key in keys)] = line
+
     root = _yaml().compose(text)
     for section, content in root.value if isinstance(root, MappingNode) else ():
-        lines[section.value,] = section.start_mark.line + 1
+        note(section)
         for key, _ in content.value if isinstance(content, MappingNode) else ():
-            lines[section.value, key.value] = key.start_mark.line + 1
+            note(section, key)
     return lines
 
 
@@ -155,15 +162,18 @@ def _dump_yaml(values: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _read_gin(path: Path, text: str) -> Entries:
-    macros: dict[str, Any] = {}
+    macros: dict[str, Entry] = {}
     entries: Entries = {}
     errors: list[str] = []
     for keys, value, place in _gin_bindings(path, text, path.resolve().parent, (path.resolve(),), errors):
         if len(keys) == 1:
-            macros[keys[0]] = value
+            macros[keys[0]] = Entry(value, place)
         else:
             entries[keys] = Entry(value, place)
     resolved = {keys: Entry(_expand(e.value, macros, e.place, errors), e.place) for keys, e in entries.items()}
+    used = {name for entry in (*entries.values(), *macros.values()) for name in _macros_in(entry.value)}
+    unused = [(name, entry.place) for name, entry in macros.items() if name not in used]
+    errors += [f"{place}: {name}: no section.key, and no macro in use" for name, place in unused]
     if errors:
         raise ConfigError(errors)
     return resolved
@@ -173,13 +183,21 @@ class _Macro(NamedTuple):
     name: str
 
 
-def _expand(value: Any, macros: Mapping[str, Any], place: str, errors: list[str], depth: int = 0) -> Any:
+def _macros_in(value: Any) -> Iterator[str]:
+    if isinstance(value, _Macro):
+        yield value.name
+    elif isinstance(value, list | tuple | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _macros_in(item)
+
+
+def _expand(value: Any, macros: Mapping[str, Entry], place: str, errors: list[str], depth: int = 0) -> Any:
     """Replaces %macros by their values."""
     if isinstance(value, _Macro):
         if value.name not in macros or depth > MAX_DEPTH:
             errors.append(f"{place}: %{value.name} is {'defined by itself' if value.name in macros else 'not defined'}")
             return None
-        return _expand(macros[value.name], macros, place, errors, depth + 1)
+        return _expand(macros[value.name].value, macros, place, errors, depth + 1)
     if isinstance(value, list | tuple):
         return type(value)(_expand(item, macros, place, errors, depth) for item in value)
     if isinstance(value, dict):

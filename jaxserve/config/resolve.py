@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from jaxserve.config.files import Entries, Entry, read_entries
 from jaxserve.config.messages import Problem, plain, problems, short, submodel
 from jaxserve.config.schema import Config
+from jaxserve.config.section import words
 from jaxserve.errors import ConfigError
 
 ENV_PREFIX = "JAXSERVE_"
@@ -69,10 +70,10 @@ def _from_text(path: tuple[str, ...], text: Any) -> Any:
     field = section.model_fields.get(path[1]) if section else None
     if field is None or not isinstance(text, str):
         return text
-    kinds = get_args(field.annotation) or (field.annotation,)
-    if type(None) in kinds and text.lower() in ("none", "null"):
+    annotation = field.annotation
+    if type(None) in get_args(annotation) and text.lower() in ("none", "null") and text not in words(annotation):
         return None
-    kind = TypeAdapter[Any](field.annotation or str)
+    kind = TypeAdapter[Any](annotation or str)
     if isinstance(field.default, tuple):
         return kind.validate_json(text)
     if text.startswith(("[", "{")):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 from pydantic import BeforeValidator, Field, PlainSerializer, PositiveInt, create_model, model_validator
 
 from jaxserve.config.job import JobOptions
-from jaxserve.config.section import Name, Section, refuse_twice
+from jaxserve.config.section import Name, Place, Section, refuse_twice
 from jaxserve.sampling import SamplingParams
 
 
@@ -56,8 +56,9 @@ class CoserveSection(Section):
     ] = ()
     """Jobs that run beside the requests, as adapter=data, or as an object that may change settings of section job."""
     answer_with: Annotated[tuple[Name, ...], Field(strict=False)] = ()
-    """Adapters that requests are for, or base; by default base, the loaded adapters and those of the jobs."""
-    prompts: str | None = None
+    """Adapters that requests are for, or base; by default base, the loaded adapters and those of the jobs, but in
+    benchmarks base alone."""
+    prompts: Place | None = None
     """JSONL of real prompts, {"messages"} or {"prompt"}; by default random tokens of the requested lengths."""
     burst_factor: Annotated[float, Field(ge=1)] = 1.0
     """Made-up requests come at so many times their rate in a burst; 1 has no bursts."""
@@ -67,7 +68,7 @@ class CoserveSection(Section):
     """A burst begins every so many seconds, the first after half of them."""
     progress_seconds: Annotated[float, Field(gt=0)] = 2.0
     """Without a terminal, a line of progress every so many seconds."""
-    results_dir: str | None = None
+    results_dir: Place | None = None
     """Where report.html, results.json, requests.csv, steps.csv and the adapters go."""
 
     @model_validator(mode="after")
@@ -121,7 +122,7 @@ class SamplingSection(create_model("_SamplingFields", __base__=Section, **_SAMPL
 
 
 class BenchSection(Section):
-    trace: str | None = None
+    trace: Place | None = None
     """CSV of arrival_s, prompt_tokens, output_tokens[, tenant]; by default requests are made up."""
     trace_speed: Annotated[float, Field(gt=0)] = 1.0
     """Replay the trace at so many times its rate."""
@@ -131,7 +132,7 @@ class BenchSection(Section):
     """Requests to send; of a trace, its first ones."""
     request_rate: Annotated[float, Field(gt=0)] | None = None
     """Made-up requests per second; by default all come at once."""
-    burstiness: Annotated[float, Field(gt=0)] = 1.0
+    burstiness: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     """Shape of the gamma distribution of made-up gaps; 1 is Poisson, less is burstier."""
     random_input_len: PositiveInt = 128
     """Mean prompt tokens of a made-up request."""
@@ -164,12 +165,13 @@ class BenchSection(Section):
     ] = ()
     """Objectives a good request meets, in ms, as ttft:500 or tpot:50."""
     against: Literal["none", "transformers", "base", "peft"] = "none"
-    """Run the same requests side by side through transformers' generate, or through the base model without adapters."""
+    """Run the same side by side: requests through transformers' generate, or through the base model without adapters;
+    of bench finetune, training through PEFT."""
     repeats: PositiveInt = 1
     """Runs of each side, in turn; the fastest counts."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Seed of made-up requests and adapters."""
-    result_file: str | None = None
+    result_file: Place | None = None
     """Where the numbers go as JSON."""
     save_detailed: bool = False
     """Add each request's and each step's numbers to them."""
@@ -205,5 +207,5 @@ class SweepSection(Section):
     """Runs on a virtual clock with this device's roofline; none measures the engine here."""
     matmul_efficiency: Annotated[float, Field(gt=0, le=1)] | None = None
     """Share of the device's peak that simulated matrix products reach; by default the roofline's own."""
-    results_dir: str | None = None
+    results_dir: Place | None = None
     """Where report.html, results.json, requests.csv and steps.csv go."""

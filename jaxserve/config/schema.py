@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer, model_validator
 from jaxserve.config.engine import EngineConfig, EngineOptions, FinetuneOptions, LoraOptions, ModelOptions
 from jaxserve.config.job import JobOptions
 from jaxserve.config.runs import BenchSection, CoserveSection, SamplingSection, SweepSection
-from jaxserve.config.section import Name, Section, refuse_twice
+from jaxserve.config.section import Name, Place, Section, refuse_twice
 
 
 class LoraModule(NamedTuple):
@@ -37,7 +37,7 @@ def _lora_module(value: Any) -> Any:
 
 
 class ModelSection(ModelOptions):
-    path: str | None = None
+    path: Place | None = None
     """Directory of the model; demo:storyteller comes with the package."""
 
 
@@ -56,7 +56,7 @@ class LoraSection(LoraOptions):
 class JobSection(JobOptions):
     adapter: Name | None = None
     """Name of the adapter that is trained."""
-    data: Name | None = None
+    data: Place | None = None
     """Training data, JSONL; demo:pirate and demo:cards come with the package."""
 
 

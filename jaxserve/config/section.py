@@ -1,7 +1,7 @@
 """What all sections of a configuration share."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,6 +41,13 @@ class Keywords(Section):
             super().__init__(**{name: plain_number(value) for name, value in fields.items()})
         except ValidationError as error:
             raise ConfigError([p.line() for p in problems(error, type(self))]) from None
+
+
+def words(kind: Any) -> tuple[str, ...]:
+    """The members of a Literal, or of a union with one; none of any other type."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(word for part in get_args(kind) for word in words(part))
 
 
 def refuse_twice(names: Sequence[str], said: str) -> None:

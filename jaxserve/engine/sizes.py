@@ -43,11 +43,8 @@ def core_config(
     Raises:
       ConfigError: a length the model was not made for, or a KV pool too small for one sequence.
     """
-    made_for = model.max_position_embeddings
-    max_model_len = config.max_model_len or made_for
-    if max_model_len > model.max_length:
-        stretched = f", with its rope scaling {model.max_length}" if model.max_length > made_for else ""
-        raise ConfigError([f"max_model_len {max_model_len} exceeds max_position_embeddings {made_for}{stretched}"])
+    max_model_len = config.max_model_len or model.max_position_embeddings
+    check_length(max_model_len, model)
     row_block = ROW_BLOCKS.get(mesh.devices.flat[0].platform, 64)
     if budget is None and None in (config.num_kv_pages, config.finetune_stash_tokens):
         budget = _budget(config, mesh)
@@ -81,6 +78,14 @@ def core_config(
         objectives=objectives(config),
         finetune_floor=config.finetune_floor,
     )
+
+
+def check_length(max_model_len: int, model: ModelConfig) -> None:
+    """Raises ConfigError for a length the model was not made for."""
+    made_for = model.max_position_embeddings
+    if max_model_len > model.max_length:
+        stretched = f", with its rope scaling {model.max_length}" if model.max_length > made_for else ""
+        raise ConfigError([f"max_model_len {max_model_len} exceeds max_position_embeddings {made_for}{stretched}"])
 
 
 def objectives(config: EngineConfig) -> dict[str, Objective]:

@@ -1,9 +1,12 @@
 """The GPU benchmark's run of parts: none takes another down, and what became of each is told and kept."""
 
 import json
+import subprocess
+from unittest.mock import Mock
 
 import pytest
 
+from jaxserve.bench import gpu_engine
 from jaxserve.bench.gpu import Bench, Figure, Part, Report, main, run_parts
 
 
@@ -54,6 +57,23 @@ def test_the_smoke_run_measures_this_device(tmp_path):
     assert written["device"]
     assert written["versions"]["jax"]
     assert all(figure["value"] > 0 for part in written["parts"] for figure in part["figures"])
+
+
+def test_what_peft_has_measured_in_time_is_kept(tmp_path, monkeypatch):
+    late = subprocess.TimeoutExpired("python", 65.0, output=b'{"tokens": 64, "seconds": 2.0}\n')
+    monkeypatch.setattr(gpu_engine, "find_spec", lambda name: name)
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=late))
+    (outcome,), _ = run([Part("PEFT", 70, gpu_engine.peft)], tmp_path)
+    assert (outcome.reason, [figure.value for figure in outcome.figures]) == (
+        "RuntimeError: not over after 65 s",
+        [32.0],
+    )
+
+
+def test_a_result_file_that_cannot_be_written_is_refused_before_the_first_part(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["--smoke", "--parts", "device", "--out", str(tmp_path / "none" / "gpu.json")])
+    assert "gpu.json: No such file or directory" in capsys.readouterr().err
 
 
 def test_an_unknown_part_is_named(capsys):

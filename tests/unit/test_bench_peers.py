@@ -2,6 +2,9 @@
 
 import itertools
 import json
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import tiny_models
@@ -81,6 +84,14 @@ def test_what_is_not_over_after_the_drain_is_missed():
     first, second = ran.requests
     assert (first.error, first.num_outputs, second.error, second.num_outputs) == (NOT_OVER, 12, NOT_OVER, 0)
     assert ran.duration == 12.0
+
+
+def test_both_sides_are_waited_for_as_long(tmp_path, monkeypatch):
+    config, made = Config(**settings(tmp_path)), Mock()
+    peer: Any = SimpleNamespace(config=config, batches=[], padded=True, serving=Mock(), training=Mock())
+    monkeypatch.setattr(beside_peers, "TimeSliced", made)
+    beside_peers.Peer.run(peer, "alternate", Workload(requests=(request(0.0, 90),), source="test"))
+    assert made.call_args.kwargs["drain_seconds"] == 5 + 90  # as its objectives allow
 
 
 def test_finetune_tokens_count_until_the_last_request_may_come():

@@ -1,9 +1,11 @@
 import json
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
+from jaxserve.assets import STORYTELLER
 from jaxserve.bench import finetune, serving, sweep
 from jaxserve.bench.report import (
     RequestRecord,
@@ -20,7 +22,8 @@ from jaxserve.bench.runner import Runner
 from jaxserve.bench.workload import BenchRequest, Workload
 from jaxserve.cli import coserve
 from jaxserve.config import Config, Entry, resolve
-from jaxserve.errors import ConfigError, InvalidRequest
+from jaxserve.config.schema import LoraSection
+from jaxserve.errors import ConfigError, EngineError, InvalidRequest
 from jaxserve.outputs import Event
 
 pytestmark = pytest.mark.quick_compiles
@@ -336,6 +339,16 @@ def test_a_directory_for_results_that_takes_no_files_is_refused_before_the_run(t
         check(bad)
 
 
+def test_a_model_of_the_package_is_found_by_its_name():
+    with serving.model_directory(Config(model={"path": "demo:storyteller"})) as path:
+        assert path == str(STORYTELLER)
+
+
+def test_objectives_are_judged_by_all_of_their_digits():
+    given = Config(finetune={"ttft_objective_ms": 1234567.5})
+    assert objectives(serving.goodput_of(given)) == {"ttft": 1234.5675}
+
+
 def test_asking_whether_a_result_file_can_be_written_changes_none(tmp_path):
     (tmp_path / "old").write_text("kept")
     for place in ("old", "new"):
@@ -402,6 +415,25 @@ def test_what_cannot_be_measured_is_refused(tmp_path, options, problem):
         serving.main(config(tmp_path, **options))
 
 
+def test_adapters_where_none_are_served_are_refused_by_what_asks_for_them(tmp_path):
+    asked = config(tmp_path).model_copy(update={"lora": LoraSection(enable_lora=False, modules=("a=b",))})
+    with pytest.raises(ConfigError, match=r"^lora\.modules: lora\.enable_lora is off$"):
+        serving.main(asked)
+
+
+@pytest.mark.parametrize(
+    ("bench", "problem"),
+    [
+        ({"trace_speed": 2.0}, r"bench\.trace_speed: there is no bench\.trace"),
+        ({"trace": "none.csv", "request_rate": 2.0}, r"bench\.request_rate: the trace has its own"),
+    ],
+)
+@pytest.mark.parametrize("main", [MAINS[0], MAINS[3]], ids=["serving", "coserve"])
+def test_what_says_nothing_about_when_requests_come_is_refused(main, bench, problem):
+    with pytest.raises(ConfigError, match=problem):
+        main(Config(model={"path": "m"}, bench=bench))
+
+
 @pytest.mark.parametrize("key", ["n", "max_tokens"])
 @pytest.mark.parametrize("main", [*MAINS[:1], *MAINS[2:]], ids=["serving", "sweep", "coserve"])
 def test_what_the_load_decides_is_not_asked_for(tmp_path, main, key):
@@ -447,6 +479,17 @@ def test_what_a_benchmark_of_finetuning_has_no_use_for_is_refused(tmp_path):
         "bench.trace", "bench.num_prompts", "bench.random_input_len", "bench.random_output_len", "bench.goodput",
         "lora.enable_lora is off",
     }  # fmt: skip
+
+
+def test_layers_that_there_are_not_are_refused_before_a_model_is_loaded():
+    with pytest.raises(ConfigError, match="adapter_targets names 'q_prj'"):
+        finetune.main(Config(model={"path": "m"}, bench={"adapter_targets": ("q_prj",)}))
+
+
+def test_a_job_that_fails_is_no_fault_of_the_configuration():
+    job = SimpleNamespace(wait=lambda: None, status="failed", error="not finite")
+    with pytest.raises(EngineError, match="the job is failed: not finite"):
+        finetune.train(SimpleNamespace(finetune=lambda *args, **fields: job), [[1, 2]], "a", {})  # pyright: ignore
 
 
 def test_a_missing_peer_is_named_before_anything_is_loaded(tmp_path, monkeypatch):

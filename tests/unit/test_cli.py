@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -145,6 +146,12 @@ def test_a_failed_request_shows_in_the_exit_status(engines, capsys):
     assert capsys.readouterr() == ("B\n", "error: not finite\n")
 
 
+def test_a_prompt_of_no_text_is_refused_as_the_engine_does(engines, capsys, monkeypatch):
+    monkeypatch.setattr(EchoEngine, "generate", Mock(side_effect=InvalidRequest("not Unicode")))
+    assert run("generate", "m", "--prompt", b"\xff".decode(errors="surrogateescape"), *MODEL_FLAGS) == 2
+    assert capsys.readouterr().err == "error: not Unicode\n"
+
+
 def test_a_config_file_and_overrides(engines, tmp_path):
     (tmp_path / "run.yaml").write_text("model: {path: m}\nengine: {max_num_seqs: 5, max_queue: 9}\n")
     assert run("generate", "--config", str(tmp_path / "run.yaml"), "--prompt", "a", "--max-num-seqs", "6") == 0
@@ -207,6 +214,13 @@ def test_an_adapter_that_cannot_be_trained_is_refused_before_a_model_is_loaded(
 def test_a_name_that_no_adapter_can_have_is_refused_before_a_model_is_loaded(engines, capsys, name, complaint):
     assert run("coserve", "demo:storyteller", "--finetune-jobs", f"{name}=demo:pirate") == 2
     assert complaint in capsys.readouterr().err
+    assert not engines
+
+
+@pytest.mark.parametrize("flag", ["--trace", "--prompts"])
+def test_a_load_that_is_not_there_is_refused_before_a_model_is_loaded(engines, capsys, flag):
+    assert run("coserve", "demo:storyteller", flag, "none.txt") == 2
+    assert "none.txt: " in capsys.readouterr().err
     assert not engines
 
 
@@ -320,6 +334,13 @@ def test_chat_changes_adapters_and_survives_refusals(engines, capsys, monkeypatc
     ]
 
 
+def test_chat_of_no_text_is_one_line(engines, capsys, monkeypatch):
+    broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+    monkeypatch.setattr("builtins.input", Mock(side_effect=broken))
+    assert run("chat", "m") == 2
+    assert capsys.readouterr().err == "error: what is read is not utf-8: invalid start byte\n"
+
+
 def test_chat_remembers_the_conversation_until_reset(engines, monkeypatch):
     seen = []
 
@@ -392,6 +413,11 @@ def test_no_two_keys_share_a_flag():
 
 def test_every_flag_says_what_it_does():
     assert [flag.names for flag in flags(*Config.model_fields) if not flag.field.description] == []
+
+
+def test_a_flag_that_takes_one_of_a_few_words_names_them(capsys):
+    assert run("coserve", "--help") == 0
+    assert "--finetune-remat none|elementwise|attention|full" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_run_that_ends_in_an_error_gives_the_terminal_its_cursor_back(monkeypatch, capfd):

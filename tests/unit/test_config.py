@@ -76,6 +76,8 @@ def test_the_processs_environment_is_read_by_default(monkeypatch):
         ("ENGINE__ENABLE_PREFIX_CACHING", "false", False),
         ("ENGINE__GPU_MEMORY_UTILIZATION", "5e-1", 0.5),
         ("ENGINE__NUM_KV_PAGES", "none", None),
+        ("FINETUNE__FINETUNE_REMAT", "none", "none"),
+        ("FINETUNE__FINETUNE_REMAT", "null", None),
         ("MODEL__PATH", "123", "123"),
         ("LORA__MODULES", '["a=b=c"]', (LoraModule("a", "b=c"),)),
         ("LORA__MODULES", '["{\\"name\\": \\"a\\", \\"path\\": \\"b\\"}"]', (LoraModule("a", "b"),)),
@@ -144,6 +146,8 @@ def test_a_misspelt_key_gives_the_same_error_in_yaml_and_gin(tmp_path):
         ("finetune: {slo_classes: [[a, -5.0]]}", "slo_classes = -5.0: it should be greater than 0"),
         ("finetune: {slo_classes: [['', 5.0]]}", "at least 1 character"),
         ("model: {dtype: int8}", "'auto', 'float32', 'bfloat16' or 'float16'"),
+        ('coserve: {results_dir: "a\\0b"}', "must not hold NUL"),
+        ("bench: {trace: ''}", "at least 1 character"),
         ("1: {a: 2}", "unknown key"),
     ],
 )
@@ -196,6 +200,8 @@ def test_engine_config_holds_what_the_sections_say():
         ("- 1\n", "must be a mapping"),
         ("a: 2026-13-45\n", "month must be in 1..12"),
         ("engine: {block_size: 3", "expected"),
+        ("engine:\n  ? [a, b]\n  : 3\n", ":2: a key must be a name"),
+        ("? [a, b]\n: {c: 3}\n", ":1: a key must be a name"),
         ("a: \x00", "special characters are not allowed"),
     ],
 )
@@ -232,6 +238,7 @@ def test_yaml_reads_numbers_by_the_rules_of_yaml_1_2(tmp_path):
         ("engine.block_size = 1\nengine.block_size = 2\n", "run.gin:2: engine.block_size: bound twice"),
         ("x/engine.block_size = 1\n", "x/engine.block_size: scopes are not allowed"),
         ("foo.bar = 1\n", "run.gin:1: foo = {'bar': 1}: unknown key"),
+        ("block_size = 1\n", "run.gin:1: block_size: no section.key, and no macro in use"),
         ("engine.block_size = %NONE\n", "%NONE is not defined"),
         ("A = %B\nB = %A\nengine.block_size = %A\n", "is defined by itself"),
         ("engine.block_size = \n", "run.gin:1: "),
@@ -288,6 +295,7 @@ def test_an_empty_file_is_the_defaults(tmp_path):
 # writing
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+PLACES = TEXTS.filter(lambda text: "\0" not in text)
 NUMBERS = st.floats(0.001, 2.0) | st.sampled_from([1e-9, 1.0, 0.1])
 
 
@@ -300,10 +308,12 @@ def configs(draw) -> Config:
         "seed": draw(st.none() | st.integers(0, 2**63)),
     }
     names = draw(st.lists(TEXTS.filter(lambda t: "=" not in t and t[0] != "{"), unique=True, max_size=3))
+    objectives = NUMBERS | st.sampled_from([500.0, 1234.567, 1e6, 1e17])
     return Config(
-        model={"path": draw(st.none() | TEXTS), "seed": draw(st.integers(0, 9))},
+        model={"path": draw(st.none() | PLACES), "seed": draw(st.integers(0, 9))},
         engine={"enable_prefix_caching": draw(st.booleans())},
         lora={"modules": [f"{name}={draw(TEXTS)}" for name in names]},
+        finetune={"slo_classes": [(name, draw(objectives), draw(st.none() | objectives)) for name in names]},
         sampling=sampling,
     )  # pyright: ignore
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxserve.bench.coserve_numbers import Answer, Coserved, so_far, text_block
+from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
 from jaxserve.bench.replay import Learnt, Mix, MixedRun, MixedStep, ServedRequest
 from jaxserve.cli import demo
@@ -75,7 +75,8 @@ def _done() -> Coserved:
 @pytest.fixture(scope="module")
 def left(tmp_path_factory):
     place = tmp_path_factory.mktemp("run")
-    write(place, _done(), "A run")
+    done = _done()
+    write(place, done, numbers(done), "A run")
     return (place / REPORT).read_text(), json.loads((place / "results.json").read_text())
 
 
@@ -106,13 +107,19 @@ def test_a_latency_that_no_request_has_is_not_shown(tmp_path):
     done = _done()
     for request in done.run.requests:
         request.token_times = request.token_times[:1]
-    found = write(tmp_path, done, "A run")
+    found = numbers(done)
+    write(tmp_path, done, found, "A run")
     assert found["requests"]["median_tpot_ms"] is so_far(done.run, done.goodput)["median_tpot_ms"] is None
     assert so_far(done.run, done.goodput)["median_ttft_ms"] == pytest.approx(250.0)
     page = (tmp_path / REPORT).read_text()
     assert "<b>- ms</b>" in page
     assert "<b>0.0 ms</b>" not in page
     assert "TPOT            mean -, median -, p99 - ms" in text_block(found)
+
+
+def test_a_request_that_is_refused_is_over():
+    run = MixedRun(requests=[ServedRequest(prompt_tokens=5, start=0.0, output_tokens=3, error="too long")])
+    assert (so_far(run, ["ttft:500"])["done"], so_far(run, ["ttft:500"])["attainment"]) == (1, 0.0)
 
 
 def test_what_models_say_is_text_and_no_markup(left):

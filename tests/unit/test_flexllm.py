@@ -56,6 +56,12 @@ def test_a_folder_that_takes_no_tables_is_refused_before_the_first_run(tmp_path)
         flexllm.main(str(tmp_path / "file"), str(models), 5.0, ["h200"], ["azure"], None)
 
 
+def test_lengths_beside_a_trace_are_refused():
+    models = Path(__file__).parents[2] / "configs" / "models"
+    with pytest.raises(ConfigError, match=r"--lengths azure: the requests of --trace have their own"):
+        flexllm.main("out", str(models), 5.0, ["h200"], ["azure"], "trace.csv")
+
+
 def claim(rate, ours, other, attainment=1.0, alone=True):
     return {
         "rate": rate, "requests_alone_meet": alone, "coserve_policy": "coserve:50", "coserve_attainment": attainment,

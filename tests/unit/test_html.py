@@ -28,7 +28,8 @@ def test_bins_end_where_the_run_does(end):
 
 @pytest.mark.parametrize("kind", ["line", "dots"])
 def test_as_many_series_as_ways_to_share_can_be_told_apart(kind):
-    series = [Series(label=f"way {i}", x=[1.0], y=[1.0], kind=kind, color=1 + i % 8, dashed=i >= 8) for i in range(11)]
+    series = [Series(label=f"way {i}", x=[1.0], y=[1.0], kind=kind, color=1 + i, dashed=i >= 8) for i in range(11)]
     figure = html.figure(Plot(title="t", x_label="x", y_label="y", series=series))
     for shape in (r'<i class="([^"]+)"', r'<(?:circle|polyline) class="([^"]+)"'):
         assert len(set(re.findall(shape, figure))) == 11
+    assert set(re.findall(r'class="[bsf](\d+)', figure)) == set("12345678")  # those that a page has colours for

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxserve.adapters.bank import BankShape
+from jaxserve.bench import roofline
 from jaxserve.bench.roofline import (
     ALL_LINEAR,
     DEVICES,
@@ -19,7 +19,6 @@ from jaxserve.bench.roofline import (
     StepClock,
     StepLoad,
     Steps,
-    adapter_bytes,
     finetune_bytes,
     ideal_decode_seconds,
     kv_bytes,
@@ -69,8 +68,7 @@ def test_bytes_are_those_of_the_engines_arrays(config, shards):
     assert weight_bytes(config, 2, shards) == pytest.approx(exact, rel=1e-3)
     assert kv_bytes(config, 2, shards) * 64 * shards == page_bytes(config, 64, shards, "bfloat16")
     assert finetune_bytes(config, 2, shards) == kv_bytes(config, 2, shards) * 3  # float32 is twice as wide
-    assert adapter_bytes(config, PAGE_RANK) == BankShape(config, 5, 1, "bfloat16").nbytes_per_page()
-    assert adapter_bytes(config, 17) == 2 * adapter_bytes(config, 16)
+    assert roofline.PAGE_RANK == PAGE_RANK
 
 
 def test_published_sizes():

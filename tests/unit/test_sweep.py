@@ -1,6 +1,10 @@
 """bench coserve: what ways to share come to, and the figures that its tables hold."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +20,10 @@ from jaxserve.bench.virtual import Virtual
 from jaxserve.bench.workload import BenchRequest, Row, Workload
 from jaxserve.cli.app import app
 from jaxserve.config import Config, resolve
-from jaxserve.errors import ConfigError, EngineError, InvalidRequest, ModelError
+from jaxserve.config.engine import SloClass
+from jaxserve.errors import ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
 from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.finetune.errors import DataError
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
@@ -96,13 +102,13 @@ def test_co_serving_counts_on_as_many_replicas_as_is_best():
 
 
 def test_co_serving_that_was_run_alone_is_compared_with_nothing():
-    cells = [policies.numbers(policies.Runs(Arithmetic()).cell("coserve", 1.0), GOALS, None)]
-    (claim,) = policies.claims(cells)
+    runs, said = policies.Runs(Arithmetic()), "at 1 requests/s coserve finetunes 90 tokens/s; no other way was run"
+    cells = [policies.numbers(runs.cell(policy, 1.0), GOALS, None) for policy in ("coserve", "inference-only")]
+    (line,) = sweep.claim_lines(policies.claims(cells))  # requests alone are no way to share
+    assert line == f"{said}; 100.0% of its requests met the objectives"
+    (claim,) = policies.claims(cells[:1])
     (line,) = sweep.claim_lines([claim])
-    assert line == (
-        "at 1 requests/s coserve finetunes 90 tokens/s; no other way was run; requests alone were not run; "
-        "100.0% of its requests met the objectives"
-    )
+    assert line == f"{said}; requests alone were not run; 100.0% of its requests met the objectives"
     tiles = sweep_page._tiles({"claims": [claim], "cells": cells})
     assert "90 tokens/s" in tiles
     assert " over " not in tiles
@@ -210,6 +216,20 @@ def test_a_second_process_that_ends_is_not_waited_for(tmp_path, capfd):
     assert "nowhere" in capfd.readouterr().err
 
 
+def test_made_up_requests_come_to_the_end_however_bursty_they_are():
+    rows, _ = arrivals.rows_at(Config(bench={"burstiness": 0.05, "seed": 9}), 5.0, 60.0)
+    assert 59 < rows[-1].arrival_s < 60
+    rows, said = arrivals.rows_at(Config(coserve={"burst_factor": 10.0}), 5.0, 60.0)
+    assert len(rows) == pytest.approx(5 * 60 * 3.25, rel=0.2)
+    assert said.endswith("bursts of 10 times the rate for 3 s every 12 s")
+
+
+def test_bursts_count_among_the_requests_that_can_be_kept():
+    given = simulated(sweep={"rates": (1e5,), "policies": ("coserve",)}, coserve={"burst_factor": 100.0})
+    with pytest.raises(ConfigError, match="are more than 10,000,000 requests"):
+        sweep.main(given)
+
+
 def test_a_trace_is_brought_to_any_rate_and_length():
     rows = [Row(10.0 + i, 5, 3) for i in range(11)]  # one a second
     found, said = arrivals.trace_at(rows, 2.0, 20.0, "stretch")
@@ -302,6 +322,25 @@ def test_simulated_examples_fit_into_the_stash():
     assert backend.run("finetune-only", 1.0).finetune_rate > 0
 
 
+def test_a_simulated_engine_is_sized_as_one_that_is_there():
+    config = simulated(engine={"max_num_batched_tokens": 32, "max_num_seqs": 16})
+    more = {"finetune_stash_tokens": 300, "slo_classes": (SloClass("chat", 100.0),)}
+    config = config.model_copy(update={"finetune": config.finetune.model_copy(update=more)})
+    settings = virtual.settings_of(config, EIGHT, Virtual(config=config, model=EIGHT).device, "coserve")
+    assert (settings.stash_blocks, settings.limits.max_num_batched_tokens) == (5, 64)
+    assert settings.objectives == (Objective(5.0, 0.045), Objective(0.1, NEVER))
+    with pytest.raises(ConfigError, match="max_model_len 9000 exceeds max_position_embeddings 8192"):
+        Virtual(config=simulated(model={"max_model_len": 9000}), model=EIGHT).run("coserve", 1.0)
+
+
+def test_what_a_process_asks_of_the_bandwidth_is_that_of_its_steps():
+    backend = Virtual(config=simulated(), model=EIGHT)
+    settings = virtual.settings_of(backend.config, EIGHT, backend.device, "finetune-only")
+    device = virtual._Measured(backend.make_device(settings))
+    Simulator(settings, device, backend.jobs())  # calibrates
+    assert device.bandwidth == 0.0
+
+
 def test_simulated_jobs_have_the_settings_that_are_given():
     job = {"deterministic": True, "window": 128}
     config = simulated(model={"max_model_len": 256}, bench={"finetune_longest": 4096}, job=job)
@@ -373,6 +412,25 @@ def test_other_processes_simulate_the_same(tmp_path):
         assert (tmp_path / "here" / table).read_bytes() == (tmp_path / "there" / table).read_bytes()
 
 
+def test_processes_end_with_the_one_that_is_killed():
+    code = (
+        "import os, time\n"
+        "from jaxserve.bench.processes import spawned\n"
+        "pool = spawned(1)\n"
+        "print(pool.submit(os.getpid).result(), flush=True)\n"
+        "time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    parent.kill()
+    try:
+        assert parent.communicate(timeout=20) == ("", None)  # the worker has closed its end as well
+    except subprocess.TimeoutExpired:
+        os.kill(worker, signal.SIGKILL)
+        raise
+
+
 @pytest.mark.slow
 def test_what_another_process_refuses_is_said_here(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT | {"num_hidden_layers": 120}))
@@ -396,7 +454,7 @@ def test_a_model_that_no_engine_would_split_so_is_not_simulated(tmp_path, tensor
 
 def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     config = Config(
-        sweep={"replicas": 4, "matmul_efficiency": 0.5},
+        sweep={"replicas": 4, "processes": 2, "matmul_efficiency": 0.5},
         lora={"enable_lora": False},
         coserve={"answer_with": ("base", "nobody", "a"), "jobs": ("a=a.jsonl",)},
     )
@@ -406,13 +464,23 @@ def test_what_cannot_be_run_is_said_before_anything_is_loaded():
     for part in (
         "MODEL",
         "tpot_objective_ms",
-        "sweep.replicas 4",
-        "matmul_efficiency 0.5",
+        "sweep.replicas: ",
+        "sweep.processes: ",
+        "sweep.matmul_efficiency: ",
         "enable_lora",
         "no 'nobody'",
     ):
         assert part in said
-    assert len(error.value.errors) == 6
+    assert len(error.value.errors) == 7
+
+
+def test_data_that_is_not_there_is_said_before_anything_is_loaded():
+    given = {"model": {"path": "m"}, "finetune": {"tpot_objective_ms": 45.0}}
+    with pytest.raises(DataError, match=r"job of adapter 'a': data file: No such file"):
+        sweep.check(Config(**given, coserve={"jobs": ("a=none.jsonl",)}))
+    for model, problem in (("m", "m: not a model directory"), ("demo:storyteller", "none.jsonl: data file: No such")):
+        with pytest.raises(JaxServeError, match=problem):
+            sweep.check(Config(**given | {"model": {"path": model}}, coserve={"prompts": "none.jsonl"}))
 
 
 def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
