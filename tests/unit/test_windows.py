@@ -35,6 +35,7 @@ def walk(seq, room, last):
         ({"window": 5}, 8, 8, [(0, 8), (8, 14)], [(14, 19), (9, 14), (4, 9), (0, 4)]),
         ({"window": 8, "fixed": True}, 16, 3, [(0, 16)], [(16, 19), (8, 16), (0, 8)]),
         ({"window": 8, "fixed": True, "num_rows": 16}, 16, 3, [(0, 8)], [(8, 16), (0, 8)]),
+        ({"window": 8, "fixed": True, "num_rows": 17}, 16, 3, [(0, 16)], [(16, 17), (8, 16), (0, 8)]),
         (STASHED, 8, 8, [(0, 8), (8, 16), (16, 19)], [(12, 19), (4, 12), (0, 4)]),
         (STASHED | {"window": 6}, 12, 8, [(0, 12), (12, 19)], [(12, 19), (4, 12), (0, 4)]),
         ({"forward_only": True, "window": 4}, 8, 8, [(0, 8), (8, 16), (16, 19)], []),
@@ -69,4 +70,4 @@ def test_phase_b_is_not_begun_before_its_rows_are_forward_and_phase_f_ends_with_
         seq.take_backward(seq.backward_window(8))
     seq.take_forward(seq.forward_window(11, 8))
     seq.take_backward(seq.backward_window(8))
-    assert (seq.backward_begun, seq.forward_window(8, 8)) == (True, None)
+    assert (seq.backward_begun, seq.forward_window(8, 4)) == (True, None)
