@@ -84,9 +84,10 @@ def test_a_request_that_never_fits_is_refused_with_the_limit_named(refused, conf
     assert not fake.scheduler.has_work()
 
 
-def test_the_largest_request_that_fits_is_served():
+@pytest.mark.parametrize("lengths", [{"max_tokens": 4}, {"max_tokens": None, "min_tokens": 4}], ids=str)
+def test_the_largest_request_that_fits_is_served(lengths):
     fake = engine(pages=16)
-    (seq,) = fake.add(request(prompt=60, max_tokens=4))
+    (seq,) = fake.add(request(prompt=60, **lengths))
     fake.run()
     assert (seq.num_outputs, seq.finish_reason) == (4, "length")
 
