@@ -19,6 +19,7 @@ class Bench:
 
     def __init__(self, stash_blocks=0, num_pages=60, lengths=(5, 30, 17, 9), **config):
         self.stash_blocks, self.cleared = stash_blocks, []
+        self.summed = {}  # by lane: tokens of the sequences of its batch whose gradient is complete, in order
         self.pool = PagePool(num_pages, PAGE, enable_prefix_cache=False)
         sizes = SLOTS, ACC, BLOCK, 16
         clear = self.cleared.extend
@@ -29,10 +30,18 @@ class Bench:
     def step(self, grad_rows=16, chunk_rows=16):
         """Plans a step and takes its windows for run; returns the batches that end in it."""
         plan = self.queue.draft(grad_rows, chunk_rows, usual=16, plain=False)
+        alone = [window.seq.lane.index for window in plan.grads if window.seq.alone]
+        assert len(set(alone)) == len(alone)
         self.queue.begin(plan)
+        for window in plan.grads:
+            if window.start == 0:
+                self.summed.setdefault(window.seq.lane.index, []).append(window.seq.token_ids)
         batches = self.queue.retire()
         for job, batch in batches:
             assert sorted(seq.token_ids.size for seq in batch.sequences) == sizes_of(batch.examples)
+            summed = self.summed.pop(self.jobs.index(job))
+            if job.config.deterministic:
+                assert all(a is b.token_ids for a, b in zip(summed, batch.examples, strict=True))
             self.queue.take_back_all(job)
             job.batch = None
         return plan, batches
@@ -59,7 +68,16 @@ def sizes_of(examples):
 
 
 @STASHES
-@pytest.mark.parametrize("config", [{}, {"deterministic": True, "window": 8}, {"packing": False}], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"packing": False},
+        {"packing": False, "deterministic": True, "window": 8},
+        {"packing": False, "deterministic": True, "lengths": (18, 34, 5, 9)},
+    ],
+    ids=str,
+)
 def test_whatever_happens_every_batch_gets_each_of_its_examples_once(stash_blocks, config):
     rng, bench, done = random.Random(1), Bench(stash_blocks, **config), set()
     for _ in range(400):
@@ -136,9 +154,39 @@ def test_the_youngest_sequence_without_a_backward_gives_way_and_is_the_next_to_b
     assert sorted(seq.num_rows for seq in bench.queue.active) == sorted(seq.num_rows for seq in before)
 
 
+@pytest.mark.parametrize("stash_blocks", [0, 40])
+def test_a_sequence_may_need_all_accumulators_and_all_of_the_stash(stash_blocks):
+    bench = Bench(stash_blocks, lengths=[ACC * PAGE + 1] * 3)
+    bench.queue.admit()
+    assert len(bench.queue.active) == 1
+    bench.check()
+
+
+def test_a_queue_whose_jobs_are_held_has_no_work_once_nothing_is_under_way():
+    bench = Bench()
+    bench.queue.admit()
+    bench.queue.hold(bench.jobs[0])
+    assert bench.queue.has_work
+    bench.queue.hold(bench.jobs[1])
+    assert not bench.queue.has_work
+    bench.queue.go_on(bench.jobs[1])
+    assert bench.queue.has_work
+
+
 def test_a_sequence_begins_where_others_are_left_their_pages():
     bench = Bench(num_pages=8)
     bench.queue.admit(reserve=8)
     assert not bench.queue.active
     bench.queue.admit(reserve=8 - bench.pool.pages_for(bench.jobs[0].batch.waiting[0].num_tokens - 1))
     assert len(bench.queue.active) == 1
+
+
+@STASHES
+def test_sequences_with_dropout_go_forward_in_programs_that_know_it_alone(stash_blocks):
+    bench = Bench(stash_blocks, lengths=[30] * 3, dropout=0.1)
+    bench.queue.admit()
+    assert {seq.dropout for seq in bench.queue.active} == {0.1}
+    assert len({seq.drop_key for seq in bench.queue.active}) > 1
+    assert bench.queue.left()[2]
+    plain, other = (bench.queue.draft(0, 64, 16, plain=plain).forwards for plain in (True, False))
+    assert (len(plain), len(other) > 0) == (0, True)
