@@ -250,6 +250,18 @@ def test_a_job_that_has_the_engine_to_itself_is_cut_the_same_however_long_its_st
     assert mixes[0] == mixes[1] == mixes[2]
 
 
+def test_after_a_failed_step_requests_go_alone_and_windows_where_there_are_none(device):
+    jobs = [endless_job("job", [3000], batch_size=4)]
+    settings = Settings(limits=LIMITS, num_pages=1000, max_grad_rows=1024, objectives=(Objective(),))
+    simulator = Simulator(settings, device, jobs)
+    simulator.training.held = True
+    assert simulator.planner.plan(0.0).plan.finetune is not None
+    simulator._add(load(1, 1)[0])
+    assert simulator.planner.plan(0.0).plan.finetune is None
+    simulator.training.held = False
+    assert simulator.planner.plan(0.0).plan.finetune is not None
+
+
 @pytest.mark.parametrize(("window", "most"), [(None, 1024), (256, 256), (4096, 1024)])
 def test_windows_are_as_long_as_a_job_wants_them_and_a_step_holds(device, window, most):
     jobs = [endless_job("job", [5000], batch_size=4, window=window)]
