@@ -137,7 +137,7 @@ class FakeEngine:
         return plan
 
     def collect(self) -> list[Outcome]:
-        outcomes = self.scheduler.commit(*self.flying.popleft())
+        outcomes = self.scheduler.commit(*self.flying.popleft(), now=float(self.clock))
         for outcome in outcomes:
             self.terminal[outcome.seq] += outcome.finish_reason is not None
         return outcomes

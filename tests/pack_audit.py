@@ -5,9 +5,10 @@ The packer's own check knows bounds; this one knows which index it has to be.
 Shapes: T rows, R drawn tokens, J work items of the adapters, S adapter sites.
 """
 
-from jaxserve.engine.batch import FROM_DEVICE, NOWHERE
+from jaxserve.engine.batch import FROM_DEVICE, NOWHERE, PROMPT_LOGPROBS
 from jaxserve.engine.loop import EngineCore
 from jaxserve.engine.pack import Packed, Packer
+from jaxserve.finetune.windows import FinetunePlan, TrainSequence
 from jaxserve.scheduler.plan import Segment, StepPlan
 from pallas_kernels.lora_matmul import SINGLE_ROWS
 
@@ -26,30 +27,76 @@ def watch(core: EngineCore) -> None:
 
 def audit(packer: Packer, plan: StepPlan, packed: Packed) -> None:
     """Raises AssertionError unless each index is the one the plan asks for."""
-    i, slots, chunk_start = packed.fields, packer.slots, packed.layout.bucket.grad_rows
-    rows = _rows(packer, plan, packed)
-    for row in range(packed.layout.bucket.rows):
+    i, slots, bucket = packed.fields, packer.slots, packed.layout.bucket
+    rows, trained = _rows(packer, plan, packed), _window_rows(packer, plan, packed)
+    targets = [-1] * bucket.chunk_rows
+    for row in range(bucket.rows):
+        found = i["token_T"][row], i["position_T"][row], i["slot_T"][row]
+        if row in trained:
+            seq, position = trained[row]
+            assert found == (seq.token_ids[position], position, slots.num_slots + seq.slot), f"row {row}"
+            if row >= bucket.grad_rows and seq.forward_only:
+                targets[row - bucket.grad_rows] = seq.token_ids[position + 1]
+            continue
         if row not in rows:
-            if plan.finetune is None:  # else it may be a row of a finetune window
-                assert (i["position_T"][row], i["slot_T"][row]) == (-1, slots.all_slots), f"padding row {row}"
+            assert found[1:] == (-1, slots.all_slots), f"padding row {row}"
             continue
         segment, position = rows[row]
         seq = segment.seq
         known = seq.tokens[position] if position < len(seq.tokens) else FROM_DEVICE
-        assert (i["token_T"][row], i["position_T"][row], i["slot_T"][row]) == (known, position, seq.slot), f"row {row}"
-        if row < packed.layout.bucket.block_rows and i["target_T"][row - chunk_start] != -1:
-            assert i["target_T"][row - chunk_start] == seq.request.prompt_ids[position + 1], f"target of row {row}"
+        assert found == (known, position, seq.slot), f"row {row}"
+        request = seq.request
+        wanted = row < bucket.block_rows and request.params.prompt_logprobs is not None
+        if wanted and position + 1 < len(request.prompt_ids):
+            targets[row - bucket.grad_rows] = request.prompt_ids[position + 1]
+    assert i["target_T"].tolist() == targets, "tokens whose log-probability is wanted"
+    assert i["flags"][PROMPT_LOGPROBS] == any(target >= 0 for target in targets), "whether any is"
     for segment in (*plan.chunks, *plan.decodes):
         held = i["page_table_BM"][segment.seq.slot, : len(segment.seq.pages)].tolist()
         assert held == segment.seq.pages, f"page table of {segment.seq}"
     _audit_samples(plan, packed, rows, slots.num_slots)
     if packed.layout.lora_items and plan.finetune is None:
         _audit_adapters(packer, packed, rows)
-    if packed.layout.bucket.stashed:
+    if plan.finetune is not None:
+        _audit_windows(packer, plan, packed, trained)
+    if bucket.stashed:
         _audit_stash(packer, plan, packed)
     for row, (segment, _) in rows.items() if packed.layout.scaled else ():
         lead = slots.lead_page_B[segment.seq.slot]
         assert i["lead_page_T"][row] == lead, f"scales of row {row}"
+
+
+def _window_rows(packer: Packer, plan: StepPlan, packed: Packed) -> dict[int, tuple[TrainSequence, int]]:
+    """(sequence, position) of the finetune windows' rows."""
+    rows, (grads, forwards) = {}, plan.finetune or FinetunePlan()
+    for windows, first in ((grads, 0), (forwards, packed.layout.bucket.grad_rows + plan.chunk_rows)):
+        for window in windows:
+            rows |= {first + k: (window.seq, window.start + k) for k in range(window.length)}
+            first += -(-window.length // packer.row_block) * packer.row_block
+    return rows
+
+
+def _audit_windows(
+    packer: Packer, plan: StepPlan, packed: Packed, trained: dict[int, tuple[TrainSequence, int]]
+) -> None:
+    """Windows find their pages, and their gradient rows what they predict and each page of the lane they train."""
+    i, size, bucket = packed.fields, packer.row_block, packed.layout.bucket
+    for window in (*plan.finetune.grads, *plan.finetune.forwards):
+        held = i["page_table_BM"][packer.slots.num_slots + window.seq.slot, : len(window.seq.pages)].tolist()
+        assert held == window.seq.pages, "page table of a window"
+    for window in plan.finetune.grads:
+        held = i["acc_table_BM"][packer.slots.num_slots + window.seq.slot, : len(window.seq.acc_pages)].tolist()
+        assert held == window.seq.acc_pages, "accumulators of a window"
+    rows = {row: each for row, each in trained.items() if row < bucket.grad_rows}
+    for row, (seq, position) in rows.items():
+        found = i["loss_target_W"][row], i["loss_kind_W"][row]
+        assert found == (seq.token_ids[position + 1], seq.targets.kind), f"what row {row} learns"
+    for site in range(packed.layout.num_sites) if bucket.grad_rows else ():
+        names, count = ("grad_block_SJ", "grad_page_SJ", "grad_lane_SJ"), i["grad_items_S"][site]
+        lanes = {row // size: seq.lane for row, (seq, _) in rows.items() if site in seq.lane.sites}
+        wanted = [(k, *pages) for k, at in lanes.items() for pages in zip(at.adapter_pages, at.lane_pages, strict=True)]
+        found = zip(*(i[name][site, :count].tolist() for name in names), strict=True)
+        assert sorted(found) == sorted(wanted), f"gradient items of site {site}"
 
 
 def _rows(packer: Packer, plan: StepPlan, packed: Packed) -> dict[int, tuple[Segment, int]]:

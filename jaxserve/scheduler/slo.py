@@ -60,7 +60,7 @@ class LatencyBudget:
             slack = (start if first is None else first) + known * tpot - start
             if slack < tpot:
                 left = seq.max_total - seq.prompt_len - known
-                if slack - tpot + left * (tpot - shortest) < 0 and shortest < tpot:
+                if slack - tpot + left * (tpot - shortest) < 0:
                     slack = tpot
             if slack < least:
                 least = slack

@@ -1,6 +1,7 @@
 """Training data: what a file may hold and what is learnt of it; every kind of bad line by its number."""
 
 import json
+import os
 import tracemalloc
 
 import numpy as np
@@ -346,11 +347,23 @@ def test_the_first_ten_bad_lines_are_named(load):
 def test_a_line_may_hold_a_mebibyte_and_no_more(load):
     longest = b'{"text": 1' + b" " * (MAX_LINE_BYTES - 11) + b"}"
     assert len(longest) == MAX_LINE_BYTES
-    lines = [longest + b"\r", longest, longest + b" ", longest[:-1] + b" }", longest + b" \r", b"{"]
+    lines = [longest + b"\r", longest, longest + b" ", longest[:-1] + b" }", longest + b" \r", b"{", longest + b" "]
     long, whole = f"longer than {MAX_LINE_BYTES} bytes", "text must be a string"
     problems = refusal(load, b"\n".join(lines))
     assert problems[:5] == [f"line {n}: {why}" for n, why in enumerate([whole, whole, long, long, long], start=1)]
     assert problems[5].startswith("line 6: not valid JSON")
+    assert problems[6:] == [f"line 7: {long}"]
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(os.mkfifo, "not a regular file"), (os.mkdir, "not a regular file"), (str, "No such file or directory")],
+    ids=["fifo", "directory", "missing"],
+)
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, make, reason):
+    make(tmp_path / "data.jsonl")
+    with pytest.raises(DataError, match=f"data file: {reason}"):
+        load_dataset(tmp_path / "data.jsonl", None, max_length=9, vocab_size=9999)
 
 
 def test_a_giant_line_is_refused_without_reading_it_into_memory(tokenizer, tmp_path):

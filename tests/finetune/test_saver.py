@@ -1,14 +1,14 @@
 """A job's directory and a disk that refuses, without an engine."""
 
 import time
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from jaxserve import faults
-from jaxserve.engine.saver import JobSaver
+from jaxserve.engine.saver import RETRY_SECONDS, JobSaver
 from jaxserve.finetune.data import Cursor
 from jaxserve.finetune.durable import newest
 from jaxserve.finetune.errors import CheckpointError
@@ -27,7 +27,12 @@ def job():
     """A job after three steps, which notes what it is told."""
     notes = []
     return SimpleNamespace(
-        step=3, notes=notes, events=list, meta=lambda cursor: {}, note=lambda kind, message, **_: notes.append(message)
+        step=3,
+        start=None,
+        notes=notes,
+        events=list,
+        meta=lambda cursor: {},
+        note=lambda kind, message, **_: notes.append(message),
     )
 
 
@@ -82,3 +87,66 @@ def test_a_job_that_was_resumed_by_hand_and_paused_again_is_not_resumed_by_the_d
     assert moved == ["pause"]
     assert job.notes == ["checkpoint 3 is saved"]
     saver.close()
+
+
+class Disk:
+    """A folder whose writes end when the test says so."""
+
+    def __init__(self):
+        self.saves, self.adapters, self.closed = [], [], False
+
+    def save(self, step, state, meta):
+        self.saves.append((step, Future()))
+        return self.saves[-1][1]
+
+    def finish(self, write_adapter):
+        self.adapters.append(Future())
+        return self.adapters[-1]
+
+    def close_soon(self):
+        self.closed = True
+
+
+@pytest.mark.parametrize(("number", "saved_step", "saves"), [(3, 2, [3]), (3, 3, []), (4, 2, [])])
+def test_what_is_saved_is_newer_than_the_last_checkpoint_and_lacks_no_batch(job, number, saved_step, saves):
+    saver = JobSaver(job, Disk(), saved_step, time.monotonic)
+    saver.save({}, {}, number, Cursor())
+    assert (saver.pending, saver.start() is not None) == (bool(saves), bool(saves))
+    assert [step for step, _ in saver.folder.saves] == saves
+
+
+def test_the_adapter_is_written_behind_the_last_checkpoint_and_again_where_the_disk_refused_it(job):
+    now, disk = [0.0], Disk()
+    saver = JobSaver(job, disk, -1, lambda: now[0])
+
+    def settle():
+        return saver.settle(lambda job, why: None, lambda job: None)
+
+    save(saver)
+    saver.start()
+    saver.finish({})
+    assert (settle(), len(disk.adapters)) == (False, 0)
+    disk.saves[0][1].set_result(None)
+    assert (settle(), len(disk.adapters)) == (False, 1)
+    assert saver.wait(0.001)
+    disk.adapters[0].set_exception(OSError("No space left on device"))
+    assert not settle()
+    assert "will be tried again: No space left on device" in job.notes[-1]
+    assert (settle(), saver.pending, saver.wait(0.001), len(disk.adapters)) == (False, True, False, 1)
+    now[0] += RETRY_SECONDS
+    assert (settle(), len(disk.adapters)) == (False, 2)
+    disk.adapters[1].set_result(None)
+    assert (settle(), saver.pending) == (True, False)
+
+
+def test_a_job_that_is_over_leaves_what_is_due_and_then_its_directory(job):
+    saver = JobSaver(job, Disk(), -1, time.monotonic)
+    save(saver)
+    saver.start()
+    job.step = 4
+    saver.save({}, {}, 4, Cursor())
+    saver.close_soon()
+    assert ([step for step, _ in saver.folder.saves], saver.folder.closed) == ([3, 4], True)
+    idle = JobSaver(job, Disk(), -1, time.monotonic)
+    idle.close_soon()
+    assert (idle.folder.saves, idle.folder.closed) == ([], True)

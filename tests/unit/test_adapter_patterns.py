@@ -66,6 +66,33 @@ def test_patterns_answer_as_re_does_or_are_refused(text, names):
 @pytest.mark.parametrize(
     "text",
     [
+        r"[+-\.]",
+        r"[\.-9]",
+        r"[\n-\r]",
+        r"[\d-]",
+        r"[^\W-]",
+        r"[]a]",
+        r"[^]a-]",
+        r"[\b\D]",
+        r"[9-\.]",
+        r"[\d-z]",
+        r"[+-\d]",
+    ],
+)
+def test_sets_hold_the_characters_that_they_hold_in_re_or_are_refused_as_there(text):
+    pattern, _ = compiled(text)
+    try:
+        known = re.compile(text)
+    except re.error:
+        known = None
+    assert (pattern is None) == (known is None)
+    for character in map(chr, range(128)):
+        assert known is None or pattern.fullmatch(character) == (known.fullmatch(character) is not None)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         r".*\.(q_proj|v_proj)$",
         r"model\.layers\.([0-9]|1[0-5])\..*_proj",
         r"^model\.layers\.\d+\.(?:self_attn|mlp)\.(?:[qv]|gate)_proj",

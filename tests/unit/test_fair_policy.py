@@ -21,11 +21,11 @@ class Resident:
 class Bench:
     """A scheduler whose every step is over at once; ``service`` is what each tenant got, as the policy charges it."""
 
-    def __init__(self, policy="fair", slots=4, rows=32, pages=64):
+    def __init__(self, policy="fair", slots=4, rows=32, pages=64, prefix_cache=False):
         config = SchedulerConfig(
             max_num_seqs=slots, max_num_batched_tokens=rows, max_model_len=64, policy=policy, max_queue=10_000
         )
-        self.scheduler = Scheduler(config, PagePool(pages, 4, enable_prefix_cache=False), Resident())
+        self.scheduler = Scheduler(config, PagePool(pages, 4, prefix_cache), Resident())
         self.service: dict[str, float] = {}
         self.first_token: dict[str, int] = {}
         self.steps = self.count = 0
@@ -126,6 +126,17 @@ def test_a_tenant_who_was_away_has_earned_nothing():
     for _ in range(40):
         bench.step()
     assert abs((bench.service["busy"] - before["busy"]) - bench.service["late"]) <= 2 * (4 + OUTPUT_TOKEN * 4)
+
+
+def test_a_prompt_is_charged_for_the_tokens_that_are_computed():
+    bench = Bench(prefix_cache=True)
+    costs = []
+    for _ in range(2):
+        bench.add("again", 9, 1)
+        while bench.scheduler.has_work():
+            bench.step()
+        costs.append(bench.scheduler.policy.served("again"))
+    assert costs == [9 * PROMPT_TOKEN + OUTPUT_TOKEN, 10 * PROMPT_TOKEN + 2 * OUTPUT_TOKEN]
 
 
 def test_finetuning_is_charged():

@@ -11,9 +11,11 @@ import pytest
 
 from jaxserve.engine.batch import FROM_DEVICE, SLOT_FLOATS, BatchLayout
 from jaxserve.engine.buckets import Buckets
+from jaxserve.engine.gradient import TrainShape
 from jaxserve.engine.pack import AdapterRows, Packer, Slots, check_edits, slot_edits
 from jaxserve.engine.state import MAX_EDITS
 from jaxserve.errors import EngineError, InvalidRequest
+from jaxserve.finetune.windows import FinetunePlan, Lane, Targets, TrainSequence, WindowRows, total_rows
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.sampling import SamplingParams
 from jaxserve.scheduler.plan import StepResult
@@ -21,7 +23,7 @@ from jaxserve.scheduler.request import Request
 from jaxserve.scheduler.scheduler import Scheduler, SchedulerConfig
 
 NUM_SLOTS, PAGE, ROW_BLOCK, NUM_PAGES, MAX_LEN, VOCAB = 8, 4, 4, 60, 48, 50
-BANK_PAGES = 7
+BANK_PAGES = 15
 
 
 class Adapter:
@@ -50,16 +52,19 @@ class Resident:
 class Driver:
     """Scheduler and packer in a loop; ``steps`` yields every (plan, packed)."""
 
-    def __init__(self, seed=0, **limits):
+    def __init__(self, seed=0, train=None, **limits):
         self.rng = np.random.default_rng(seed)
         config = SchedulerConfig(
             max_num_seqs=NUM_SLOTS, max_num_batched_tokens=24, max_model_len=MAX_LEN, row_block=ROW_BLOCK, **limits
         )
         self.scheduler = Scheduler(config, PagePool(NUM_PAGES, PAGE), Resident())
-        self.buckets = Buckets.make(config.max_chunk_rows, NUM_SLOTS, ROW_BLOCK)
-        slots = Slots(NUM_SLOTS, MAX_LEN // PAGE)
-        layouts = {(b, False): BatchLayout(b, NUM_SLOTS, MAX_LEN // PAGE, 40) for b in self.buckets}
-        self.packer = Packer(slots, layouts, ROW_BLOCK, NUM_PAGES, PAGE, VOCAB, BANK_PAGES)
+        sizes = (config.max_chunk_rows, train is not None and train.stash_blocks > 0) if train else (0, False)
+        self.buckets = Buckets.make(config.max_chunk_rows, NUM_SLOTS, ROW_BLOCK, *sizes)
+        train_slots = train.num_slots if train else 0
+        slots = Slots(NUM_SLOTS, MAX_LEN // PAGE, train_slots)
+        shape = NUM_SLOTS, MAX_LEN // PAGE, 40, 4, train_slots, 40, ROW_BLOCK
+        layouts = {(b, False): BatchLayout(b, *shape) for b in self.buckets}
+        self.packer = Packer(slots, layouts, ROW_BLOCK, NUM_PAGES, PAGE, VOCAB, BANK_PAGES, train)
 
     def add(self, i):
         rng = self.rng
@@ -85,7 +90,31 @@ class Driver:
         for seq in plan.started:
             adapter = seq.request.adapter
             self.packer.slots.admit(seq, adapter and adapter.rows, edited=bool(seq.request.params.logit_bias))
-        return self.packer.pack(plan, self.buckets.fit(plan.chunk_rows, len(plan.decodes)))
+        grads, forwards = plan.finetune or FinetunePlan()
+        chunk_rows = plan.chunk_rows + total_rows(forwards, ROW_BLOCK)
+        bucket = self.buckets.fit(chunk_rows, len(plan.decodes), total_rows(grads, ROW_BLOCK))
+        return self.packer.pack(plan, bucket)
+
+    def windows(self, plan):
+        """Windows of any four sequences: two in the gradient rows, two in what chunks leave of the others."""
+        rng, train, kinds, left = self.rng, self.packer.train, ([], []), [24, 24 - plan.chunk_rows]
+        for slot in range(4):
+            length = int(rng.integers(8, MAX_LEN + 1))
+            lane = Lane(slot, (7 + 2 * slot, 8 + 2 * slot), (slot, 3), (2 * slot, 2 * slot + 1))
+            targets = Targets(weights=np.ones(length, np.float32), kind=int(rng.integers(3)))
+            seq = TrainSequence(
+                rng.integers(0, VOCAB, length), targets, lane, slot=slot, forward_only=slot > 1 and rng.random() < 0.5,
+                row_block=ROW_BLOCK, pages=rng.permutation(NUM_PAGES)[: -(-length // PAGE)].tolist(),
+            )  # fmt: skip
+            seq.acc_pages = rng.permutation(train.acc_pages)[: len(seq.pages)].tolist()
+            if train.stash_blocks and not seq.forward_only:
+                seq.stash_blocks = rng.permutation(train.stash_blocks)[: -(-length // ROW_BLOCK)].tolist()
+            start = int(rng.integers(seq.num_rows) // ROW_BLOCK * ROW_BLOCK)
+            if left[slot > 1]:
+                most = min(left[slot > 1], 12, seq.num_rows - start)
+                kinds[slot > 1].append(WindowRows(seq, start, int(rng.integers(1, most + 1))))
+                left[slot > 1] -= total_rows(kinds[slot > 1][-1:], ROW_BLOCK)
+        return FinetunePlan(*map(tuple, kinds))
 
     def steps(self, num_requests=30):
         """Runs a step ahead, as the engine does."""
@@ -95,6 +124,7 @@ class Driver:
         while self.scheduler.has_work():
             plan = self.scheduler.plan(0.0)
             if plan is not None:
+                plan = plan.beside(self.windows(plan)) if self.packer.train else plan
                 yield plan, self.pack(plan)
                 flying.append(plan)
             if flying and (plan is None or len(flying) > 1):
@@ -113,6 +143,16 @@ def test_every_index_is_the_one_the_plan_asks_for(seed):
         seen |= {"adapters"} if packed.fields["items_S"].any() else set()
         seen |= {"targets"} if (packed.fields["target_T"] >= 0).any() else set()
     assert seen == {"chunks", "from device", "adapters", "targets"}
+
+
+@pytest.mark.parametrize("stash_blocks", [0, 20])
+def test_finetune_windows_beside_requests_have_every_index_that_they_ask_for(stash_blocks):
+    train = TrainShape(num_slots=4, acc_pages=20, lane_pages=8, num_lanes=4, stash_blocks=stash_blocks)
+    driver, seen = Driver(3, train), set()
+    for plan, packed in driver.steps(60):
+        pack_audit.audit(driver.packer, plan, packed)
+        seen |= {tuple(window.seq.forward_only for window in plan.finetune.forwards)} if plan.chunks else set()
+    assert seen == {(), (False,), (True,), (False, False), (False, True), (True, False), (True, True)}
 
 
 INDEX_FIELDS = (
@@ -195,6 +235,13 @@ def test_an_index_out_of_bounds_never_reaches_the_device(name):
         broken[name].reshape(-1)[0] = value
         with pytest.raises(EngineError, match=name):
             driver.packer._check(broken, packed.layout)
+
+
+def test_whatever_is_packed_is_checked():
+    driver = Driver(2)
+    driver.packer.vocab_size = 1
+    with pytest.raises(EngineError, match="token_T"):
+        next(iter(driver.steps(3)))
 
 
 @pytest.mark.parametrize("name", ["sample_row_R", "block_SJ", "page_SJ", "first_SJ", "stop_SJ"])

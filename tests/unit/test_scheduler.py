@@ -84,9 +84,10 @@ def test_a_request_that_never_fits_is_refused_with_the_limit_named(refused, conf
     assert not fake.scheduler.has_work()
 
 
-def test_the_largest_request_that_fits_is_served():
+@pytest.mark.parametrize("lengths", [{"max_tokens": 4}, {"max_tokens": None, "min_tokens": 4}], ids=str)
+def test_the_largest_request_that_fits_is_served(lengths):
     fake = engine(pages=16)
-    (seq,) = fake.add(request(prompt=60, max_tokens=4))
+    (seq,) = fake.add(request(prompt=60, **lengths))
     fake.run()
     assert (seq.num_outputs, seq.finish_reason) == (4, "length")
 
@@ -147,6 +148,12 @@ def test_a_prompt_is_cut_into_chunks_and_only_the_last_one_draws():
     assert [rows(plan.chunks) for plan in plans] == [[("r", 0, 16)], [("r", 16, 16)], [("r", 32, 8)]]
     assert [len(plan.samples) for plan in plans] == [0, 0, 1]
     assert [(plan.chunk_rows, plan.num_rows) for plan in plans] == [(16, 16), (16, 16), (8, 8)]
+
+
+def test_a_prompt_is_cut_where_the_planner_leaves_less_room_than_a_step_has():
+    scheduler = engine().scheduler
+    scheduler.add(request(prompt=20))
+    assert rows(scheduler.plan(0.0, room=8).chunks) == [("r", 0, 8)]
 
 
 def test_chunks_take_whole_row_blocks_of_the_budget():
@@ -317,7 +324,35 @@ def test_nobody_passes_a_request_that_waits_for_pages():
     assert rows(fake.dispatch().chunks) == []
 
 
+def test_prompts_wait_while_rows_of_one_are_left_or_a_slot_is_free_for_one():
+    fake = engine(max_num_seqs=1)
+    assert not fake.scheduler.has_prompts
+    fake.add(request("a", prompt=20))
+    assert fake.scheduler.has_prompts
+    fake.add(request("b"))
+    fake.dispatch()
+    assert fake.scheduler.has_prompts
+    fake.dispatch()
+    assert not fake.scheduler.has_prompts
+
+
 # pages and preemption
+
+
+def test_pages_that_somebody_else_gives_back_come_before_a_preemption():
+    fake = engine(pages=8, prefix_cache=False)
+    lent = fake.pool.alloc(3)
+
+    def give_back():
+        had_some = bool(lent)
+        fake.pool.free([lent.pop()] if lent else [])
+        return had_some
+
+    fake.scheduler.reclaim = give_back
+    pair = [fake.add(request(name, prompt=8, max_tokens=9))[0] for name in ("old", "young")]
+    while fake.scheduler.has_work():
+        fake.step()
+    assert (lent, [seq.num_preempted for seq in pair]) == ([], [0, 0])
 
 
 def test_the_youngest_is_preempted_and_recomputed_with_the_same_tokens():
@@ -378,6 +413,18 @@ def test_a_token_on_its_way_survives_the_preemption_of_its_sequence():
     before = young.num_outputs
     fake.collect()
     assert (young.num_outputs, young.num_pending) == (before + 1, 0)
+
+
+def test_the_first_tokens_time_outlives_a_preemption():
+    fake = engine(pages=8, prefix_cache=False)
+    fake.add(request("old", prompt=8, max_tokens=17))
+    (young,) = fake.add(request("young", prompt=8, max_tokens=17))
+    while not young.num_outputs:
+        fake.step()
+    assert young.first_token_at == fake.clock
+    before = fake.clock
+    fake.run()
+    assert (young.num_preempted > 0, young.first_token_at) == (True, before)
 
 
 def test_a_recompute_longer_than_a_step_is_cut_even_without_chunked_prefill():
@@ -639,11 +686,16 @@ def test_a_prompt_that_fails_on_the_way_ends_all_its_choices(report_chunks):
     assert fake.pool.num_free == fake.pool.num_pages
 
 
-def test_a_chunk_that_is_not_finite_fails_its_sample_even_if_that_row_is():
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_chunk_that_is_not_finite_fails_its_samples_even_if_that_row_is(n):
     scheduler = engine().scheduler
-    (seq,) = scheduler.add(request(prompt=6))
-    (outcome,) = scheduler.commit(scheduler.plan(0.0), StepResult(tokens=[1], finite=[True], chunk_finite=[False]))
-    assert (outcome.token, outcome.finish_reason, seq.indexed) == (None, "error", [])
+    group = scheduler.add(request(prompt=6, n=n))
+    result = StepResult(tokens=[1] * n, finite=[True] * n, chunk_finite=[False])
+    outcomes = scheduler.commit(scheduler.plan(0.0), result)
+    assert [(outcome.seq, outcome.token, outcome.finish_reason) for outcome in outcomes] == [
+        (seq, None, "error") for seq in group
+    ]
+    assert not any(seq.indexed for seq in group)
 
 
 def test_a_finished_choice_cannot_be_finished_again():

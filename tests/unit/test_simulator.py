@@ -14,8 +14,12 @@ from jaxserve.bench.roofline import DEVICES
 from jaxserve.bench.simulator import RooflineDevice, Settings, Simulator, endless_job
 from jaxserve.bench.workload import BenchRequest
 from jaxserve.engine import planner
+from jaxserve.engine.sharing import sharing
+from jaxserve.engine.times import StepLoad
+from jaxserve.finetune.windows import FinetunePlan
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.limits import SchedulerConfig
+from jaxserve.scheduler.policy import FORWARD_TOKEN, GRADIENT_TOKEN
 from jaxserve.scheduler.request import Objective
 
 MODELS = Path(__file__).parents[2] / "configs" / "models"
@@ -126,6 +130,26 @@ def test_a_burst_stops_finetuning_and_it_is_back_soon_after(device):
     assert after > 0.7 * usual
 
 
+class Slow:
+    """A device on which a long prompt's chunk takes as long as many tokens."""
+
+    def seconds(self, planned):
+        return 0.02 + 1e-4 * planned.load.bucket.chunk_rows
+
+
+def test_chunks_leave_running_requests_their_time_per_token_unless_a_first_token_would_be_late():
+    def served(ttft):
+        long = [BenchRequest(arrival_s=0.1, prompt_ids=(i, *[7] * 4000), output_tokens=1) for i in range(20)]
+        running = BenchRequest(arrival_s=0.0, prompt_ids=(1, 2, 3), output_tokens=150)
+        _, run = simulate(Slow(), [running, *long], None, jobs=0, objectives=(Objective(ttft, TPOT),))
+        first, *_, last = run.requests[0].token_times
+        return (last - first) / 149 <= TPOT, max(record.token_times[0] for record in run.requests)
+
+    (met, last), (still_met, sooner) = served(ttft=1000.0), served(ttft=11.0)
+    assert (met, still_met) == (True, False)
+    assert sooner < last
+
+
 class Started:
     """A device on which windows of any length take as long to begin, and a step of requests takes little."""
 
@@ -133,6 +157,13 @@ class Started:
         bucket = planned.load.bucket
         rows = 2 * bucket.grad_rows + bucket.chunk_rows
         return 0.003 + (0.02 + 5e-5 * rows if rows else 0.0)
+
+
+class Backwards:
+    """A device on which gradient rows take long."""
+
+    def seconds(self, planned):
+        return 0.01 + 2e-4 * planned.load.bucket.grad_rows
 
 
 def with_and_without_waiting(monkeypatch, device, requests):
@@ -183,6 +214,92 @@ def test_pages_slots_accumulators_and_stash_are_all_given_back(device, stash_blo
     assert len(simulator.training.steps_done) == 3  # no job starves
 
 
+class Counting:
+    """A device that counts anew what each step holds."""
+
+    def __init__(self, device):
+        self.device, self.kinds = device, set()
+
+    def seconds(self, planned):
+        plan, (grads, forwards) = planned.plan, planned.plan.finetune or FinetunePlan()
+        bucket, seen = planned.load.bucket, [position + 1 for position in plan.positions]
+        trained, windows = rows_of(grads), rows_of(forwards) + ([] if bucket.stashed else rows_of(grads))
+        blocks = rows_of(plan.chunks) + windows
+        adapted = [seq for seq in plan.decoding if seq.request.adapter is not None]
+        chunks = rows_of(chunk for chunk in plan.chunks if chunk.seq.request.adapter is not None)
+        assert planned.load == StepLoad(
+            bucket, False, sum(seen), max(seen, default=0), *keys(blocks), *keys(trained),
+            len(adapted) + sum(map(len, chunks + windows)), sum(map(len, trained)),
+        )  # fmt: skip
+        self.kinds.add((bool(plan.positions), bool(plan.chunks), bool(grads), bool(forwards)))
+        return self.device.seconds(planned)
+
+
+def rows_of(segments):
+    """How many keys each row sees, as a range, by segment."""
+    return [range(start + 1, start + length + 1) for _, start, length in segments]
+
+
+def keys(ranges):
+    """Keys that rows see, and the most that one sees."""
+    return sum(map(sum, ranges)), max((seen[-1] for seen in ranges), default=0)
+
+
+@pytest.mark.parametrize("stash_blocks", [0, 128])
+def test_what_a_step_holds_is_what_its_time_is_predicted_from(device, stashing, stash_blocks):
+    counting = Counting(stashing if stash_blocks else device)
+    requests = [replace(request, adapter=(None, "math")[i % 2]) for i, request in enumerate(load(8, 3))]
+    simulate(counting, requests, 4.0, stash_blocks=stash_blocks)
+    assert {(True, True, False, False), (True, False, True, True)} <= counting.kinds
+
+
+@pytest.mark.parametrize("stash_blocks", [0, 128])
+def test_a_job_that_has_the_engine_to_itself_is_cut_the_same_however_long_its_steps_take(stash_blocks):
+    mixes = []
+    for slow in (Slow(), Started(), Backwards()):
+        jobs = [endless_job("job", [200, 900, 3000, 5000], batch_size=4)]
+        settings = Settings(
+            limits=LIMITS, num_pages=1000, max_grad_rows=1024, objectives=(Objective(),), stash_blocks=stash_blocks
+        )
+        steps = Simulator(settings, slow, jobs)([], 10.0).steps[:30]
+        mixes.append([(step.mix.forward, step.mix.backward) for step in steps])
+    assert len(mixes[0]) == 30
+    assert mixes[0] == mixes[1] == mixes[2]
+
+
+def test_after_a_failed_step_requests_go_alone_and_windows_where_there_are_none(device):
+    jobs = [endless_job("job", [3000], batch_size=4)]
+    settings = Settings(limits=LIMITS, num_pages=1000, max_grad_rows=1024, objectives=(Objective(),))
+    simulator = Simulator(settings, device, jobs)
+    simulator.training.held = True
+    assert simulator.planner.plan(0.0).plan.finetune is not None
+    simulator._add(load(1, 1)[0])
+    assert simulator.planner.plan(0.0).plan.finetune is None
+    simulator.training.held = False
+    assert simulator.planner.plan(0.0).plan.finetune is not None
+
+
+@pytest.mark.parametrize(("window", "most"), [(None, 1024), (256, 256), (4096, 1024)])
+def test_windows_are_as_long_as_a_job_wants_them_and_a_step_holds(device, window, most):
+    jobs = [endless_job("job", [5000], batch_size=4, window=window)]
+    simulator = Simulator(Settings(limits=LIMITS, num_pages=1000, max_grad_rows=1024), device, jobs)
+    simulator([], 1.0)
+    assert {seq.window for seq in simulator.training.queue.active} == {most}
+
+
+@pytest.mark.parametrize("stash_blocks", [0, 70])
+def test_finetuning_is_charged_for_its_rows_to_the_tenant_of_its_job(device, stash_blocks):
+    jobs = [endless_job("job", [200, 900, 3000], tenant="trains", batch_size=4)]
+    limits = replace(LIMITS, policy="fair")
+    settings = Settings(limits=limits, num_pages=1000, max_grad_rows=1024, stash_blocks=stash_blocks)
+    simulator = Simulator(settings, device, jobs)
+    mixes = [step.mix for step in simulator([], 5.0).steps]
+    forward, backward = (sum(getattr(mix, kind) for mix in mixes) for kind in ("forward", "backward"))
+    again = backward if stash_blocks else 0  # their forward was charged in an earlier step
+    cost = FORWARD_TOKEN * (forward - again) + GRADIENT_TOKEN * backward
+    assert simulator.scheduler.policy.served("trains") == pytest.approx(cost, rel=0.1)  # two steps are under way
+
+
 @pytest.mark.parametrize("name", ["temporal:8", "temporal-dynamic", "inference-only", "finetune-only"])
 def test_the_other_ways_to_share_do_what_they_say(device, name):
     _, run = simulate(device, load(2, 10), 12.0, sharing=name)
@@ -191,3 +308,9 @@ def test_the_other_ways_to_share_do_what_they_say(device, name):
     assert (rate_of(run) > 0) == (name != "inference-only")
     served = [r for r in run.requests if r.token_times]
     assert (len(served) > 0) == (name != "finetune-only")
+
+
+@pytest.mark.parametrize("name", ["temporal", "temporal:", "temporal:0", "temporal:x", "spatial:8", ""])
+def test_a_way_to_share_of_no_such_name_is_refused(name):
+    with pytest.raises(ValueError, match=r"is not one of coserve, .*temporal:N"):
+        sharing(name)

@@ -28,6 +28,7 @@ def budget():
 def test_a_request_on_time_gives_a_step_one_token_and_what_it_gained_before(budget):
     assert budget.slack([request(1, first=0.0)], start=0.0, shortest=0.01) == pytest.approx(TPOT)
     assert budget.slack([request(5, first=0.0)], start=0.05, shortest=0.01) == pytest.approx(5 * TPOT - 0.05)
+    assert budget.tpot == pytest.approx(TPOT)
 
 
 def test_the_tightest_request_decides(budget):
@@ -46,6 +47,7 @@ def test_one_that_can_catch_up_gets_short_steps_and_one_that_cannot_gets_its_obj
     assert budget.slack([behind], start=0.2, shortest=0.01) == pytest.approx(2 * TPOT - 0.2)
     lost = request(2, first=0.0, left=1)
     assert budget.slack([lost], start=2.0, shortest=0.01) == pytest.approx(TPOT)
+    assert budget.slack([behind], start=0.2, shortest=0.06) == pytest.approx(TPOT)
 
 
 def test_without_objectives_nothing_limits_a_step():
@@ -60,6 +62,7 @@ def test_a_step_leaves_room_for_the_first_token_of_who_comes_meanwhile(budget):
     assert not budget.first_token_risk([(waiting, 100)], now=0.5, rows_per_second=1000)
     assert budget.first_token_risk([(waiting, 600)], now=0.5, rows_per_second=1000)
     assert budget.first_token_risk([(waiting, 300), (waiting, 300)], now=0.5, rows_per_second=1000)
+    assert budget.first_token_risk([(waiting, 480)], now=0.5, rows_per_second=1000)  # within the margin
     assert not budget.first_token_risk([(waiting, 600)], now=2.0, rows_per_second=1000)  # it is lost already
 
 

@@ -17,6 +17,7 @@ def base(bucket: Bucket) -> float:
 def real(load: StepLoad) -> float:
     """A device whose attention costs more the longer the contexts are."""
     attention = 4e-8 * load.decode_keys + 2e-8 * load.block_pairs + 3e-8 * load.grad_pairs
+    attention += 4e-8 * load.bucket.grad_rows * load.grad_span
     return base(load.bucket) + attention + 1e-6 * load.adapter_rows
 
 
@@ -29,7 +30,9 @@ def random_load(rng: np.random.Generator) -> StepLoad:
         decode_keys=decodes * span // 2,
         decode_span=span,
         block_pairs=bucket.block_rows * int(rng.integers(1, MAX_KEYS)),
+        block_span=int(rng.integers(1, MAX_KEYS)),
         grad_pairs=bucket.grad_rows * int(rng.integers(1, MAX_KEYS)),
+        grad_span=int(rng.integers(1, MAX_KEYS)),
         adapter_rows=int(rng.integers(bucket.rows)),
         grad_rows=bucket.grad_rows,
     )
@@ -59,6 +62,25 @@ def test_it_learns_what_grows_with_the_contexts(times):
     assert np.quantile(first[:20], 0.9) > 0.1  # calibration alone does not know of it
     assert np.quantile(later, 0.9) < 0.05
     assert times.error() < 0.06
+
+
+def test_what_a_load_takes_in_many_buckets_is_what_it_takes_in_each(times):
+    rng = np.random.default_rng(3)
+    errors(times, rng)
+    extended = Bucket(1024, 64)
+    times.calibrate(extended, True, 0.1)
+    load, buckets = random_load(rng), [*BUCKETS, extended, Bucket(2048, 64)]
+    alone = [times.predict(load._replace(bucket=bucket, extended=bucket == extended)) for bucket in buckets]
+    assert times.predict_each(load, buckets) == pytest.approx(alone, rel=1e-12)
+
+
+def test_what_steps_with_gradient_rows_take_too_long_is_learnt_of_all_of_them_and_of_no_others(times):
+    plain, trains = ([b for b in BUCKETS if (b.grad_rows > 0) == grads] for grads in (False, True))
+    for _ in range(100):
+        times.observe(StepLoad(trains[0]), 1.5 * base(trains[0]))
+        times.observe(StepLoad(plain[0]), base(plain[0]))
+    off = [times.predict(StepLoad(bucket)) / base(bucket) for bucket in (plain[-1], trains[-1])]
+    assert off == pytest.approx([1.0, 1.5], rel=0.2)
 
 
 def test_it_follows_a_device_that_slows_down_and_comes_back(times):

@@ -100,9 +100,17 @@ def test_a_stop_completed_before_min_tokens_is_ordinary_text(text, cuts, stops, 
         assert seen.startswith("".join(deltas) + hit)
 
 
-def test_a_stop_over_three_tokens_is_cut_exactly():
-    deltas, hit, used = stream_all([b"one E", b"N", b"D two", b" three"], ("END",))
+@pytest.mark.parametrize("others", [(), ("x", "other"), ("#", "ENOUGH")])
+def test_a_stop_over_three_tokens_is_cut_exactly(others):
+    deltas, hit, used = stream_all([b"one E", b"N", b"D two", b" three"], (*others, "END"))
     assert (deltas, hit, used) == (["one ", "", "", ""], "END", 3)
+
+
+@pytest.mark.parametrize(("min_tokens", "used"), [(0, 1), (1, 1), (2, 3), (3, 3), (4, 4)])
+def test_the_first_stop_completed_from_min_tokens_on_cuts(min_tokens, used):
+    pieces = [b"END ", b"a ", b"END ", b"END "]
+    deltas, *found = stream_all(pieces, ("END",), min_tokens=min_tokens)
+    assert ("".join(deltas), *found) == ("END a END "[: (0, 0, 0, 6, 10)[used]], "END", used)
 
 
 def test_a_false_start_of_a_stop_is_given_back():
