@@ -17,6 +17,12 @@ from jaxserve.config import dump_config, resolve
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A run makes its folders before anything else."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["finetune", "coserve"])
 def test_the_yaml_and_the_gin_file_are_the_same_run(name):
     assert resolve(str(CONFIGS / f"{name}.yaml")) == resolve(str(CONFIGS / f"{name}.gin"))
