@@ -20,7 +20,7 @@ from tokenizers import AddedToken
 from jaxserve.errors import InvalidRequest, ModelError
 
 OPEN, CLOSE = "\ue0f0", "\ue0f1"
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # what API clients call it
+REASONING = ("reasoning_content", "thinking", "reasoning")  # what API clients call it
 
 
 class ChatTemplate:
@@ -75,7 +75,7 @@ def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:
     given = {key: value for key, value in message.items() if value is not None}
     if isinstance(calls := given.get("tool_calls"), list | tuple):
         given = {"content": ""} | given | {"tool_calls": [_with_object(call) for call in calls]}
-    reasoning = next((given[key] for key in _REASONING if key in given), None)
+    reasoning = next((given[key] for key in REASONING if key in given), None)
     return given if reasoning is None else {"thinking": reasoning} | given | {"reasoning_content": reasoning}
 
 

@@ -5,19 +5,20 @@ is null counts as left out.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.adapters.fields import show
 from jaxserve.adapters.files import strict_json
+from jaxserve.chat_template import REASONING
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_TEXTS = ("content", "name", "tool_call_id", "reasoning_content", "reasoning", "thinking")
+_TEXTS = ("content", "name", "tool_call_id", *REASONING)
 _OPTIONAL = {  # role -> the keys that its messages may have beside role and content
     **dict.fromkeys(ROLES, ("name",)),
-    "assistant": ("name", "weight", "tool_calls", "reasoning_content", "reasoning", "thinking"),
+    "assistant": ("name", "weight", "tool_calls", *REASONING),
     "tool": ("name", "tool_call_id"),
 }
 
@@ -36,12 +37,7 @@ def parse_chat(value: Mapping[str, Any]) -> Chat:
     messages = value["messages"]
     if not isinstance(messages, list | tuple) or not messages:
         raise ValueError("messages must be a list of at least one message")
-    checked = []
-    for place, message in enumerate(messages):
-        try:
-            checked.append(_checked(message))
-        except ValueError as error:
-            raise ValueError(f"messages[{place}]: {error}") from None
+    checked = _each("messages", messages, _checked_message)
     if checked[-1]["role"] != "assistant":
         raise ValueError("nothing to learn: the last message must be the assistant's")
     weights = tuple(int(m.pop("weight", 1)) if m["role"] == "assistant" else 0 for m in checked)
@@ -75,7 +71,18 @@ def check_text(key: str, text: Any) -> str:
     return text
 
 
-def _checked(message: Any) -> dict[str, Any]:
+def _each(name: str, values: Sequence[Any], check: Callable[[Any], dict[str, Any]]) -> list[dict[str, Any]]:
+    """What ``check`` makes of each value; its ValueErrors say which one it was."""
+    checked = []
+    for place, value in enumerate(values):
+        try:
+            checked.append(check(value))
+        except ValueError as error:
+            raise ValueError(f"{name}[{place}]: {error}") from None
+    return checked
+
+
+def _checked_message(message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise ValueError("must be an object")
     given = {key: value for key, value in message.items() if value is not None}
@@ -100,13 +107,7 @@ def _checked(message: Any) -> dict[str, Any]:
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:
     if not isinstance(calls, list | tuple):
         raise ValueError("tool_calls must be a list")
-    checked = []
-    for number, call in enumerate(calls):
-        try:
-            checked.append(_checked_call(call))
-        except ValueError as error:
-            raise ValueError(f"tool_calls[{number}]: {error}") from None
-    return checked
+    return _each("tool_calls", calls, _checked_call)
 
 
 def _checked_call(call: Any) -> dict[str, Any]:

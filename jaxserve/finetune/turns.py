@@ -68,8 +68,9 @@ class Turns:
     def _is_whole(self, messages: Messages, variables: Mapping[str, Any]) -> bool:
         return self._text(messages, variables) == self._whole.text
 
-    def _with(self, place: int, message: Mapping[str, Any]) -> Messages:
-        return [*self._messages[:place], message, *self._messages[place + 1 :]]
+    def _with(self, place: int, message: Mapping[str, Any], cut: bool = False) -> Messages:
+        """The messages with another one in this place, ``cut``: which is the last."""
+        return [*self._messages[:place], message, *(() if cut else self._messages[place + 1 :])]
 
     def _length_of_beginning(self, messages: Messages, prompt: bool = False) -> int | None:
         """Number of tokens of ``messages`` if the whole begins with them. Tools may be shown further down."""
@@ -81,10 +82,9 @@ class Turns:
 
     def _start_of_content(self, place: int) -> int:
         """The first token that changes with the message's content, or that has the space before it."""
-        whole, following = self._whole, self._messages[place + 1 :]
-        same = self._num_same(place, following, self._variables, common)
+        whole, same = self._whole, self._num_same(place, self._variables, common)
         if same is None:  # turns must alternate, and calls are none: there is nothing to follow it then
-            cut = (self._num_same(place, [], variables, common) for variables in (self._variables, {}))
+            cut = (self._num_same(place, variables, common, cut=True) for variables in (self._variables, {}))
             same = max((num for num in cut if num is not None), default=None)
         if same is None:
             raise _cannot_change(place)
@@ -92,8 +92,7 @@ class Turns:
 
     def _end_of_content(self, place: int) -> int:
         """The end of the tokens that change with the message's content, and of the one that ends the turn."""
-        whole, following = self._whole, self._messages[place + 1 :]
-        same = self._num_same(place, following, self._variables, lambda one, other: common(one[::-1], other[::-1]))
+        whole, same = self._whole, self._num_same(place, self._variables, _common_end)
         if same is None:
             raise _cannot_change(place)
         last = bisect_left(whole.starts, len(whole.text) - same)
@@ -101,15 +100,16 @@ class Turns:
         return last if last and self.ids[last - 1] in self._tokenizer.special_ids else last + 1
 
     def _num_same(
-        self, place: int, following: Messages, variables: Mapping[str, Any], common: Callable[[str, str], int]
+        self, place: int, variables: Mapping[str, Any], alike: Callable[[str, str], int], cut: bool = False
     ) -> int | None:
         """How many characters stay whatever the message's content is; None where the template refuses another."""
-        messages, plain = self._messages, {**self._messages[place], "tool_calls": None}
-        texts = [
-            self._text([*messages[:place], {**plain, "content": content}, *following], variables)
-            for content in _STAND_INS
-        ]
-        return None if None in texts else min(common(self._whole.text, text) for text in texts if text is not None)
+        plain, nums = {**self._messages[place], "tool_calls": None}, []
+        for content in _STAND_INS:
+            text = self._text(self._with(place, {**plain, "content": content}, cut), variables)
+            if text is None:
+                return None
+            nums.append(alike(self._whole.text, text))
+        return min(nums)
 
     def _without_tail(self, start: int, end: int) -> int:
         """Where the turn ends: after its last control token, if only white space follows that."""
@@ -128,6 +128,10 @@ def common(one: Sequence, other: Sequence) -> int:
     """Length of the common beginning."""
     most = min(len(one), len(other))
     return bisect_left(range(most), True, key=lambda at: one[: at + 1] != other[: at + 1])
+
+
+def _common_end(one: str, other: str) -> int:
+    return common(one[::-1], other[::-1])
 
 
 def _renamed(message: Mapping[str, Any]) -> dict[str, Any]:
