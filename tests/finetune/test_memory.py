@@ -1,5 +1,6 @@
 """What a window's forward and backward keep: it depends on the window, not on the sequence it is part of."""
 
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -8,6 +9,7 @@ import training
 
 from jaxserve.bench.hlo import copies
 from jaxserve.engine import linear, stash
+from jaxserve.engine.buckets import Bucket
 from jaxserve.engine.step import step
 
 pytestmark = pytest.mark.quick_compiles
@@ -39,16 +41,31 @@ def test_the_accumulators_are_added_to_in_place():
     assert not copies(program.as_text(), [(x.dtype.name, x.shape) for x in arrays])
 
 
-def test_gate_and_up_go_to_the_stash_as_they_are_gated(monkeypatch):
-    """Nothing reads them again to write them there."""
-    pools, widths = [], []
-    gated, write = linear.lora_gated, stash.block_write
+FFN = 72  # no other test's: a step that was traced before would not be traced
+
+
+def pools_of_the_gate(monkeypatch, trainer):
+    """What a step that is traced hands to ``lora_gated``, call by call, to be written."""
+    pools, gated = [], linear.lora_gated
     monkeypatch.setattr(linear, "lora_gated", lambda *args, **kw: pools.append(args[5]) or gated(*args, **kw))
-    monkeypatch.setattr(stash, "block_write", lambda *args: widths.extend(p.shape[2] for p in args[0]) or write(*args))
-    ffn = 72  # no other test's: a step that was traced before would not be traced
-    trainer = training.Trainer("llama", "float32", stashed=True, intermediate_size=ffn)
     ints, _, floats, _ = trainer.layout.empty()
     step.trace(trainer.params, trainer.state, ints, floats, None, spec=trainer.spec)
-    assert [pool.shape for pool in pools] == [(training.STASH_BLOCKS, training.BLOCK, 2 * ffn)]
+    return pools
+
+
+def test_gate_and_up_go_to_the_stash_as_they_are_gated(monkeypatch):
+    """Nothing reads them again to write them there."""
+    widths, write = [], stash.block_write
+    monkeypatch.setattr(stash, "block_write", lambda *args: widths.extend(p.shape[2] for p in args[0]) or write(*args))
+    pools = pools_of_the_gate(monkeypatch, training.Trainer("llama", "float32", stashed=True, intermediate_size=FFN))
+    assert [pool.shape for pool in pools] == [(training.STASH_BLOCKS, training.BLOCK, 2 * FFN)]
     assert widths, "the other activations"
-    assert 2 * ffn not in widths
+    assert 2 * FFN not in widths
+
+
+@pytest.mark.parametrize(("chunk_rows", "expected"), [(training.CHUNK, [None]), (0, [])])
+def test_prefills_gate_in_the_same_pass_and_decodes_do_not(monkeypatch, chunk_rows, expected):
+    trainer = training.Trainer("llama", "float32", intermediate_size=FFN)
+    trainer.layout = replace(trainer.layout, bucket=Bucket(chunk_rows, training.DECODE))
+    trainer.spec = replace(trainer.spec, layout=trainer.layout)
+    assert pools_of_the_gate(monkeypatch, trainer) == expected
