@@ -96,10 +96,13 @@ def peft(bench: Bench) -> Iterator[Figure]:
 
 
 class FewBuckets(Buckets):
-    """One size of decode rows beside other rows: what padding they are is little beside compiling more."""
+    """One size of decode rows beside other rows, and none beside a full chunk: what padding they are is little beside
+    compiling more."""
 
     def decodes_beside(self, chunk_rows: int, grad_rows: int = 0) -> tuple[int, ...]:
-        return self.decode_rows[-1:] if chunk_rows or grad_rows else self.decode_rows
+        if not chunk_rows and not grad_rows:
+            return self.decode_rows
+        return (0, self.decode_rows[-1])[chunk_rows < self.chunk_rows[-1] :]
 
 
 @contextmanager
@@ -220,8 +223,12 @@ def decode(bench: Bench) -> Iterator[Figure]:
             except ValueError as problem:
                 yield Figure(name=name, value=None, unit="ms", note=f"not measured: {problem}")
                 continue
-            floor = device and ideal_decode_seconds(engine.model, decodes, device) * 1e3
-            yield Figure(name=name, value=each * 1e3, unit="ms", bound=floor)
+            floor = device and ideal_decode_seconds(engine.model, decodes, device)
+            note = ""
+            if floor and device and "copy" in bench.shared:
+                share = each / (floor * device.bandwidth / bench.shared["copy"])
+                note = f"{share:.2f} of what its bytes take at a copy's rate"
+            yield Figure(name=name, value=each * 1e3, unit="ms", bound=floor and floor * 1e3, note=note)
 
 
 def prefill(bench: Bench) -> Iterator[Figure]:
@@ -244,7 +251,7 @@ def _job(bench: Bench, length: int, count: int, name: str):
 def finetune(bench: Bench) -> Iterator[Figure]:
     """A job alone, all linear layers at rank 16; its FLOPs are 4 per parameter and token."""
     engine, device = _engine(bench), bench.device
-    for length, count in ((64, 3),) if bench.smoke else ((2048, 48), (8192, 12)):
+    for length, count in ((64, 3),) if bench.smoke else ((2048, 96), (8192, 16)):
         _job(bench, length, 1, f"warm-up-{length}").wait()
         job = _job(bench, length, count, f"alone-{length}")
         began = time.perf_counter()
