@@ -27,7 +27,10 @@ from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Pa
 from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index, plgpu
 
 MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them
-RANK_COLUMNS = 64  # h is stored so wide: wgmma takes both operands in one swizzle, and x comes in the widest
+# h is stored so wide, and a page of B fills so many columns of shared memory, the rest of them zeros: wgmma takes both
+# operands in one swizzle, and in that of B's 16 ranks x would come in pieces of 32 bytes, at half of a copy's rate
+RANK_COLUMNS = 64
+SHRINK_A, SHRINK_B = (256, 2), (128, 3)  # most columns of a shrink's tile of row blocks, and tiles under way
 WIDTH = 128  # columns of an expand's tile of row blocks
 SINGLES_WIDTH = 1024  # most columns of an expand's tile of single rows
 
@@ -181,13 +184,13 @@ def shrink_blocks(
     dims = [w.shape[2 if rank_major else 1] for w in weights]
     R = weights[0].shape[1 if rank_major else 2]
     J, Q, dtype = plan.block_J.shape[0], part.block_rows, x_TD.dtype
-    tiles, weights_at = Tiles(dims, 256), _columns_of(rank_major)
-    width, stages = tiles.width, 2
+    most, stages = SHRINK_A if rank_major else SHRINK_B
+    tiles, N = Tiles(dims, most), R if rank_major else RANK_COLUMNS
+    width = tiles.width
     # splits of equal length, none over the border of two members, and about two for each core
     steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * num_cores())), unit=1)
     splits = tiles.count // steps
     workers = _workers(J * splits, per_core=2)
-    swizzle = {} if rank_major else {"filled": R}  # both operands in one
 
     def lora_shrink_blocks(x_ref, *refs, x_sm, w_sm, full_bar):
         *w_refs, block_ref, page_ref, first_ref, out_ref = refs
@@ -196,6 +199,7 @@ def shrink_blocks(
         def one(unit):
             item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
             rows, page, first = rows_of(part, block_ref[item]), page_ref[item], split * steps
+            ranks = slice(None) if rank_major else mosaic.columns(N, R, page)
 
             def fetch(step):
                 slot, tile = lax.rem(step, stages), first + step
@@ -203,7 +207,9 @@ def shrink_blocks(
                 tiles.each(
                     tile,
                     lambda member, columns: plgpu.copy_gmem_to_smem(
-                        w_refs[member].at[weights_at(page, columns)], w_sm.at[slot], full_bar.at[slot]
+                        w_refs[member].at[(page, ranks, columns) if rank_major else (page, columns, ranks)],
+                        w_sm.at[slot],
+                        full_bar.at[slot],
                     ),
                 )
 
@@ -222,16 +228,16 @@ def shrink_blocks(
                 lax.fori_loop(0, steps, add_tile, None)
                 return acc[...]
 
-            mosaic.put(out_ref.at[item, split], pl.run_scoped(multiply, plgpu.ACC((Q, R), jnp.float32)))
+            mosaic.put(out_ref.at[item, split], pl.run_scoped(multiply, plgpu.ACC((Q, N), jnp.float32)))
 
         _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
 
-    w_shape = (stages, R, width) if rank_major else (stages, width, R)
+    w_shape = (stages, R, width) if rank_major else (stages, width, N)
     parts_JSQR = mosaic.kernel(
         lora_shrink_blocks,
-        out=jax.ShapeDtypeStruct((J, splits, Q, R), jnp.float32),
+        out=jax.ShapeDtypeStruct((J, splits, Q, N), jnp.float32),
         scratch={
-            "x_sm": mosaic.operand(stages, Q, width, dtype=dtype, **swizzle),
+            "x_sm": mosaic.operand(stages, Q, width, dtype=dtype),
             "w_sm": mosaic.operand(*w_shape, dtype=dtype),
             "full_bar": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         },
@@ -241,7 +247,7 @@ def shrink_blocks(
     )(x_TD, *weights, plan.block_J, plan.page_J, first_N1)
     ends = [end // steps for end in tiles.ends]
     h_JQR = jnp.concatenate(
-        [parts_JSQR[:, s:e].sum(axis=1) for s, e in zip([0, *ends], ends, strict=False)], axis=2
+        [parts_JSQR[:, s:e, :, :R].sum(axis=1) for s, e in zip([0, *ends], ends, strict=False)], axis=2
     ).astype(dtype)
     return jnp.pad(h_JQR, ((0, 0), (0, 0), (0, RANK_COLUMNS - h_JQR.shape[2])))
 
