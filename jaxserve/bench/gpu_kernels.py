@@ -13,11 +13,13 @@ from jax import lax
 
 from jaxserve.bench.gpu import Bench, Figure
 from pallas_kernels import block_write as blocks
+from pallas_kernels import lora_gated as gate
 from pallas_kernels import lora_matmul as lora
 from pallas_kernels import paged_kv_write as write
 from pallas_kernels import ragged_paged_attention as attention
 from pallas_kernels.block_write import cases as block_cases
 from pallas_kernels.dispatch import MOSAIC
+from pallas_kernels.lora_gated import cases as gate_cases
 from pallas_kernels.lora_matmul import cases as lora_cases
 from pallas_kernels.paged_kv_write import cases as write_cases
 from pallas_kernels.ragged_paged_attention import cases as attention_cases
@@ -137,6 +139,9 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
             yield f"attention backward {case}", check(attention.ragged_paged_attention_backward, make, **case.settings)
     for case in lora_cases.KERNEL_CASES[few]:
         yield f"adapters {case}", check(lora.lora_matmul, partial(case.make, jnp.bfloat16))
+    for case in gate_cases.CASES[few]:
+        op = partial(gate.lora_gated, activation=case.activation)
+        yield f"adapters and gate {case}", check(op, partial(case.make, jnp.bfloat16))
     for case in [case for case in lora_cases.KERNEL_CASES if case.chunks and not case.singles][few]:
         yield f"adapters backward {case}", check(lora.lora_matmul_backward, partial(_lora_backward_args, case))
 
@@ -209,6 +214,11 @@ def _timed(bench: Bench) -> Iterator[Timed]:
         E, ranks = sum(case.dims_out), sum(case.ranks)
         bound = floor(2 * T * 16 * (D * len(members) + E), 2 * (ranks * (D * len(members) + E) + T * (D + 2 * E)))
         yield Timed(f"adapters {case}", bound, _multiply, jnp.zeros((T, E), x.dtype), (x, a, members, plan))
+    for case in gate_cases.CASES[:1] if bench.smoke else gate_cases.BENCH_CASES:
+        gate_up, *fixed, pool, place = case.make(jnp.bfloat16)
+        moved = gate_up.nbytes * 3 // 2 + 2 * place.size * case.adapters.row_block * gate_up.shape[1]
+        run = partial(_gate, case.activation)
+        yield Timed(f"adapters and gate {case}", floor(0, moved), run, pool, (gate_up, *fixed, place))
     for case in write_cases.CASES[:1] if bench.smoke else write_cases.BENCH_CASES:
         *pools, k, v, page, offset = case.make(jnp.bfloat16)
         yield Timed(f"write {case}", floor(0, 4 * k.nbytes), _put, tuple(pools), (k, v, page, offset))
@@ -231,6 +241,12 @@ def _attend_backward(case, carry, fixed, table, *, implementation: str):
 def _multiply(y, x, a, members, plan, *, implementation: str):
     moving = x * (1 + 0 * y[0, 0])  # so that no half of it leaves the loop
     return lora.lora_matmul(moving, a, members, plan, add_to=y, implementation=implementation)
+
+
+def _gate(activation, pool, gate_up, x, a, members, plan, place, *, implementation: str):
+    moving = x * (1 + 0 * pool[0, 0, 0])
+    run = partial(gate.lora_gated, activation=activation, implementation=implementation)
+    return run(gate_up, moving, a, members, plan, pool, place)[1]
 
 
 def _put(pools, *rows, implementation: str):

@@ -29,6 +29,7 @@ from jaxserve.engine.dropout import drop, keep_mask
 from jaxserve.models import decoder
 from jaxserve.models.layers import accumulator, matmul
 from jaxserve.models.params import BIASES
+from pallas_kernels.lora_gated import lora_gated
 from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
 from pallas_kernels.numerics import contract, stored, wide_dtype
 from sharding import AXIS
@@ -86,6 +87,23 @@ class Linear:
         if self.site in decoder.ROW and self.parallel:
             z_TO = lax.psum(z_TO, AXIS)
         return z_TO
+
+    def has_only_factors(self, p: dict) -> bool:
+        """All that its rows have of their own is added to the base's product."""
+        return self.bank is not None and self.plan is not None and self.scales is None and BIASES[self.site] not in p
+
+    def gated(
+        self, p: dict, x_TI: Float[Array, "T I"], activation: str, pool: Float[Array, "S Q O"], block_N: Int[Array, "N"]
+    ) -> tuple[Float[Array, "T F"], Float[Array, "S Q O"]]:
+        """act(gate) * up, and the pool with y's row blocks at their places; of gate_up_proj that
+        ``has_only_factors``."""
+        assert self.bank is not None
+        assert self.plan is not None
+        x_TI = stored(x_TI)
+        return lora_gated(
+            self.base(p[self.site], x_TI), x_TI if self.drop is None else self.drop(x_TI), self.bank.a_PRD,
+            self.bank.members, self.plan, pool, block_N, activation=activation, implementation=self.implementation,
+        )  # fmt: skip
 
     def base(self, w_OI: Float[Array, "O I"], x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """W (input * x)."""

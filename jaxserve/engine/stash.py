@@ -25,8 +25,11 @@ from jaxserve.engine.linear import Linears
 from jaxserve.models.config import ModelConfig
 from jaxserve.models.params import SITES, param_specs
 from pallas_kernels.block_write import block_write
+from pallas_kernels.gating import gated
 from pallas_kernels.numerics import after, wide_dtype
 from sharding import partition_spec, zeros
+
+GATE_UP = "gate_up_proj"
 
 
 @struct.dataclass
@@ -130,19 +133,20 @@ class Tape:
         self.kept: list[Kept] = []
         self.last_WD: Float[Array, "W D"] | None = None  # after the last layer, before the final norm
         self._open: Kept | None = None  # of the layer that is being traced
+        self._place: jax.Array | None = None
 
     def wrap(self, layer_step: Callable) -> Callable:
         """Wraps the forward of a kind of layer, ``(p, x_TD, kv) -> (x_TD, kv)``; it is traced once."""
 
         @jax.jit
-        def run(p, x_TD, kv):
-            self._open = Kept(x_TD[: self.rows])
+        def run(p, x_TD, kv, place):
+            self._open, self._place = Kept(x_TD[: self.rows]), place
             y_TD, kv = layer_step(p, x_TD, kv)
             kept, self._open = self._open, None
             return y_TD, kv, kept
 
         def noted(p, x_TD, kv):
-            y_TD, kv, kept = run(self.begin(p), x_TD, kv)
+            y_TD, kv, kept = run(self.begin(p), x_TD, kv, self.place())
             self.keep(kept)
             self.last_WD = y_TD[: self.rows]
             return y_TD, kv
@@ -152,6 +156,10 @@ class Tape:
     def begin(self, p: dict) -> dict:
         """The parameters that the next layer is to run with."""
         return p
+
+    def place(self) -> jax.Array | None:
+        """Where the next layer is to write what ``gate_up_proj`` gives, if it does."""
+        return None
 
     def keep(self, kept: Kept) -> None:
         """Takes what a layer leaves."""
@@ -171,6 +179,10 @@ class Tape:
         self._open = replace(self._open, products=self._open.products | {site: z_TO[: self.rows]})
         return linear.finish(p, z_TO)
 
+    def gate_up(self, p: dict, x_TD: jax.Array) -> jax.Array:
+        """The slot of gate_up_proj and the gate."""
+        return gated(self.linear(GATE_UP, p, x_TD), self.linears.spec.config.activation)
+
 
 class StashTape(Tape):
     """Notes it in the stash.
@@ -182,15 +194,33 @@ class StashTape(Tape):
     def __init__(self, linears: Linears, stash: Stash, block_N: Int[Array, "N"]):
         super().__init__(linears, None, "elementwise")  # a slice would be a copy of what is written
         self.stash, self._block_N, self._layers = stash, block_N, list[Kept]()
+        self._written = set[str]()  # sites whose kept products are the stash's already, with these rows in them
 
     def begin(self, p: dict) -> dict:
         # nothing else waits for the writes, and what they write would be kept until the end
         return {**p, "index": after(p["index"], jax.tree.leaves(self._layers[-1:]))}
 
+    def place(self) -> jax.Array:
+        return self.stash.layers[len(self._layers)].products[GATE_UP]
+
+    def gate_up(self, p: dict, x_TD: jax.Array) -> jax.Array:
+        linear = self.linears.of_all_rows(GATE_UP, p["index"])
+        if not linear.has_only_factors(p):
+            return super().gate_up(p, x_TD)
+        assert self._open is not None, "a layer is being traced"
+        assert self._place is not None, "the stash has a place for it"
+        activation = self.linears.spec.config.activation
+        act_TF, pool_NQO = linear.gated(p, x_TD, activation, self._place, self._block_N)
+        self._open, self._written = replace(self._open, products=self._open.products | {GATE_UP: pool_NQO}), {GATE_UP}
+        return act_TF
+
     def keep(self, kept: Kept) -> None:
         place = self.stash.layers[len(self._layers)]
-        kept = replace(kept, products={site: kept.products[site] for site in place.products})
-        self._layers.append(put(place, kept, self._block_N))
+        sites = [site for site in place.products if site not in self._written]
+        place, new = (replace(of, products={site: of.products[site] for site in sites}) for of in (place, kept))
+        written = {site: kept.products[site] for site in self._written}
+        rest = put(place, new, self._block_N)
+        self._layers.append(replace(rest, products=rest.products | written))
 
     def written(self) -> Stash:
         """The stash after the last layer."""

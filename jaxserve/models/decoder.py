@@ -2,8 +2,8 @@
 
 The functions see the shard they run on: inside ``shard_map`` weights, heads and ffn are local. ``linear`` adds
 biases, adapters and the sum over shards; ``attend`` reads and writes keys and values; ``lookup`` reads the
-vocabulary-split embedding. The ``plain_*`` slots are the whole model on one device: dense causal attention over
-one sequence.
+vocabulary-split embedding; ``gate_up`` is there for an engine that does more than these between gate_up_proj and
+down_proj. The ``plain_*`` slots are the whole model on one device: dense causal attention over one sequence.
 
 Shapes: T packed tokens, S context, R rows, D hidden, I in, O out, V vocab, H query heads, K kv heads, C head dim.
 """
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig, member_dims
-from jaxserve.models.layers import accumulator, gated, matmul, rms_norm, soft_cap
+from jaxserve.models.layers import accumulator, matmul, rms_norm, soft_cap
 from jaxserve.models.params import BIASES, SITES
 from jaxserve.models.rope import cos_sin, rotate
+from pallas_kernels.gating import gated
 from pallas_kernels.numerics import apart
 
 __all__ = [
@@ -52,8 +53,13 @@ def layer(
     linear: Callable,
     attend: Callable,
     kv: Any,
+    gate_up: Callable | None = None,
 ) -> tuple[jax.Array, Any]:
-    """One decoder layer. ``kv`` is whatever ``attend`` keeps for this layer; returns the new x and kv."""
+    """One decoder layer. ``kv`` is whatever ``attend`` keeps for this layer; returns the new x and kv.
+
+    Args:
+      gate_up: ``(p, x_TD) -> act_TF``; by default ``linear`` and the gate.
+    """
     h_TD = rms_norm(x_TD, p["input_norm"], config)
     q_THC, k_TKC, v_TKC = _qkv(p, h_TD, config, rope, linear)
     o_THC, kv = attend(q_THC, k_TKC, v_TKC, kv, layer)
@@ -62,7 +68,8 @@ def layer(
         h_TD = rms_norm(h_TD, p["post_attn_norm"], config)
     x_TD = x_TD + h_TD
     h_TD = rms_norm(x_TD, p["ffn_norm"], config)
-    h_TD = linear("down_proj", p, gated(linear("gate_up_proj", p, h_TD), config))
+    act_TF = gated(linear("gate_up_proj", p, h_TD), config.activation) if gate_up is None else gate_up(p, h_TD)
+    h_TD = linear("down_proj", p, act_TF)
     if config.post_norms:
         h_TD = rms_norm(h_TD, p["post_ffn_norm"], config)
     return x_TD + h_TD, kv
@@ -91,6 +98,7 @@ def forward(
     linear: Callable,
     attend: Callable,
     kv: list,
+    gate_up: Callable | None = None,
     wrap: Callable[[Callable], Callable] = lambda step: step,
 ) -> tuple[jax.Array, list]:
     """Token ids to the residual stream after the final norm, [T, D].
@@ -110,15 +118,17 @@ def forward(
         if layer_config.rope not in ropes:
             ropes[layer_config.rope] = rotary(config, layer_config, position_T, x_TD.dtype)
         if layer_config not in steps:
-            steps[layer_config] = wrap(_bind(config, layer_config, ropes[layer_config.rope], linear, attend))
+            steps[layer_config] = wrap(_bind(config, layer_config, ropes[layer_config.rope], linear, attend, gate_up))
         x_TD, layer_kv = steps[layer_config](p, x_TD, layer_kv)
         new_kv.append(layer_kv)
     return rms_norm(x_TD, params["final_norm"], config), new_kv
 
 
-def _bind(config: ModelConfig, layer_config: LayerConfig, rope, linear: Callable, attend: Callable) -> Callable:
+def _bind(config: ModelConfig, layer_config: LayerConfig, rope, linear, attend, gate_up) -> Callable:
     def step(p, x_TD, kv):
-        return layer(p, x_TD, config=config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv)
+        return layer(
+            p, x_TD, config=config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv, gate_up=gate_up
+        )
 
     return step
 

@@ -1,6 +1,6 @@
 """The small pure functions a decoder layer is made of.
 
-Shapes: T tokens, I in, O out, D hidden, F ffn.
+Shapes: T tokens, I in, O out, D hidden.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,6 @@ from jax import lax
 
 from jaxserve.models.config import ModelConfig
 from pallas_kernels.numerics import row_sum
-
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 
 
 def accumulator(x: jax.Array) -> np.dtype:
@@ -62,13 +60,6 @@ def _normaliser() -> Callable[[jax.Array, float], jax.Array]:
 
 
 _normalised = _normaliser()
-
-
-def gated(gate_up: jax.Array, config: ModelConfig) -> jax.Array:
-    """[T, 2F] gate and up -> [T, F] act(gate) * up."""
-    gate_TF, up_TF = jnp.split(gate_up, 2, axis=-1)
-    act_TF = ACTIVATIONS[config.activation](gate_TF.astype(accumulator(gate_TF)))
-    return act_TF.astype(up_TF.dtype) * up_TF
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

@@ -17,9 +17,11 @@ __all__ = [
     "PAGE_RANK",
     "SINGLE_ROWS",
     "LoraPlan",
+    "facts_of",
     "lora_matmul",
     "lora_matmul_backward",
     "num_blocks",
+    "refuse",
 ]
 
 KERNEL_COLUMNS = 64  # the columns of a kernel's tile
@@ -27,7 +29,8 @@ KERNEL_ROWS = 64  # its rows: those of wgmma
 KERNEL_MEMBERS = 4  # their ranks fill a tile
 
 
-def _refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **_: Any) -> str | None:
+def refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **_: Any) -> str | None:
+    """Why the kernels cannot take these facts, if they cannot."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         return f"the kernel multiplies 16-bit numbers, x is {dtype}"
     odd = [dim for dim in dims if dim % KERNEL_COLUMNS]
@@ -45,11 +48,11 @@ def _refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, *
 def _refuse_backward(*, lanes: Any, **facts: Any) -> str | None:
     if lanes[0].dtype != jnp.float32:
         return f"the kernel sums gradients in float32, the lanes are {lanes[0].dtype}"
-    return _refuse(**facts)
+    return refuse(**facts)
 
 
 IMPLEMENTATIONS = (
-    *mosaic_pair("pallas_kernels.lora_matmul.mosaic", _refuse),
+    *mosaic_pair("pallas_kernels.lora_matmul.mosaic", refuse),
     Implementation("xla", xla.lora_matmul),
     Implementation("reference", reference.lora_matmul),
 )
@@ -82,7 +85,7 @@ def lora_matmul(
       add_to: of x's dtype, what the result is added to; a kernel does it in place, and rounds but once.
       implementation: a name of IMPLEMENTATIONS, or None for the best that runs here.
     """
-    chosen = choose("lora_matmul", IMPLEMENTATIONS, implementation, **_facts(x_TD, members, plan))
+    chosen = choose("lora_matmul", IMPLEMENTATIONS, implementation, **facts_of(x_TD, members, plan))
     return chosen.function(x_TD, a_PRD, members, plan, add_to)
 
 
@@ -117,12 +120,13 @@ def lora_matmul_backward(
       implementation: a name of BACKWARD_IMPLEMENTATIONS, or None for the best that runs here.
     """
     assert plan.chunk_rows == x_WD.shape[0], f"{plan.chunk_rows=} {x_WD.shape=}"
-    facts = {**_facts(x_WD, members, plan), "lanes": lanes}
+    facts = {**facts_of(x_WD, members, plan), "lanes": lanes}
     num_pages = lanes[0].shape[0] if num_pages is None else num_pages
     chosen = choose("lora_matmul_backward", BACKWARD_IMPLEMENTATIONS, implementation, **facts)
     return chosen.function(x_WD, d_y_WE, a_PRD, members, plan, lane_J, lanes, add_to, first_page, num_pages)
 
 
-def _facts(x: jax.Array, members: tuple[jax.Array, ...], plan: LoraPlan) -> dict[str, Any]:
+def facts_of(x: jax.Array, members: tuple[jax.Array, ...], plan: LoraPlan) -> dict[str, Any]:
+    """What a kernel is chosen by."""
     dims = (x.shape[1], *(b.shape[1] for b in members))
     return {"dtype": x.dtype, "dims": dims, "num_rows": x.shape[0], "plan": plan}

@@ -23,6 +23,7 @@ class LoraCase:
     name: str
     ranks: tuple[int, ...] = ()  # of each adapter
     chunks: tuple[tuple[int, int], ...] = ()  # (adapter, rows), each padded to whole row blocks
+    packed: bool = False  # chunks are padded together
     singles: tuple[int, ...] = ()  # the adapter of each single row
     dim_in: int = 32
     dims_out: tuple[int, ...] = (24,)  # of each member
@@ -34,7 +35,7 @@ class LoraCase:
 
     @property
     def chunk_rows(self) -> int:
-        return sum(-(-rows // self.row_block) * self.row_block for _, rows in self.chunks)
+        return len(self._chunk_adapters())
 
     @property
     def num_rows(self) -> int:
@@ -48,10 +49,15 @@ class LoraCase:
 
     def adapter_rows(self) -> np.ndarray:
         """The adapter of each row [T]; BASE for padding."""
-        parts = []
-        for adapter, rows in self.chunks:
-            parts += [adapter] * rows + [BASE] * (-rows % self.row_block)
-        return np.array([*parts, *self.singles], int)
+        return np.array([*self._chunk_adapters(), *self.singles], int)
+
+    def _chunk_adapters(self) -> list[int]:
+        rows = []
+        for i, (adapter, count) in enumerate(self.chunks):
+            rows += [adapter] * count
+            if not self.packed or i + 1 == len(self.chunks):
+                rows += [BASE] * (-len(rows) % self.row_block)
+        return rows
 
     def make(
         self, dtype: DTypeLike = np.float32, seed: int = 0
