@@ -23,8 +23,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.dispatch import num_cores
+from pallas_kernels.lora_matmul.mosaic_product import PartialSums
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Part, num_blocks
-from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index, plgpu
+from pallas_kernels.mosaic import WARPGROUP_ROWS, divisor, full, index, plgpu
 
 MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them
 RANK_COLUMNS = 64  # h is stored so wide: wgmma takes both operands in one swizzle, and x comes in the widest
@@ -47,7 +48,7 @@ def run(
     for part in plan.parts(T):
         if part.block_rows == SINGLE_ROWS:
             h_JS = shrink_singles(x_TD, a_PRD, plan, first_N1, part, interpret)
-            expand_singles(h_JS, members, plan, first_N1, part, y_ref, interpret)
+            expand_singles(h_JS, members, plan, first_N1, part, interpret, y_ref=y_ref)
         else:
             h_JQR = shrink_blocks(x_TD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
             expand_blocks(h_JQR, members, plan, first_N1, part, y_ref, interpret, rank_major=False)
@@ -62,7 +63,7 @@ def shrink_singles(
 ) -> Float[Array, "J S 64 8"]:
     """h^T of each item's block, in splits to be added up; rows past the page's ranks hold anything."""
     R, D = a_PRD.shape[1:]
-    J, width = plan.block_J.shape[0], _divisor(D, MAX_SPLIT)
+    J, width = plan.block_J.shape[0], divisor(D, MAX_SPLIT)
     splits = D // width
     workers = _workers(J * splits, per_core=3)
 
@@ -93,17 +94,30 @@ def shrink_singles(
     )(x_TD, a_PRD, plan.block_J, plan.page_J, first_N1)
 
 
-def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: Any, interpret: bool) -> None:
-    """y += h B^T, in place."""
+def expand_singles(
+    h_JS,
+    members,
+    plan: LoraPlan,
+    first_N1,
+    part: Part,
+    interpret: bool,
+    *,
+    y_ref: Any = None,
+    sums: PartialSums | None = None,
+) -> Any:
+    """y += h B^T, in place; or returns y = sums + h B^T, of all rows."""
     splits, dtype = h_JS.shape[1], members[0].dtype
     dims = [b.shape[1] for b in members]
-    tiles = Tiles(dims, min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH))
+    most = min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH)
+    tiles = Tiles(dims, most if sums is None else divisor(sums.tile_rows, most))
     width = tiles.width
 
     def lora_expand_singles(h_ref, *refs, y_sm, b_sm, h_sm, y_full, b_full):
-        *b_refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
+        *refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
+        b_refs, sums_refs = refs[: len(members)], refs[len(members) :]
         block, tile = lax.axis_index("block"), lax.axis_index("tile")
         begin, end = first_ref[part.first_block + block], first_ref[part.first_block + block + 1]
+        place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
 
         def fetch(item):
             slot = lax.rem(item - begin, 2)
@@ -114,11 +128,7 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
                 ),
             )
 
-        @pl.when(end > begin)
-        def _():
-            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
-            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
-            fetch(begin)
+        def add_items(sum_EQ):
             ranks = pl.ds(tiles.member_of(tile) * PAGE_RANK, PAGE_RANK)
 
             def add_item(item, sum_EQ):
@@ -137,16 +147,34 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
                 row_EQ = index(1, (width, SINGLE_ROWS))
                 return jnp.where((row_EQ >= from_ref[item]) & (row_EQ < to_ref[item]), sum_EQ + part_EQ, sum_EQ)
 
-            sum_EQ = lax.fori_loop(begin, end, add_item, full((width, SINGLE_ROWS), 0))
-            plgpu.barrier_wait(y_full)
-            y_EQ = plgpu.load(y_sm.T, layout=plgpu.Layout.WGMMA, optimized=False)
-            y_sm.T[...] = (y_EQ.astype(jnp.float32) + sum_EQ).astype(dtype)
+            return lax.fori_loop(begin, end, add_item, sum_EQ)
+
+        def write(y_EQ):
+            y_sm.T[...] = y_EQ.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_sm, place)
             plgpu.wait_smem_to_gmem(0)
 
-    mosaic.kernel(
+        if sums is not None:
+            pl.when(end > begin)(lambda: fetch(begin))
+            rows = pl.ds(block * SINGLE_ROWS, SINGLE_ROWS)
+            write(add_items(sums.load(sums_refs[0], tile * width, width, rows)))
+            return
+
+        @pl.when(end > begin)
+        def _():
+            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
+            fetch(begin)
+            sum_EQ = add_items(full((width, SINGLE_ROWS), 0))
+            plgpu.barrier_wait(y_full)
+            y_EQ = plgpu.load(y_sm.T, layout=plgpu.Layout.WGMMA, optimized=False)
+            write(y_EQ.astype(jnp.float32) + sum_EQ)
+
+    written = () if y_ref is None else (y_ref,)
+    added = () if sums is None else (sums.parts_IET,)
+    return mosaic.kernel(
         lora_expand_singles,
+        out=() if written else jax.ShapeDtypeStruct((part.num_blocks * SINGLE_ROWS, sum(dims)), dtype),
         scratch={
             "y_sm": mosaic.operand(SINGLE_ROWS, width, dtype=dtype),
             "b_sm": mosaic.operand(2, width, PAGE_RANK, dtype=dtype),
@@ -157,7 +185,7 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
         grid={"block": part.num_blocks, "tile": tiles.count},
         threads=1,
         interpret=interpret,
-    )(h_JS, *members, plan.page_J, plan.first_J, plan.stop_J, first_N1, y_ref)
+    )(h_JS, *members, *added, plan.page_J, plan.first_J, plan.stop_J, first_N1, *written)
 
 
 # row blocks
@@ -184,7 +212,7 @@ def shrink_blocks(
     tiles, weights_at = Tiles(dims, 256), _columns_of(rank_major)
     width, stages = tiles.width, 2
     # splits of equal length, none over the border of two members, and about two for each core
-    steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * num_cores())), unit=1)
+    steps = divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * num_cores())), unit=1)
     splits = tiles.count // steps
     workers = _workers(J * splits, per_core=2)
     swizzle = {} if rank_major else {"filled": R}  # both operands in one
@@ -326,7 +354,7 @@ class Tiles:
     """The columns of the members side by side, cut into tiles that each lie in one member."""
 
     def __init__(self, dims: Sequence[int], most: int):
-        self.width = _divisor(math.gcd(*dims), most)
+        self.width = divisor(math.gcd(*dims), most)
         self.counts = [dim // self.width for dim in dims]
         self.ends = [sum(self.counts[: i + 1]) for i in range(len(dims))]
 
@@ -343,11 +371,6 @@ class Tiles:
 
     def member_of(self, tile: jax.Array) -> jax.Array:
         return sum(((tile >= end).astype(jnp.int32) for end in self.ends[:-1]), jnp.int32(0))
-
-
-def _divisor(size: int, most: int, unit: int = 64) -> int:
-    """The largest divisor of ``size`` that is a multiple of ``unit`` and at most ``most``."""
-    return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
 
 
 def _columns_of(rank_major: bool) -> Callable[[jax.Array, Any], tuple]:
