@@ -71,6 +71,7 @@ IMPLEMENTATIONS = (
 LINEAR_IMPLEMENTATIONS = (
     *mosaic_pair("pallas_kernels.lora_matmul.mosaic_linear", _refuse_linear),
     Implementation("separate", lambda x, w, *adapters: lora_matmul(x, *adapters, add_to=matmul(x, w))),
+    Implementation("xla", xla.lora_linear),
     Implementation("reference", reference.lora_linear),
 )
 BACKWARD_IMPLEMENTATIONS = (

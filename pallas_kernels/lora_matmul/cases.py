@@ -203,3 +203,8 @@ BENCH_CASES = (
     _llama_8b(name="prefill-2048-of-4", ranks=(16,) * 4, chunks=tuple((a, 512) for a in range(4))),
     _llama_8b(name="finetune-1024", ranks=(16, 16), chunks=((0, 1024),)),
 )
+LINEAR_BENCH_CASES = (
+    _llama_8b(name="qkv-64", singles=(BASE,) * 64),
+    _llama_8b(name="o-64", singles=(BASE,) * 64, dims_out=(4096,)),
+    _llama_8b(name="down-64", singles=(BASE,) * 64, dim_in=14336, dims_out=(4096,)),
+)
