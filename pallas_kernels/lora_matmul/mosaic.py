@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.dispatch import num_cores
-from pallas_kernels.lora_matmul.mosaic_product import PartialSums
+from pallas_kernels.lora_matmul.mosaic_sums import PartialSums
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Part, num_blocks
 from pallas_kernels.mosaic import WARPGROUP_ROWS, divisor, full, index, plgpu
 
@@ -58,40 +58,73 @@ def run(
 # single rows
 
 
+class ShrinkSingles:
+    """h^T of each item's block, in splits to be added up, as a part of a kernel that has x; rows past the page's ranks
+    hold anything."""
+
+    def __init__(self, x_TD, a_PRD, plan: LoraPlan, first_N1: Int[Array, "N1"], part: Part):
+        R, D = a_PRD.shape[1:]
+        self.ranks, self.part, self.width = R, part, divisor(D, MAX_SPLIT)
+        self.splits = D // self.width
+        self.inputs = a_PRD, plan.block_J, plan.page_J, first_N1
+        shape = (plan.block_J.shape[0], self.splits, WARPGROUP_ROWS, SINGLE_ROWS)
+        self.out = jax.ShapeDtypeStruct(shape, jnp.float32)
+        self.scratch = {
+            "block_sm": mosaic.operand(1, SINGLE_ROWS, self.width, dtype=x_TD.dtype),
+            "a_sm": mosaic.operand(1, WARPGROUP_ROWS, self.width, dtype=x_TD.dtype),
+            "a_full": plgpu.Barrier(num_arrivals=2),
+        }
+
+    def units(
+        self, workers: int, x_ref, a_ref, block_ref, page_ref, first_ref, out_ref, *, block_sm, a_sm, a_full
+    ) -> tuple[jax.Array, Callable[[Any], None], Callable[[Any], None]]:
+        """This worker's share of them: their number, what starts the i-th one's copies, and what does the rest of it
+        before the next one starts."""
+        begin, end = first_ref[self.part.first_block], first_ref[self.part.first_block + self.part.num_blocks]
+        worker = lax.axis_index("worker")
+
+        def place(i):
+            unit = worker + i * workers
+            return begin + lax.div(unit, self.splits), lax.rem(unit, self.splits)
+
+        def fetch(i):
+            item, split = place(i)
+            rows, page = rows_of(self.part, block_ref[item]), page_ref[item]
+            columns = pl.ds(split * self.width, self.width)
+            plgpu.copy_gmem_to_smem(x_ref.at[rows, columns], block_sm.at[0], a_full)
+            plgpu.copy_gmem_to_smem(a_ref.at[page, :, columns], a_sm.at[0, pl.ds(0, self.ranks)], a_full)
+
+        def write(i):
+            only = mosaic.opaque(jnp.int32(0))
+            plgpu.barrier_wait(a_full)
+            mosaic.put(out_ref.at[place(i)], mosaic.matmul(a_sm.at[only], block_sm.at[only].T))
+
+        return lax.div((end - begin) * self.splits - worker + workers - 1, workers), fetch, write
+
+
 def shrink_singles(
     x_TD, a_PRD, plan: LoraPlan, first_N1: Int[Array, "N1"], part: Part, interpret: bool
 ) -> Float[Array, "J S 64 8"]:
-    """h^T of each item's block, in splits to be added up; rows past the page's ranks hold anything."""
-    R, D = a_PRD.shape[1:]
-    J, width = plan.block_J.shape[0], divisor(D, MAX_SPLIT)
-    splits = D // width
-    workers = _workers(J * splits, per_core=3)
+    shrink = ShrinkSingles(x_TD, a_PRD, plan, first_N1, part)
+    workers = _workers(math.prod(shrink.out.shape[:2]), per_core=3)
 
-    def lora_shrink_singles(x_ref, a_ref, block_ref, page_ref, first_ref, out_ref, *, x_sm, a_sm, full_bar):
-        begin = first_ref[part.first_block]
+    def lora_shrink_singles(*refs, **scratch):
+        count, fetch, write = shrink.units(workers, *refs, **scratch)
 
-        def one(unit):
-            item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
-            columns = pl.ds(split * width, width)
-            plgpu.copy_gmem_to_smem(x_ref.at[rows_of(part, block_ref[item]), columns], x_sm, full_bar)
-            plgpu.copy_gmem_to_smem(a_ref.at[page_ref[item], :, columns], a_sm.at[pl.ds(0, R)], full_bar)
-            plgpu.barrier_wait(full_bar)
-            mosaic.put(out_ref.at[item, split], mosaic.matmul(a_sm, x_sm.T))
+        def one(i, _):
+            fetch(i)
+            write(i)
 
-        _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
+        lax.fori_loop(0, count, one, None)
 
     return mosaic.kernel(
         lora_shrink_singles,
-        out=jax.ShapeDtypeStruct((J, splits, WARPGROUP_ROWS, SINGLE_ROWS), jnp.float32),
-        scratch={
-            "x_sm": mosaic.operand(SINGLE_ROWS, width, dtype=x_TD.dtype),
-            "a_sm": mosaic.operand(WARPGROUP_ROWS, width, dtype=x_TD.dtype),
-            "full_bar": plgpu.Barrier(num_arrivals=2),
-        },
+        out=shrink.out,
+        scratch=shrink.scratch,
         grid={"worker": workers},
         threads=1,
         interpret=interpret,
-    )(x_TD, a_PRD, plan.block_J, plan.page_J, first_N1)
+    )(x_TD, *shrink.inputs)
 
 
 def expand_singles(
