@@ -167,12 +167,9 @@ def expand_singles(
             def add_item(item, sum_EQ):
                 slot = lax.rem(item - begin, 2)
                 pl.when(item + 1 < end)(lambda: fetch(item + 1))
-                h_RQ = lax.fori_loop(
-                    0,
-                    splits,
-                    lambda s, h: h + plgpu.load(h_ref.at[item, s], layout=plgpu.Layout.WGMMA, optimized=False),
-                    full((WARPGROUP_ROWS, SINGLE_ROWS), 0),
-                )
+                h_RQ = full((WARPGROUP_ROWS, SINGLE_ROWS), 0)
+                for s in range(splits):  # no loop: they are all on their way at once
+                    h_RQ += plgpu.load(h_ref.at[item, s], layout=plgpu.Layout.WGMMA, optimized=False)
                 h_sm.T[...] = h_RQ.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(b_full.at[slot])
