@@ -2,9 +2,9 @@
 
 A step has ``grad_rows`` rows whose backward runs in it, then ``chunk_rows`` rows for prefill chunks and finetune
 windows that only go forward, then ``decode_rows`` rows of one token each. Buckets differ only in these three numbers.
-On XLA's CPU backend the bits of a row do not depend on them (``models.layers.matmul``, ``pallas_kernels.numerics``), so
-a request's tokens and log-probabilities are the same in any bucket; on a GPU the matmul library may choose another
-kernel for another number of rows, and with it other last bits.
+On XLA's CPU backend the bits of a row do not depend on them (``pallas_kernels.numerics``), so a request's tokens and
+log-probabilities are the same in any bucket; on a GPU the matmul library may choose another kernel for another number
+of rows, and with it other last bits.
 """
 
 from collections.abc import Iterator, Sequence
