@@ -180,7 +180,7 @@ KERNEL_CASES = (
 )
 # what a kernel with the base product takes: single rows
 LINEAR_CASES = (
-    LoraCase(name="linear-8", ranks=(16, 40), singles=(0, 0, 1, *[BASE] * 5), dim_in=512, dims_out=(64,)),
+    LoraCase(name="linear-8", ranks=(16, 40), singles=(0, 0, 1, *[BASE] * 5), dim_in=640, dims_out=(64,)),
     LoraCase(name="linear-24", ranks=(16, 40), singles=(1,) * 3 + (BASE,) * 21, dim_in=448, dims_out=(128, 64, 64)),
     LoraCase(name="linear-64", ranks=(8, 24), singles=(BASE,) * 59 + (0, 1, 1, 0, 1), dim_in=64, dims_out=(256,)),
     LoraCase(name="linear-128", ranks=(16,), singles=(BASE,) * 126 + (0,) * 2, dim_in=192, dims_out=(64, 64)),
