@@ -29,6 +29,7 @@ from jaxserve.engine.dropout import drop, keep_mask
 from jaxserve.models import decoder
 from jaxserve.models.layers import accumulator
 from jaxserve.models.params import BIASES
+from pallas_kernels.gating import gated
 from pallas_kernels.lora_gated import lora_gated
 from pallas_kernels.lora_matmul import LoraPlan, lora_linear, lora_matmul, lora_matmul_backward
 from pallas_kernels.numerics import contract, matmul, stored, wide_dtype
@@ -93,14 +94,16 @@ class Linear:
         return z_TO
 
     def has_only_factors(self, p: dict) -> bool:
-        """All that its rows have of their own is added to the base's product."""
-        return self.bank is not None and self.plan is not None and self.scales is None and BIASES[self.site] not in p
+        """There are row blocks, and all that rows have of their own is added to the base's product."""
+        if self.bank is None or self.plan is None or self.scales is not None:
+            return False
+        return self.plan.chunk_rows > 0 and BIASES[self.site] not in p
 
     def gated(
-        self, p: dict, x_TI: Float[Array, "T I"], activation: str, pool: Float[Array, "S Q O"], block_N: Int[Array, "N"]
-    ) -> tuple[Float[Array, "T F"], Float[Array, "S Q O"]]:
+        self, p: dict, x_TI: Float[Array, "T I"], activation: str, pool: jax.Array | None = None, block_N=None
+    ) -> tuple[Float[Array, "T F"], Float[Array, "S Q O"] | None]:
         """act(gate) * up, and the pool with y's row blocks at their places; of gate_up_proj that
-        ``has_only_factors``."""
+        ``has_only_factors``. See ``lora_gated``."""
         assert self.bank is not None
         assert self.plan is not None
         x_TI = stored(x_TI)
@@ -274,6 +277,13 @@ class Linears:
 
     def all_rows(self, site: str, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         return self.of_all_rows(site, p["index"])(p, x_TI)
+
+    def gate_up(self, p: dict, x_TI: Float[Array, "T I"]) -> Float[Array, "T F"]:
+        linear, activation = self.of_all_rows("gate_up_proj", p["index"]), self.spec.config.activation
+        if not linear.has_only_factors(p):
+            return gated(linear(p, x_TI), activation)
+        act_TF, _ = linear.gated(p, x_TI, activation)
+        return act_TF
 
     def of_all_rows(self, site: str, layer) -> Linear:
         return self._linear(site, layer, self._plans.get(site), self.batch.rows)

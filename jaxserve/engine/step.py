@@ -1,8 +1,8 @@
 """The step: (state, batch) -> (state, output), one program for decode tokens, prefill chunks and finetuning windows.
 
 The decoder leaves slots open and this file fills them: ``linear`` adds each row's adapter to the base matmul,
-``attend`` writes the rows' keys and values to their pages and attends through the page table, and with a stash
-``gate_up`` writes what it computes there.
+``attend`` writes the rows' keys and values to their pages and attends through the page table, ``gate_up`` does with
+gate and up in one pass what there is to do.
 
 What the rows' hidden states say of the next token is for ``draw``, another program: nothing here waits for a number
 that only the run knows, so the device is given its next step before this one has ended.
@@ -168,7 +168,7 @@ def forward_rows(
         linear=linears.all_rows if tape is None else tape.linear,
         attend=attend_rows,
         kv=state.kv,
-        gate_up=None if tape is None else tape.gate_up,
+        gate_up=linears.gate_up if tape is None else tape.gate_up,
         wrap=jax.jit if tape is None else tape.wrap,
     )
 

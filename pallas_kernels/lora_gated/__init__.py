@@ -15,10 +15,10 @@ from pallas_kernels.lora_matmul import LoraPlan, facts_of, refuse
 __all__ = ["IMPLEMENTATIONS", "lora_gated"]
 
 
-def _refuse(*, activation: str, pool: jax.Array, **facts: Any) -> str | None:
+def _refuse(*, activation: str, pool: jax.Array | None, **facts: Any) -> str | None:
     if activation not in SLOPES:
         return f"the kernel computes {' and '.join(SLOPES)}, not {activation}"
-    if pool.dtype != facts["dtype"]:
+    if pool is not None and pool.dtype != facts["dtype"]:
         return f"the kernel writes blocks as they are, the pool is {pool.dtype} and x {facts['dtype']}"
     if not facts["plan"].chunk_rows:
         return "the kernel is for row blocks, there are none"
@@ -38,24 +38,24 @@ def lora_gated(
     a_PRD: Float[Array, "P R D"],
     members: tuple[Float[Array, "P F R"], ...],
     plan: LoraPlan,
-    pool_SQE: Float[Array, "S Q E"],
-    block_N: Int[Array, "N"],
+    pool_SQE: Float[Array, "S Q E"] | None = None,
+    block_N: Int[Array, "N"] | None = None,
     *,
     activation: str,
     implementation: str | None = None,
-) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"]]:
+) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"] | None]:
     """Returns act(gate) * up, where gate and up are the halves of y = gate_up + the adapters' product, and the pool
     with y's row blocks at their places; in place where it is donated.
 
     Args:
       gate_up_TE: of x's dtype; what the base gives, gate and up side by side.
       x_TD, a_PRD, members, plan: see ``lora_matmul``; the two members are gate and up.
-      pool_SQE: S blocks of the plan's Q rows.
+      pool_SQE: S blocks of the plan's Q rows; None: y is not kept.
       block_N: see ``block_write``; the first N row blocks are written.
       activation: a name of ``gating.ACTIVATIONS``.
       implementation: a name of IMPLEMENTATIONS, or None for the best that runs here.
     """
-    assert block_N.shape[0] * plan.row_block <= plan.chunk_rows, f"{block_N.shape=} {plan.chunk_rows=}"
+    assert block_N is None or block_N.shape[0] * plan.row_block <= plan.chunk_rows, f"{block_N=} {plan.chunk_rows=}"
     facts = facts_of(x_TD, members, plan)
     chosen = choose("lora_gated", IMPLEMENTATIONS, implementation, **facts, activation=activation, pool=pool_SQE)
     return chosen.function(gate_up_TE, x_TD, a_PRD, members, plan, pool_SQE, block_N, activation=activation)

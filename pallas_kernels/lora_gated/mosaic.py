@@ -30,14 +30,14 @@ def run(
     a_PRD: Float[Array, "P R D"],
     members: tuple[Float[Array, "P F R"], ...],
     plan: LoraPlan,
-    pool_SQE: Float[Array, "S Q E"],
-    block_N: Int[Array, "N"],
+    pool_SQE: Float[Array, "S Q E"] | None,
+    block_N: Int[Array, "N"] | None,
     *,
     activation: str,
     interpret: bool,
-) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"]]:
+) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"] | None]:
     T, dtype = x_TD.shape[0], x_TD.dtype
-    F, (S, Q, _), (N,) = members[0].shape[1], pool_SQE.shape, block_N.shape
+    F, Q = members[0].shape[1], plan.row_block
     first_N1 = plan.first_items(num_blocks(T, plan.chunk_rows, plan.row_block))
     part, *singles = plan.parts(T)
     for single in singles:
@@ -48,7 +48,7 @@ def run(
     h_JQR = shrink_blocks(x_TD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
 
     def lora_gated(h_ref, *refs, y_sm, act_sm, h_sm, b_sm, y_full, full_bar):
-        *b_refs, page_ref, from_ref, to_ref, first_ref, y_ref, place_ref, pool_ref, act_ref = refs
+        gate_ref, up_ref, page_ref, from_ref, to_ref, first_ref, y_ref, *stash_refs, act_ref = refs
         block, tile = lax.axis_index("block"), lax.axis_index("tile")
         begin, end = (first_ref[jnp.minimum(b, part.num_blocks)] for b in (block, block + 1))  # of single rows: none
         rows = rows_of(part, block)  # of the last block some may be past the last row
@@ -63,7 +63,8 @@ def run(
             slot = slot_of(half, item)
             ranks = pl.ds(half * PAGE_RANK, PAGE_RANK)
             plgpu.copy_gmem_to_smem(h_ref.at[item, :, ranks], h_sm.at[slot], full_bar.at[slot])
-            plgpu.copy_gmem_to_smem(b_refs[half].at[page_ref[item], columns], b_sm.at[slot], full_bar.at[slot])
+            b_ref = (gate_ref, up_ref)[half]
+            plgpu.copy_gmem_to_smem(b_ref.at[page_ref[item], columns], b_sm.at[slot], full_bar.at[slot])
 
         def add_item(half, item, sum_QF):
             slot = slot_of(half, item)
@@ -90,18 +91,20 @@ def run(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(act_sm, act_ref.at[rows, columns])
 
-        @pl.when(block < N)
-        def _():
+        def leave(place_ref, pool_ref):
             place = place_ref[block]
 
-            @pl.when(place < S)
+            @pl.when(place < pool_ref.shape[0])
             def _():
                 for half, mine in enumerate((columns, of_up)):
                     plgpu.copy_smem_to_gmem(y_sm.at[half], pool_ref.at[place, :, mine])
 
+        if stash_refs:
+            pl.when(block < stash_refs[0].shape[0])(partial(leave, *stash_refs))
         plgpu.wait_smem_to_gmem(0)
 
-    pool_ref = jax.new_ref(pool_SQE)
+    pool_ref = None if pool_SQE is None else jax.new_ref(pool_SQE)
+    stash = () if pool_ref is None else (block_N, pool_ref)
     act_TF = mosaic.kernel(
         lora_gated,
         out=jax.ShapeDtypeStruct((T, F), dtype),
@@ -116,5 +119,5 @@ def run(
         grid={"block": -(-T // Q), "tile": F // WIDTH},
         threads=1,
         interpret=interpret,
-    )(h_JQR, *members, plan.page_J, plan.first_J, plan.stop_J, first_N1, gate_up_TE, block_N, pool_ref)
-    return act_TF, jax.freeze(pool_ref)
+    )(h_JQR, *members, plan.page_J, plan.first_J, plan.stop_J, first_N1, gate_up_TE, *stash)
+    return act_TF, None if pool_ref is None else jax.freeze(pool_ref)

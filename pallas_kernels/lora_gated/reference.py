@@ -17,13 +17,14 @@ def lora_gated(
     a_PRD: Float[Array, "P R D"],
     members: tuple[Float[Array, "P F R"], ...],
     plan: LoraPlan,
-    pool_SQE: Float[Array, "S Q E"],
-    block_N: Int[Array, "N"],
+    pool_SQE: Float[Array, "S Q E"] | None,
+    block_N: Int[Array, "N"] | None,
     *,
     activation: str,
     of: str,
-) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"]]:
+) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"] | None]:
     """Args: of: their implementation."""
     y_TE = lora_matmul(x_TD, a_PRD, members, plan, add_to=gate_up_TE, implementation=of)
-    (pool_SQE,) = block_write((pool_SQE,), (y_TE,), block_N, implementation=of)
+    if pool_SQE is not None and block_N is not None:
+        (pool_SQE,) = block_write((pool_SQE,), (y_TE,), block_N, implementation=of)
     return gated(y_TE, activation), pool_SQE

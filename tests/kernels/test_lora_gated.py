@@ -86,6 +86,15 @@ def test_nan_in_an_adapter_or_in_the_pool_reaches_nothing_else(implementation):
     np.testing.assert_array_equal(pool_SQE[written][~first_Q], clean_SQE[written][~first_Q])
 
 
+@pytest.mark.parametrize("implementation", ["xla", *KERNELS])
+def test_without_a_pool_rows_are_gated_alike(implementation):
+    case = CASE["mixed"]
+    *args, _, _ = case.make(jnp.bfloat16)
+    act_TF, pool = jitted(implementation, case.activation)(*args)
+    assert pool is None
+    np.testing.assert_array_equal(act_TF, run_case(implementation, case)[0])
+
+
 @pytest.mark.parametrize("implementation", KERNELS)
 def test_an_activations_small_values_are_right_too(implementation):
     case = dataclasses.replace(CASE["one-item"], activation="gelu_tanh")
