@@ -58,6 +58,11 @@ def operand(*shape: int, dtype: DTypeLike, filled: int | None = None) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
 
 
+def divisor(size: int, most: int, unit: int = WARPGROUP_ROWS) -> int:
+    """The largest divisor of ``size`` that is a multiple of ``unit`` and at most ``most``."""
+    return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
+
+
 def matmul(a: Any, b: Any, dtype: DTypeLike = jnp.float32) -> jax.Array:
     """a @ b of two shared-memory matrices, in registers."""
 

@@ -28,6 +28,15 @@ def row_sum(x: jax.Array) -> jax.Array:
     return lax.platform_dependent(x, cpu=_by_matmul, default=lambda x: jnp.sum(x, axis=-1))
 
 
+def matmul(x_TI: jax.Array, w_OI: jax.Array, out_dtype: DTypeLike | None = None) -> jax.Array:
+    """Returns x @ w.T, [T, O] in ``out_dtype`` (default: that of x).
+
+    Contracting both last axes keeps the checkpoint's layout, and on CPU in float32 the bits of a row then depend
+    neither on T nor on its neighbours. XLA sums products of narrower types in float32 by itself.
+    """
+    return lax.dot_general(x_TI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x_TI.dtype)
+
+
 def contract(x_RO: jax.Array, w_OI: jax.Array, accumulate: DTypeLike) -> jax.Array:
     """x @ w, [R, O] x [O, I] to [R, I], as a backward multiplies with a matrix that is stored [out, in]; on CPU too the
     bits of a row do not depend on how many rows there are."""

@@ -89,7 +89,7 @@ class Trainer:
             TRAIN_SLOTS, acc_pages=40, lane_pages=lanes * pages, remat="full" if stashed else remat, num_lanes=lanes,
             stash_blocks=STASH_BLOCKS if stashed else 0, row_block=BLOCK,
         )  # fmt: skip
-        self.bucket = Bucket(CHUNK, DECODE, W, stashed)
+        self.bucket = Bucket(CHUNK, 0 if stashed else DECODE, W, stashed)  # finetuning alone carries none
         runs = self.bucket.forward_block_rows // BLOCK + DECODE
         self.layout = BatchLayout(
             self.bucket, NUM_SLOTS, PAGES_PER_SEQ, runs * pages,

@@ -27,6 +27,7 @@ from pallas_kernels.ragged_paged_attention import cases as attention_cases
 TOLERANCE = 0.01  # of the largest value, in bfloat16
 TIMED = 0.2  # seconds that a timing takes, about
 TURNS = 50
+WEIGHTS = 8  # matrices that are read by turns: together more than the device's cache holds
 
 
 def kernel(bench: Bench) -> str:
@@ -66,7 +67,8 @@ def ceilings(bench: Bench) -> Iterator[Figure]:
     size = 1 << (20 if bench.smoke else 30)  # bytes
     each = seconds_each(lambda x: x + 1, jnp.zeros(size // 4, jnp.float32))
     device = bench.device
-    yield Figure(name="copy", value=2 * size / each / 1e9, unit="GB/s", bound=device and device.bandwidth / 1e9)
+    bench.shared["copy"] = copied = 2 * size / each
+    yield Figure(name="copy", value=copied / 1e9, unit="GB/s", bound=device and device.bandwidth / 1e9)
     n = 256 if bench.smoke else 8192
     a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.bfloat16) / n**0.5 for i in range(2))
     each = seconds_each(lambda a, b: (a @ b).astype(jnp.bfloat16), a, b)
@@ -141,6 +143,8 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
     for case in gate_cases.CASES[few]:
         op = partial(gate.lora_gated, activation=case.activation)
         yield f"adapters and gate {case}", check(op, partial(case.make, jnp.bfloat16))
+    for case in lora_cases.LINEAR_CASES[few]:
+        yield f"linear {case}", check(lora.lora_linear, partial(_linear_args, case))
     for case in [case for case in lora_cases.KERNEL_CASES if case.chunks and not case.singles][few]:
         yield f"adapters backward {case}", check(lora.lora_matmul_backward, partial(_lora_backward_args, case))
 
@@ -166,6 +170,11 @@ def _lora_backward_args(case) -> tuple[Any, ...]:
     return x, case.make_cotangent(jnp.bfloat16), a, members, plan, jnp.asarray(case.lane_items()), case.make_lanes()
 
 
+def _linear_args(case) -> tuple[Any, ...]:
+    x, *adapters = case.make(jnp.bfloat16)
+    return x, case.make_base(x.dtype), *adapters
+
+
 # fast
 
 
@@ -178,6 +187,7 @@ class Timed:
     run: Callable[..., Any]  # run(carry, *fixed, implementation=...) gives the next carry
     carry: Any
     fixed: tuple[Any, ...]
+    calls: int = 1  # of the kernel in a run
 
 
 def speed(bench: Bench) -> Iterator[Figure]:
@@ -185,7 +195,8 @@ def speed(bench: Bench) -> Iterator[Figure]:
     for implementation in dict.fromkeys((kernel(bench), "xla")):
         for timed in _timed(bench):
             each = seconds_each(partial(timed.run, implementation=implementation), timed.carry, *timed.fixed)
-            yield Figure(name=f"{timed.name} {implementation}", value=each * 1e6, unit="us", bound=timed.floor)
+            value = each / timed.calls * 1e6
+            yield Figure(name=f"{timed.name} {implementation}", value=value, unit="us", bound=timed.floor)
 
 
 def _timed(bench: Bench) -> Iterator[Timed]:
@@ -218,6 +229,13 @@ def _timed(bench: Bench) -> Iterator[Timed]:
         moved = gate_up.nbytes * 3 // 2 + 2 * place.size * case.adapters.row_block * gate_up.shape[1]
         run = partial(_gate, case.activation)
         yield Timed(f"adapters and gate {case}", floor(0, moved), run, pool, (gate_up, *fixed, place))
+    for case in lora_cases.LINEAR_CASES[:1] if bench.smoke else lora_cases.LINEAR_BENCH_CASES:
+        x, *adapters = case.make(jnp.bfloat16)
+        (T, D), E = x.shape, sum(case.dims_out)
+        make = jax.jit(partial(jax.random.normal, shape=(E, D), dtype=x.dtype))
+        weights = tuple(make(key) for key in jax.random.split(jax.random.key(0), WEIGHTS))
+        bound = floor(2 * T * D * E, 2 * (D * E + T * (D + E)))
+        yield Timed(f"linear {case}", bound, _project, x, (weights, *adapters), calls=WEIGHTS)
     for case in write_cases.CASES[:1] if bench.smoke else write_cases.BENCH_CASES:
         *pools, k, v, page, offset = case.make(jnp.bfloat16)
         yield Timed(f"write {case}", floor(0, 4 * k.nbytes), _put, tuple(pools), (k, v, page, offset))
@@ -246,6 +264,15 @@ def _gate(activation, pool, gate_up, x, a, members, plan, place, *, implementati
     moving = x * (1 + 0 * pool[0, 0, 0])
     run = partial(gate.lora_gated, activation=activation, implementation=implementation)
     return run(gate_up, moving, a, members, plan, pool, place)[1]
+
+
+def _project(x, weights, a, members, plan, *, implementation: str):
+    """One product after another, each with other weights; XLA merges those that could be side by side."""
+    name, last = "separate" if implementation == "xla" else implementation, []
+    for w in weights:
+        x, y = lax.optimization_barrier((x, lora.lora_linear(x, w, a, members, plan, implementation=name)))
+        last.append(y[0, 0])
+    return x * (1 + 0 * sum(last))
 
 
 def _put(pools, *rows, implementation: str):

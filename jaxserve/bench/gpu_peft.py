@@ -1,6 +1,6 @@
-"""PEFT and PyTorch alone, in a process of their own: ``python -m jaxserve.bench.gpu_peft CONFIG LENGTHS``.
+"""PEFT and PyTorch alone, in a process of their own: ``python -m jaxserve.bench.gpu_peft CONFIG BATCH LENGTHS``.
 
-Prints a line of JSON for each sequence length: tokens, and seconds of one forward, backward and optimizer step.
+Prints a line of JSON for each sequence length: that, and seconds of an optimizer step with a batch of such sequences.
 """
 
 import json
@@ -8,7 +8,7 @@ import sys
 import time
 
 
-def main(config: str, lengths: list[int]) -> None:
+def main(config: str, batch: int, lengths: list[int]) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -22,7 +22,7 @@ def main(config: str, lengths: list[int]) -> None:
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
     for length in lengths:
-        ids = torch.randint(model.config.vocab_size, (1, length), device=model.device)
+        ids = torch.randint(model.config.vocab_size, (batch, length), device=model.device)
         times = []
         for _ in range(3):
             start = time.perf_counter()
@@ -36,4 +36,4 @@ def main(config: str, lengths: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], [int(length) for length in sys.argv[2:]])
+    main(sys.argv[1], int(sys.argv[2]), [int(length) for length in sys.argv[3:]])

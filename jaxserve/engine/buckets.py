@@ -2,9 +2,9 @@
 
 A step has ``grad_rows`` rows whose backward runs in it, then ``chunk_rows`` rows for prefill chunks and finetune
 windows that only go forward, then ``decode_rows`` rows of one token each. Buckets differ only in these three numbers.
-On XLA's CPU backend the bits of a row do not depend on them (``models.layers.matmul``, ``pallas_kernels.numerics``), so
-a request's tokens and log-probabilities are the same in any bucket; on a GPU the matmul library may choose another
-kernel for another number of rows, and with it other last bits.
+On XLA's CPU backend the bits of a row do not depend on them (``pallas_kernels.numerics``), so a request's tokens and
+log-probabilities are the same in any bucket; on a GPU the matmul library may choose another kernel for another number
+of rows, and with it other last bits.
 """
 
 from collections.abc import Iterator, Sequence
@@ -110,7 +110,8 @@ class Buckets:
     def decodes_beside(self, chunk_rows: int, grad_rows: int = 0) -> tuple[int, ...]:
         """Sizes of decode rows in steps with these other rows, smallest first: quarters of 3/8 of the most, and the
         most. Padding costs as much as any row, so one is left out only where the next larger one makes the step no more
-        than ``PADDING`` times as long."""
+        than ``PADDING`` times as long. None is a size too where finetuning alone fills the step, which then has none of
+        their kernels."""
         if not chunk_rows and not grad_rows:
             return self.decode_rows
         most, least = self.decode_rows[-1], LEAST_BLOCKS * self.row_block
@@ -125,8 +126,14 @@ class Buckets:
             if size < kept[-1] and rows(kept[-1]) > PADDING * rows(size):
                 kept.append(size)
         if chunk_rows and kept[-1] > self.decode_rows[0]:
-            kept.append(self.decode_rows[0])  # for finetuning that has the device to itself
+            kept.append(self.decode_rows[0])  # for finetuning that has the device to itself, or nearly
+        if len(kept) > 1 and self._fills_a_step(chunk_rows, grad_rows):
+            kept.append(0)
         return tuple(reversed(kept))
+
+    def _fills_a_step(self, chunk_rows: int, grad_rows: int) -> bool:
+        most = self.grad_rows[-1] if self.grad_rows else 0
+        return most >= MIN_ROWS and chunk_rows == self.beside(most) and grad_rows in (0, most)
 
     def beside(self, grad_rows: int) -> int:
         """Chunk rows of the buckets with so many gradient rows and any chunk rows at all."""

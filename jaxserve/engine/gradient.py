@@ -34,12 +34,13 @@ from jaxserve.engine import batch as flags
 from jaxserve.engine.activations import REMAT
 from jaxserve.engine.batch import TokenBatch
 from jaxserve.engine.linear import Lanes, Linear, Linears
-from jaxserve.engine.stash import Kept, Stash, StashShape, Tape, take
+from jaxserve.engine.stash import GATE_UP, Kept, Stash, StashShape, Tape, take
 from jaxserve.kvcache.pool import KV_AXES, kv_spec
 from jaxserve.models import decoder
 from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig
 from jaxserve.models.layers import rms_norm
 from pallas_kernels.cross_entropy import loss_and_gradient
+from pallas_kernels.gating import gated
 from pallas_kernels.numerics import after, apart, contract, wide_dtype
 from pallas_kernels.ragged_paged_attention import (
     AttentionLayout,
@@ -235,6 +236,7 @@ class GradientRows:
           kept: of these rows, or the stash of the layer.
         """
         # nothing of a layer is to be read or run again before its turn: all layers at once would be kept at one time
+        stashed = kept
         if self.tape is None:
             kept = take(kept, after(self._block_N, [d_x_WD, p["index"].astype(jnp.float32)]))
             x_WD, products = kept.x_WD, kept.products
@@ -256,13 +258,29 @@ class GradientRows:
                 y_WO, left[site] = self.linear(linear, p, x, lanes[site], known)
                 return y_WO
 
+            def gate_up(p, x):
+                return self._gate(linear(GATE_UP, p, x), stashed.products[GATE_UP])
+
+            in_stash = self.tape is None and self.linears.of_gradient_rows(GATE_UP, p["index"]).has_only_factors(p)
             y_WD, _ = decoder.layer(
-                p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv
-            )
+                p, x_WD, config=self.spec.config, layer=layer_config, rope=rope, linear=linear, attend=attend, kv=kv,
+                gate_up=gate_up if in_stash else None,
+            )  # fmt: skip
             return y_WD, left
 
         _, pull = jax.vjp(run, x_WD, lanes, acc)
         return pull((d_x_WD, lanes))
+
+    def _gate(self, gate_up_WE: jax.Array, pool_NQE: jax.Array) -> jax.Array:
+        """The gate of what lies in the stash. Its backward reads that once more and computes act(gate) again; else
+        act(gate) would be written for it to read."""
+        run = partial(gated, activation=self.spec.config.activation)
+
+        def run_backward(_, d_act_WF):
+            again_WE = take(pool_NQE, after(self._block_N, [d_act_WF]))
+            return jax.vjp(run, again_WE)[1](d_act_WF)
+
+        return _with_vjp(run, lambda gate_up_WE: (run(gate_up_WE), None), run_backward)(gate_up_WE)
 
     # the differentiable slots
 

@@ -27,12 +27,12 @@ from jaxserve.engine import batch as flags
 from jaxserve.engine.batch import Rows, TokenBatch
 from jaxserve.engine.dropout import drop, keep_mask
 from jaxserve.models import decoder
-from jaxserve.models.layers import accumulator, matmul
+from jaxserve.models.layers import accumulator
 from jaxserve.models.params import BIASES
 from pallas_kernels.gating import gated
 from pallas_kernels.lora_gated import lora_gated
-from pallas_kernels.lora_matmul import LoraPlan, lora_matmul, lora_matmul_backward
-from pallas_kernels.numerics import contract, stored, wide_dtype
+from pallas_kernels.lora_matmul import LoraPlan, lora_linear, lora_matmul, lora_matmul_backward
+from pallas_kernels.numerics import contract, matmul, stored, wide_dtype
 from sharding import AXIS
 
 
@@ -79,6 +79,10 @@ class Linear:
         w_OI, bank = p[self.site], self.bank
         if bank is None or self.plan is None:
             z_TO = self.base(w_OI, x_TI)
+        elif self.scales is None and self.drop is None:
+            z_TO = lora_linear(
+                stored(x_TI), w_OI, bank.a_PRD, bank.members, self.plan, implementation=self.implementation
+            )
         else:
             x_TI = stored(x_TI)
             z_TO = lora_matmul(

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxserve.models.config import LayerConfig, ModelConfig, RopeConfig, member_dims
-from jaxserve.models.layers import accumulator, matmul, rms_norm, soft_cap
+from jaxserve.models.layers import accumulator, rms_norm, soft_cap
 from jaxserve.models.params import BIASES, SITES
 from jaxserve.models.rope import cos_sin, rotate
 from pallas_kernels.gating import gated
-from pallas_kernels.numerics import apart
+from pallas_kernels.numerics import apart, matmul
 
 __all__ = [
     "BIASES", "COLUMN", "ROW", "SITES", "forward", "head_name", "layer", "logits", "member_dims",

@@ -1,6 +1,6 @@
 """The small pure functions a decoder layer is made of.
 
-Shapes: T tokens, I in, O out, D hidden.
+Shapes: T tokens, D hidden.
 """
 
 from collections.abc import Callable
@@ -18,15 +18,6 @@ from pallas_kernels.numerics import row_sum
 def accumulator(x: jax.Array) -> np.dtype:
     """The dtype sums over ``x`` are kept in: at least float32."""
     return np.promote_types(x.dtype, np.float32)
-
-
-def matmul(x_TI: jax.Array, w_OI: jax.Array, out_dtype: np.dtype | None = None) -> jax.Array:
-    """Returns x @ w.T, [T, O] in ``out_dtype`` (default: that of x).
-
-    Contracting both last axes keeps the checkpoint's layout, and on CPU in float32 the bits of a row then depend
-    neither on T nor on its neighbours. XLA sums products of narrower types in float32 by itself.
-    """
-    return lax.dot_general(x_TI, w_OI, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x_TI.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:

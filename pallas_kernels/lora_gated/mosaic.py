@@ -43,7 +43,7 @@ def run(
     for single in singles:
         y_ref = jax.new_ref(gate_up_TE)
         h_JS = shrink_singles(x_TD, a_PRD, plan, first_N1, single, interpret)
-        expand_singles(h_JS, members, plan, first_N1, single, y_ref, interpret)
+        expand_singles(h_JS, members, plan, first_N1, single, interpret, y_ref=y_ref)
         gate_up_TE = jax.freeze(y_ref)
     h_JQR = shrink_blocks(x_TD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
 

@@ -1,4 +1,4 @@
-"""Multi-adapter LoRA: each row through its own adapter's A and B."""
+"""Multi-adapter LoRA: each row through its own adapter's A and B, beside a base matrix or alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
+from pallas_kernels.dispatch import Implementation, choose, mosaic_pair, num_cores
 from pallas_kernels.lora_matmul import reference, xla
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, num_blocks
+from pallas_kernels.numerics import matmul
 
 __all__ = [
     "BACKWARD_IMPLEMENTATIONS",
     "IMPLEMENTATIONS",
+    "LINEAR_IMPLEMENTATIONS",
     "PAGE_RANK",
     "SINGLE_ROWS",
     "LoraPlan",
     "facts_of",
+    "lora_linear",
     "lora_matmul",
     "lora_matmul_backward",
     "num_blocks",
@@ -27,6 +30,8 @@ __all__ = [
 KERNEL_COLUMNS = 64  # the columns of a kernel's tile
 KERNEL_ROWS = 64  # its rows: those of wgmma
 KERNEL_MEMBERS = 4  # their ranks fill a tile
+LINEAR_ROWS = 128  # most of a base product's kernel: with more, what is read is not the weights alone
+LINEAR_WAVES = 2  # from so many tiles for each core on, XLA's product keeps all of them busy
 
 
 def refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **_: Any) -> str | None:
@@ -45,6 +50,16 @@ def refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **
     return None
 
 
+def _refuse_linear(*, dims: Sequence[int], num_rows: int, plan: LoraPlan, **facts: Any) -> str | None:
+    if plan.chunk_rows:
+        return f"the kernel takes single rows, {plan.chunk_rows} are in row blocks"
+    if num_rows > LINEAR_ROWS:
+        return f"the kernel takes at most {LINEAR_ROWS} rows, there are {num_rows}"
+    if sum(dims[1:]) >= LINEAR_WAVES * num_cores() * KERNEL_COLUMNS:
+        return f"XLA's product of {sum(dims[1:])} outputs reads at full speed"
+    return refuse(dims=dims, num_rows=num_rows, plan=plan, **facts)
+
+
 def _refuse_backward(*, lanes: Any, **facts: Any) -> str | None:
     if lanes[0].dtype != jnp.float32:
         return f"the kernel sums gradients in float32, the lanes are {lanes[0].dtype}"
@@ -55,6 +70,12 @@ IMPLEMENTATIONS = (
     *mosaic_pair("pallas_kernels.lora_matmul.mosaic", refuse),
     Implementation("xla", xla.lora_matmul),
     Implementation("reference", reference.lora_matmul),
+)
+LINEAR_IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.lora_matmul.mosaic_linear", _refuse_linear),
+    Implementation("separate", lambda x, w, *adapters: lora_matmul(x, *adapters, add_to=matmul(x, w))),
+    Implementation("xla", xla.lora_linear),
+    Implementation("reference", reference.lora_linear),
 )
 BACKWARD_IMPLEMENTATIONS = (
     *mosaic_pair("pallas_kernels.lora_matmul.mosaic_backward", _refuse_backward),
@@ -87,6 +108,25 @@ def lora_matmul(
     """
     chosen = choose("lora_matmul", IMPLEMENTATIONS, implementation, **facts_of(x_TD, members, plan))
     return chosen.function(x_TD, a_PRD, members, plan, add_to)
+
+
+def lora_linear(
+    x_TD: Float[Array, "T D"],
+    w_ED: Float[Array, "E D"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P E R"], ...],
+    plan: LoraPlan,
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "T E"]:
+    """Returns x W^T and the adapters: ``lora_matmul`` added to the base product, which a kernel rounds but once.
+
+    Args:
+      w_ED: the members' base weights one after another, [out, in]; the others as in ``lora_matmul``.
+      implementation: a name of LINEAR_IMPLEMENTATIONS, or None for the best that runs here.
+    """
+    chosen = choose("lora_linear", LINEAR_IMPLEMENTATIONS, implementation, **facts_of(x_TD, members, plan))
+    return chosen.function(x_TD, w_ED, a_PRD, members, plan)
 
 
 def lora_matmul_backward(

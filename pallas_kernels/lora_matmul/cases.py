@@ -79,6 +79,11 @@ class LoraCase:
         arrays = [jnp.asarray(array, dtype) for array in (x_TD, a_PRD, *members)]
         return arrays[0], arrays[1], tuple(arrays[2:]), self.plan()
 
+    def make_base(self, dtype: DTypeLike = np.float32, seed: int = 0) -> jax.Array:
+        """The members' base weights [E, D]."""
+        shape = (sum(self.dims_out), self.dim_in)
+        return jnp.asarray(np.random.default_rng(seed + 300).standard_normal(shape) / self.dim_in**0.5, dtype)
+
     def plan(self) -> LoraPlan:
         """An item for each run of neighbours of one adapter in a block, and for each page of the adapter."""
         adapter_T, pages, items = self.adapter_rows(), self.pages(), []
@@ -173,6 +178,13 @@ KERNEL_CASES = (
     ),
     _wide(name="kernel-nobody", ranks=(16,), chunks=((BASE, 64),), singles=(BASE,) * 8),
 )
+# what a kernel with the base product takes: single rows
+LINEAR_CASES = (
+    LoraCase(name="linear-8", ranks=(16, 40), singles=(0, 0, 1, *[BASE] * 5), dim_in=640, dims_out=(64,)),
+    LoraCase(name="linear-24", ranks=(16, 40), singles=(1,) * 3 + (BASE,) * 21, dim_in=448, dims_out=(128, 64, 64)),
+    LoraCase(name="linear-64", ranks=(8, 24), singles=(BASE,) * 59 + (0, 1, 1, 0, 1), dim_in=64, dims_out=(256,)),
+    LoraCase(name="linear-128", ranks=(16,), singles=(BASE,) * 126 + (0,) * 2, dim_in=192, dims_out=(64, 64)),
+)
 
 _llama_8b = partial(LoraCase, dim_in=4096, dims_out=(4096, 1024, 1024), row_block=64)
 BENCH_CASES = (
@@ -196,4 +208,9 @@ BENCH_CASES = (
     ),
     _llama_8b(name="prefill-2048-of-4", ranks=(16,) * 4, chunks=tuple((a, 512) for a in range(4))),
     _llama_8b(name="finetune-1024", ranks=(16, 16), chunks=((0, 1024),)),
+)
+LINEAR_BENCH_CASES = (
+    _llama_8b(name="qkv-64", singles=(BASE,) * 64),
+    _llama_8b(name="o-64", singles=(BASE,) * 64, dims_out=(4096,)),
+    _llama_8b(name="down-64", singles=(BASE,) * 64, dim_in=14336, dims_out=(4096,)),
 )

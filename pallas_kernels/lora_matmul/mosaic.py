@@ -23,11 +23,15 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
 from pallas_kernels.dispatch import num_cores
+from pallas_kernels.lora_matmul.mosaic_sums import PartialSums
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, SINGLE_ROWS, LoraPlan, Part, num_blocks
-from pallas_kernels.mosaic import WARPGROUP_ROWS, full, index, plgpu
+from pallas_kernels.mosaic import WARPGROUP_ROWS, divisor, full, index, plgpu
 
 MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them
-RANK_COLUMNS = 64  # h is stored so wide: wgmma takes both operands in one swizzle, and x comes in the widest
+# h is stored so wide, and a page of B fills so many columns of shared memory, the rest of them zeros: wgmma takes both
+# operands in one swizzle, and in that of B's 16 ranks x would come in pieces of 32 bytes, at half of a copy's rate
+RANK_COLUMNS = 64
+SHRINK_A, SHRINK_B = (256, 2), (128, 3)  # most columns of a shrink's tile of row blocks, and tiles under way
 WIDTH = 128  # columns of an expand's tile of row blocks
 SINGLES_WIDTH = 1024  # most columns of an expand's tile of single rows
 
@@ -47,7 +51,7 @@ def run(
     for part in plan.parts(T):
         if part.block_rows == SINGLE_ROWS:
             h_JS = shrink_singles(x_TD, a_PRD, plan, first_N1, part, interpret)
-            expand_singles(h_JS, members, plan, first_N1, part, y_ref, interpret)
+            expand_singles(h_JS, members, plan, first_N1, part, interpret, y_ref=y_ref)
         else:
             h_JQR = shrink_blocks(x_TD, (a_PRD,), plan, first_N1, part, interpret, rank_major=True)
             expand_blocks(h_JQR, members, plan, first_N1, part, y_ref, interpret, rank_major=False)
@@ -57,53 +61,99 @@ def run(
 # single rows
 
 
+class ShrinkSingles:
+    """h^T of each item's block, in splits to be added up, as a part of a kernel that has x; rows past the page's ranks
+    hold anything."""
+
+    def __init__(self, x_TD, a_PRD, plan: LoraPlan, first_N1: Int[Array, "N1"], part: Part):
+        R, D = a_PRD.shape[1:]
+        self.ranks, self.part, self.width = R, part, divisor(D, MAX_SPLIT)
+        self.splits = D // self.width
+        self.inputs = a_PRD, plan.block_J, plan.page_J, first_N1
+        shape = (plan.block_J.shape[0], self.splits, WARPGROUP_ROWS, SINGLE_ROWS)
+        self.out = jax.ShapeDtypeStruct(shape, jnp.float32)
+        self.scratch = {
+            "block_sm": mosaic.operand(1, SINGLE_ROWS, self.width, dtype=x_TD.dtype),
+            "a_sm": mosaic.operand(1, WARPGROUP_ROWS, self.width, dtype=x_TD.dtype),
+            "a_full": plgpu.Barrier(num_arrivals=2),
+        }
+
+    def units(
+        self, workers: int, x_ref, a_ref, block_ref, page_ref, first_ref, out_ref, *, block_sm, a_sm, a_full
+    ) -> tuple[jax.Array, Callable[[Any], None], Callable[[Any], None]]:
+        """This worker's share of them: their number, what starts the i-th one's copies, and what does the rest of it
+        before the next one starts."""
+        begin, end = first_ref[self.part.first_block], first_ref[self.part.first_block + self.part.num_blocks]
+        worker = lax.axis_index("worker")
+
+        def place(i):
+            unit = worker + i * workers
+            return begin + lax.div(unit, self.splits), lax.rem(unit, self.splits)
+
+        def fetch(i):
+            item, split = place(i)
+            rows, page = rows_of(self.part, block_ref[item]), page_ref[item]
+            columns = pl.ds(split * self.width, self.width)
+            plgpu.copy_gmem_to_smem(x_ref.at[rows, columns], block_sm.at[0], a_full)
+            plgpu.copy_gmem_to_smem(a_ref.at[page, :, columns], a_sm.at[0, pl.ds(0, self.ranks)], a_full)
+
+        def write(i):
+            only = mosaic.opaque(jnp.int32(0))
+            plgpu.barrier_wait(a_full)
+            mosaic.put(out_ref.at[place(i)], mosaic.matmul(a_sm.at[only], block_sm.at[only].T))
+
+        return lax.div((end - begin) * self.splits - worker + workers - 1, workers), fetch, write
+
+
 def shrink_singles(
     x_TD, a_PRD, plan: LoraPlan, first_N1: Int[Array, "N1"], part: Part, interpret: bool
 ) -> Float[Array, "J S 64 8"]:
-    """h^T of each item's block, in splits to be added up; rows past the page's ranks hold anything."""
-    R, D = a_PRD.shape[1:]
-    J, width = plan.block_J.shape[0], _divisor(D, MAX_SPLIT)
-    splits = D // width
-    workers = _workers(J * splits, per_core=3)
+    shrink = ShrinkSingles(x_TD, a_PRD, plan, first_N1, part)
+    workers = _workers(math.prod(shrink.out.shape[:2]), per_core=3)
 
-    def lora_shrink_singles(x_ref, a_ref, block_ref, page_ref, first_ref, out_ref, *, x_sm, a_sm, full_bar):
-        begin = first_ref[part.first_block]
+    def lora_shrink_singles(*refs, **scratch):
+        count, fetch, write = shrink.units(workers, *refs, **scratch)
 
-        def one(unit):
-            item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
-            columns = pl.ds(split * width, width)
-            plgpu.copy_gmem_to_smem(x_ref.at[rows_of(part, block_ref[item]), columns], x_sm, full_bar)
-            plgpu.copy_gmem_to_smem(a_ref.at[page_ref[item], :, columns], a_sm.at[pl.ds(0, R)], full_bar)
-            plgpu.barrier_wait(full_bar)
-            mosaic.put(out_ref.at[item, split], mosaic.matmul(a_sm, x_sm.T))
+        def one(i, _):
+            fetch(i)
+            write(i)
 
-        _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
+        lax.fori_loop(0, count, one, None)
 
     return mosaic.kernel(
         lora_shrink_singles,
-        out=jax.ShapeDtypeStruct((J, splits, WARPGROUP_ROWS, SINGLE_ROWS), jnp.float32),
-        scratch={
-            "x_sm": mosaic.operand(SINGLE_ROWS, width, dtype=x_TD.dtype),
-            "a_sm": mosaic.operand(WARPGROUP_ROWS, width, dtype=x_TD.dtype),
-            "full_bar": plgpu.Barrier(num_arrivals=2),
-        },
+        out=shrink.out,
+        scratch=shrink.scratch,
         grid={"worker": workers},
         threads=1,
         interpret=interpret,
-    )(x_TD, a_PRD, plan.block_J, plan.page_J, first_N1)
+    )(x_TD, *shrink.inputs)
 
 
-def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: Any, interpret: bool) -> None:
-    """y += h B^T, in place."""
+def expand_singles(
+    h_JS,
+    members,
+    plan: LoraPlan,
+    first_N1,
+    part: Part,
+    interpret: bool,
+    *,
+    y_ref: Any = None,
+    sums: PartialSums | None = None,
+) -> Any:
+    """y += h B^T, in place; or returns y = sums + h B^T, of all rows."""
     splits, dtype = h_JS.shape[1], members[0].dtype
     dims = [b.shape[1] for b in members]
-    tiles = Tiles(dims, min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH))
+    most = min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH)
+    tiles = Tiles(dims, most if sums is None else divisor(sums.tile_rows, most))
     width = tiles.width
 
     def lora_expand_singles(h_ref, *refs, y_sm, b_sm, h_sm, y_full, b_full):
-        *b_refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
+        *refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
+        b_refs, sums_refs = refs[: len(members)], refs[len(members) :]
         block, tile = lax.axis_index("block"), lax.axis_index("tile")
         begin, end = first_ref[part.first_block + block], first_ref[part.first_block + block + 1]
+        place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
 
         def fetch(item):
             slot = lax.rem(item - begin, 2)
@@ -114,22 +164,15 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
                 ),
             )
 
-        @pl.when(end > begin)
-        def _():
-            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
-            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
-            fetch(begin)
+        def add_items(sum_EQ):
             ranks = pl.ds(tiles.member_of(tile) * PAGE_RANK, PAGE_RANK)
 
             def add_item(item, sum_EQ):
                 slot = lax.rem(item - begin, 2)
                 pl.when(item + 1 < end)(lambda: fetch(item + 1))
-                h_RQ = lax.fori_loop(
-                    0,
-                    splits,
-                    lambda s, h: h + plgpu.load(h_ref.at[item, s], layout=plgpu.Layout.WGMMA, optimized=False),
-                    full((WARPGROUP_ROWS, SINGLE_ROWS), 0),
-                )
+                h_RQ = full((WARPGROUP_ROWS, SINGLE_ROWS), 0)
+                for s in range(splits):  # no loop: they are all on their way at once
+                    h_RQ += plgpu.load(h_ref.at[item, s], layout=plgpu.Layout.WGMMA, optimized=False)
                 h_sm.T[...] = h_RQ.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.barrier_wait(b_full.at[slot])
@@ -137,16 +180,34 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
                 row_EQ = index(1, (width, SINGLE_ROWS))
                 return jnp.where((row_EQ >= from_ref[item]) & (row_EQ < to_ref[item]), sum_EQ + part_EQ, sum_EQ)
 
-            sum_EQ = lax.fori_loop(begin, end, add_item, full((width, SINGLE_ROWS), 0))
-            plgpu.barrier_wait(y_full)
-            y_EQ = plgpu.load(y_sm.T, layout=plgpu.Layout.WGMMA, optimized=False)
-            y_sm.T[...] = (y_EQ.astype(jnp.float32) + sum_EQ).astype(dtype)
+            return lax.fori_loop(begin, end, add_item, sum_EQ)
+
+        def write(y_EQ):
+            y_sm.T[...] = y_EQ.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(y_sm, place)
             plgpu.wait_smem_to_gmem(0)
 
-    mosaic.kernel(
+        if sums is not None:
+            pl.when(end > begin)(lambda: fetch(begin))
+            rows = pl.ds(block * SINGLE_ROWS, SINGLE_ROWS)
+            write(add_items(sums.load(sums_refs[0], tile * width, width, rows)))
+            return
+
+        @pl.when(end > begin)
+        def _():
+            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
+            fetch(begin)
+            sum_EQ = add_items(full((width, SINGLE_ROWS), 0))
+            plgpu.barrier_wait(y_full)
+            y_EQ = plgpu.load(y_sm.T, layout=plgpu.Layout.WGMMA, optimized=False)
+            write(y_EQ.astype(jnp.float32) + sum_EQ)
+
+    written = () if y_ref is None else (y_ref,)
+    added = () if sums is None else (sums.parts_IET,)
+    return mosaic.kernel(
         lora_expand_singles,
+        out=() if written else jax.ShapeDtypeStruct((part.num_blocks * SINGLE_ROWS, sum(dims)), dtype),
         scratch={
             "y_sm": mosaic.operand(SINGLE_ROWS, width, dtype=dtype),
             "b_sm": mosaic.operand(2, width, PAGE_RANK, dtype=dtype),
@@ -157,7 +218,7 @@ def expand_singles(h_JS, members, plan: LoraPlan, first_N1, part: Part, y_ref: A
         grid={"block": part.num_blocks, "tile": tiles.count},
         threads=1,
         interpret=interpret,
-    )(h_JS, *members, plan.page_J, plan.first_J, plan.stop_J, first_N1, y_ref)
+    )(h_JS, *members, *added, plan.page_J, plan.first_J, plan.stop_J, first_N1, *written)
 
 
 # row blocks
@@ -181,13 +242,13 @@ def shrink_blocks(
     dims = [w.shape[2 if rank_major else 1] for w in weights]
     R = weights[0].shape[1 if rank_major else 2]
     J, Q, dtype = plan.block_J.shape[0], part.block_rows, x_TD.dtype
-    tiles, weights_at = Tiles(dims, 256), _columns_of(rank_major)
-    width, stages = tiles.width, 2
+    most, stages = SHRINK_A if rank_major else SHRINK_B
+    tiles, N = Tiles(dims, most), R if rank_major else RANK_COLUMNS
+    width = tiles.width
     # splits of equal length, none over the border of two members, and about two for each core
-    steps = _divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * num_cores())), unit=1)
+    steps = divisor(math.gcd(*dims) // width, -(-tiles.count * part.num_blocks // (2 * num_cores())), unit=1)
     splits = tiles.count // steps
     workers = _workers(J * splits, per_core=2)
-    swizzle = {} if rank_major else {"filled": R}  # both operands in one
 
     def lora_shrink_blocks(x_ref, *refs, x_sm, w_sm, full_bar):
         *w_refs, block_ref, page_ref, first_ref, out_ref = refs
@@ -196,6 +257,7 @@ def shrink_blocks(
         def one(unit):
             item, split = begin + lax.div(unit, splits), lax.rem(unit, splits)
             rows, page, first = rows_of(part, block_ref[item]), page_ref[item], split * steps
+            ranks = slice(None) if rank_major else mosaic.columns(N, R, page)
 
             def fetch(step):
                 slot, tile = lax.rem(step, stages), first + step
@@ -203,7 +265,9 @@ def shrink_blocks(
                 tiles.each(
                     tile,
                     lambda member, columns: plgpu.copy_gmem_to_smem(
-                        w_refs[member].at[weights_at(page, columns)], w_sm.at[slot], full_bar.at[slot]
+                        w_refs[member].at[(page, ranks, columns) if rank_major else (page, columns, ranks)],
+                        w_sm.at[slot],
+                        full_bar.at[slot],
                     ),
                 )
 
@@ -222,16 +286,16 @@ def shrink_blocks(
                 lax.fori_loop(0, steps, add_tile, None)
                 return acc[...]
 
-            mosaic.put(out_ref.at[item, split], pl.run_scoped(multiply, plgpu.ACC((Q, R), jnp.float32)))
+            mosaic.put(out_ref.at[item, split], pl.run_scoped(multiply, plgpu.ACC((Q, N), jnp.float32)))
 
         _share((first_ref[part.first_block + part.num_blocks] - begin) * splits, workers, one)
 
-    w_shape = (stages, R, width) if rank_major else (stages, width, R)
+    w_shape = (stages, R, width) if rank_major else (stages, width, N)
     parts_JSQR = mosaic.kernel(
         lora_shrink_blocks,
-        out=jax.ShapeDtypeStruct((J, splits, Q, R), jnp.float32),
+        out=jax.ShapeDtypeStruct((J, splits, Q, N), jnp.float32),
         scratch={
-            "x_sm": mosaic.operand(stages, Q, width, dtype=dtype, **swizzle),
+            "x_sm": mosaic.operand(stages, Q, width, dtype=dtype),
             "w_sm": mosaic.operand(*w_shape, dtype=dtype),
             "full_bar": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         },
@@ -241,7 +305,7 @@ def shrink_blocks(
     )(x_TD, *weights, plan.block_J, plan.page_J, first_N1)
     ends = [end // steps for end in tiles.ends]
     h_JQR = jnp.concatenate(
-        [parts_JSQR[:, s:e].sum(axis=1) for s, e in zip([0, *ends], ends, strict=False)], axis=2
+        [parts_JSQR[:, s:e, :, :R].sum(axis=1) for s, e in zip([0, *ends], ends, strict=False)], axis=2
     ).astype(dtype)
     return jnp.pad(h_JQR, ((0, 0), (0, 0), (0, RANK_COLUMNS - h_JQR.shape[2])))
 
@@ -326,7 +390,7 @@ class Tiles:
     """The columns of the members side by side, cut into tiles that each lie in one member."""
 
     def __init__(self, dims: Sequence[int], most: int):
-        self.width = _divisor(math.gcd(*dims), most)
+        self.width = divisor(math.gcd(*dims), most)
         self.counts = [dim // self.width for dim in dims]
         self.ends = [sum(self.counts[: i + 1]) for i in range(len(dims))]
 
@@ -343,11 +407,6 @@ class Tiles:
 
     def member_of(self, tile: jax.Array) -> jax.Array:
         return sum(((tile >= end).astype(jnp.int32) for end in self.ends[:-1]), jnp.int32(0))
-
-
-def _divisor(size: int, most: int, unit: int = 64) -> int:
-    """The largest divisor of ``size`` that is a multiple of ``unit`` and at most ``most``."""
-    return max(d for d in range(unit, max(most, unit) + 1, unit) if size % d == 0)
 
 
 def _columns_of(rank_major: bool) -> Callable[[jax.Array, Any], tuple]:

@@ -55,8 +55,9 @@ def run(
     d_h_JQR = shrink_blocks(d_y_WE, members, plan, first_N1, part, interpret, rank_major=False)
     expand_blocks(d_h_JQR, (a_PRD,), plan, first_N1, part, d_x_ref, interpret, rank_major=True)
     by_lane = ByLane(*_by_lane(plan, lane_J, num_pages), jnp.reshape(jnp.int32(first_page), 1))
-    _add_products(x_WD, _of_items(d_h_JQR, plan), plan, by_lane, part, [d_a_ref], interpret, rank_major=True)
-    _add_products(d_y_WE, _of_items(h_JQR, plan), plan, by_lane, part, d_b_refs, interpret, rank_major=False)
+    h_JMQR, d_h_JMQR = _by_member(_of_items(h_JQR, plan), len(members)), _of_items(d_h_JQR, plan)[:, None]
+    _add_products(x_WD, d_h_JMQR, plan, by_lane, part, [d_a_ref], interpret, rank_major=True)
+    _add_products(d_y_WE, h_JMQR, plan, by_lane, part, d_b_refs, interpret, rank_major=False)
     return jax.freeze(d_x_ref), (jax.freeze(d_a_ref), tuple(map(jax.freeze, d_b_refs)))
 
 
@@ -78,9 +79,15 @@ def _of_items(h_JQR: Float[Array, "J Q R"], plan: LoraPlan) -> Float[Array, "J Q
     return jnp.where(mine_JQ[..., None], h_JQR, jnp.zeros_like(h_JQR))
 
 
+def _by_member(h_JQR: Float[Array, "J Q 64"], members: int) -> Float[Array, "J M Q 64"]:
+    """Each member's columns, and zeros."""
+    columns = (h_JQR[:, :, i * PAGE_RANK : (i + 1) * PAGE_RANK] for i in range(members))
+    return jnp.pad(jnp.stack(list(columns), axis=1), ((0, 0), (0, 0), (0, 0), (0, RANK_COLUMNS - PAGE_RANK)))
+
+
 def _add_products(
     x_WD: Float[Array, "W D"],
-    h_JQR: Float[Array, "J Q 64"],
+    h_JMQR: Float[Array, "J M Q 64"],
     plan: LoraPlan,
     by_lane: ByLane,
     part: Part,
@@ -92,6 +99,7 @@ def _add_products(
     """Adds x^T h of every item to its lane page, in place.
 
     Args:
+      h_JMQR: of all members together (M = 1) if ``rank_major``; else of each member.
       lane_refs: [Y, R, D] if ``rank_major``; else [Y, D', 16] of each member, and the members' D' side by side are D.
     """
     dims = [ref.shape[2 if rank_major else 1] for ref in lane_refs]
@@ -99,30 +107,28 @@ def _add_products(
     Q, dtype = part.block_rows, x_WD.dtype
     tiles = Tiles(dims, WIDTH)
     width = tiles.width
-    columns = RANK_COLUMNS if rank_major else R  # of h that take part
-    swizzle = {} if rank_major else {"filled": R}  # both operands in one
 
     def add_products(x_ref, h_ref, block_ref, from_ref, to_ref, item_ref, first_ref, page_ref, *refs):
         lanes, (x_sm, h_sm, sum_sm, sum_full, full) = refs[: len(lane_refs)], refs[len(lane_refs) :]
         tile, lane = lax.axis_index("tile"), lax.axis_index("lane")
         begin, end, page = first_ref[lane], first_ref[lane + 1], page_ref[0] + lane
-        ranks = pl.ds(0 if rank_major else tiles.member_of(tile) * PAGE_RANK, columns)
-        filled_sm = sum_sm.at[pl.ds(0, R)] if rank_major else sum_sm
+        member, filled = tiles.member_of(tile), mosaic.columns(RANK_COLUMNS, R, page)
 
         def each_place(do: Callable[[Any], None]) -> None:
             tiles.each(
-                tile, lambda member, at: do(lanes[member].at[(page, slice(None), at) if rank_major else (page, at)])
+                tile,
+                lambda member, at: do(lanes[member].at[(page, filled, at) if rank_major else (page, at, filled)]),
             )
 
         def fetch(place):
             slot, item = lax.rem(place - begin, STAGES), item_ref[place]
             x = x_ref.at[rows_of(part, block_ref[item]), pl.ds(tile * width, width)]
             plgpu.copy_gmem_to_smem(x, x_sm.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(h_ref.at[item, :, ranks], h_sm.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(h_ref.at[item, member], h_sm.at[slot], full.at[slot])
 
         @pl.when(end > begin)
         def _():
-            each_place(lambda place: plgpu.copy_gmem_to_smem(place, filled_sm, sum_full))
+            each_place(lambda place: plgpu.copy_gmem_to_smem(place, sum_sm, sum_full))
             for ahead in range(STAGES):
                 pl.when(begin + ahead < end)(lambda ahead=ahead: fetch(begin + ahead))
             plgpu.barrier_wait(sum_full)
@@ -140,23 +146,23 @@ def _add_products(
             start = plgpu.load(sum_sm, layout=plgpu.Layout.WGMMA, optimized=False)
             sum_sm[...] = lax.fori_loop(begin, end, add_item, start)
             plgpu.commit_smem()
-            each_place(lambda place: plgpu.copy_smem_to_gmem(filled_sm, place))
+            each_place(lambda place: plgpu.copy_smem_to_gmem(sum_sm, place))
             plgpu.wait_smem_to_gmem(0)
 
     add_products.__name__ = "lora_add_d_a" if rank_major else "lora_add_d_b"
     mosaic.kernel(
         add_products,
         scratch=[
-            mosaic.operand(STAGES, Q, width, dtype=dtype, **swizzle),
-            mosaic.operand(STAGES, Q, columns, dtype=dtype),
-            plgpu.SMEM((RANK_COLUMNS, width) if rank_major else (width, R), jnp.float32),
+            mosaic.operand(STAGES, Q, width, dtype=dtype),
+            mosaic.operand(STAGES, Q, RANK_COLUMNS, dtype=dtype),
+            plgpu.SMEM((RANK_COLUMNS, width) if rank_major else (width, RANK_COLUMNS), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
         ],
         grid={"tile": tiles.count, "lane": by_lane.first_Z1.shape[0] - 1},
         threads=1,
         interpret=interpret,
-    )(x_WD, h_JQR, plan.block_J, plan.first_J, plan.stop_J, *by_lane, *lane_refs)
+    )(x_WD, h_JMQR, plan.block_J, plan.first_J, plan.stop_J, *by_lane, *lane_refs)
 
 
 def _keep_rows(x_sm: Any, first: jax.Array, stop: jax.Array) -> None:

@@ -29,6 +29,16 @@ def lora_matmul(
     return y_TE.astype(x_TD.dtype) if add_to is None else add_to + y_TE.astype(add_to.dtype)
 
 
+def lora_linear(
+    x_TD: Float[Array, "T D"],
+    w_ED: Float[Array, "E D"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P E R"], ...],
+    plan: LoraPlan,
+) -> Float[Array, "T E"]:
+    return lora_matmul(x_TD, a_PRD, members, plan, add_to=_dot("td,ed->te", x_TD, w_ED)).astype(x_TD.dtype)
+
+
 def lora_matmul_backward(
     x_WD: Float[Array, "W D"],
     d_y_WE: Float[Array, "W E"],

@@ -14,8 +14,17 @@ import pytest
 from one_by_one import PAGES_BEFORE, among_others, one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import NoImplementation
-from pallas_kernels.lora_matmul import PAGE_RANK, lora_matmul, lora_matmul_backward, xla
-from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, CASES, KERNEL_CASES, LoraCase
+from pallas_kernels.lora_matmul import PAGE_RANK, lora_linear, lora_matmul, lora_matmul_backward, xla
+from pallas_kernels.lora_matmul.cases import (
+    BASE,
+    BENCH_CASES,
+    CASES,
+    KERNEL_CASES,
+    LINEAR_BENCH_CASES,
+    LINEAR_CASES,
+    LoraCase,
+)
+from pallas_kernels.numerics import matmul
 
 NAMES = ["xla", "reference"]
 MIXED = next(case for case in CASES if case.name == "mixed-ranks")
@@ -139,6 +148,18 @@ def test_the_result_is_added_to_what_is_given(implementation):
     np.testing.assert_array_equal(out[alone_T], base_TE[alone_T])
 
 
+@pytest.mark.parametrize("case", [MIXED, LINEAR_CASES[1]], ids=str)
+def test_a_linear_layer_is_its_base_and_each_rows_own_adapter(case):
+    x_TD, *adapters = case.make()
+    w_ED = case.make_base()
+    out, *others = (lora_linear(x_TD, w_ED, *adapters, implementation=name) for name in (None, *NAMES))
+    np.testing.assert_array_equal(out, lora_matmul(x_TD, *adapters, add_to=matmul(x_TD, w_ED)))
+    expected = np.asarray(x_TD, np.float64) @ np.asarray(w_ED, np.float64).T
+    expected += one_by_one(case, x_TD, *adapters[:2])
+    for got in (out, *others):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
 def backward(implementation, case, make=lambda *args: args, dtype=jnp.float32, lanes=None, **pages):
     x_WD, a_PRD, members, plan = make(*case.make(dtype))
     lane_J, lanes = jnp.asarray(case.lane_items()), lanes or case.make_lanes()
@@ -227,5 +248,5 @@ def test_an_unknown_implementation_is_refused_by_name():
 
 
 def test_names_of_cases_are_unique():
-    names = [case.name for case in CASES + KERNEL_CASES + BENCH_CASES]
+    names = [case.name for case in CASES + KERNEL_CASES + LINEAR_CASES + BENCH_CASES + LINEAR_BENCH_CASES]
     assert len(set(names)) == len(names)

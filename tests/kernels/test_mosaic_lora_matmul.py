@@ -19,10 +19,12 @@ from pallas_kernels.dispatch import INTERPRETED, MOSAIC, NoImplementation, choos
 from pallas_kernels.lora_matmul import (
     BACKWARD_IMPLEMENTATIONS,
     IMPLEMENTATIONS,
+    LINEAR_IMPLEMENTATIONS,
+    lora_linear,
     lora_matmul,
     lora_matmul_backward,
 )
-from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, KERNEL_CASES, LoraCase
+from pallas_kernels.lora_matmul.cases import BASE, BENCH_CASES, KERNEL_CASES, LINEAR_CASES, LoraCase
 
 KERNEL = {case.name: case for case in KERNEL_CASES}
 BENCH = {case.name: case for case in BENCH_CASES}
@@ -165,6 +167,48 @@ def test_a_layer_adds_to_its_own_pages_in_the_lanes_of_all_layers(implementation
     jax.tree.map(np.testing.assert_array_equal, out, (d_x_WD, among_others(lanes)))
 
 
+# with the base product
+
+
+@pytest.fixture
+def few_cores(monkeypatch):
+    """Shares of several steps, tiles of several workers."""
+    monkeypatch.setattr("pallas_kernels.lora_matmul.mosaic_linear.num_cores", lambda: 3)
+
+
+def linear(implementation, case, change=lambda *args: args):
+    x_TD, a_PRD, members, plan = make(case)
+    args = change(x_TD, case.make_base(x_TD.dtype), a_PRD, members, plan)
+    return jitted(lora_linear, implementation)(*args)
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("few_cores")
+@pytest.mark.parametrize("implementation", [INTERPRETED, ON_DEVICE])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_a_linear_layer_is_its_base_and_each_rows_own_adapter(implementation, case):
+    x_TD, a_PRD, members, _ = make(case)
+    base_TE = np.asarray(x_TD, np.float64) @ np.asarray(case.make_base(x_TD.dtype), np.float64).T
+    near(linear(implementation, case), base_TE + one_by_one(case, x_TD, a_PRD, members))
+
+
+@needs_mosaic
+@pytest.mark.usefixtures("few_cores")
+@pytest.mark.parametrize("implementation", [INTERPRETED, ON_DEVICE])
+def test_a_row_and_an_adapter_of_nan_reach_no_other_row_of_a_linear_layer(implementation):
+    case = LINEAR_CASES[1]
+    page, padding = case.pages()[1][0], int(np.flatnonzero(case.adapter_rows() == BASE)[0])
+
+    def sick(x_TD, w_ED, a_PRD, members, plan):
+        bad = tuple(b.at[page].set(jnp.inf) for b in members)
+        return x_TD.at[padding].set(jnp.nan), w_ED, a_PRD.at[page].set(jnp.nan), bad, plan
+
+    clean, out = linear(implementation, case), linear(implementation, case, sick)
+    mine_T = (case.adapter_rows() == 1) | (np.arange(case.num_rows) == padding)
+    assert np.isnan(np.asarray(out[mine_T], np.float32)).all()
+    np.testing.assert_array_equal(out[~mine_T], clean[~mine_T])
+
+
 PRODUCTION = [
     BENCH["decode-64-of-32"],
     BENCH["decode-64-gate-up"],
@@ -201,6 +245,17 @@ def test_it_lowers_for_cuda_at_production_shapes_and_adds_in_place(case):
     assert text.count("@mosaic_gpu") == 2 * kinds
     assert text.count("output_operand_alias<") == kinds
     assert text.count("tf.aliasing_output") == 1
+
+
+@needs_mosaic
+@pytest.mark.parametrize("case", [BENCH["decode-64-of-32"], BENCH["decode-64-down"]], ids=str)
+def test_a_linear_layer_lowers_for_cuda_at_production_shapes(case):
+    x, a, members, plan, _ = shapes(case)
+    w = jax.ShapeDtypeStruct((sum(case.dims_out), case.dim_in), x.dtype)
+    traced = jax.jit(partial(lora_linear, implementation=MOSAIC)).trace(x, w, a, members, plan)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 2
+    assert "output_operand_alias<" not in text
 
 
 @needs_mosaic
@@ -266,6 +321,24 @@ def test_a_refusal_says_what_the_kernel_cannot_take(changed, reason):
     with jax.sharding.use_abstract_mesh(device_mesh("NVIDIA H200")):
         assert reason in explain(IMPLEMENTATIONS, **FACTS | changed)[MOSAIC]
         assert choose("lora_matmul", IMPLEMENTATIONS, **FACTS | changed).name == "xla"
+
+
+def test_few_single_rows_and_a_narrow_matrix_get_the_kernel_with_the_base_product():
+    facts = FACTS | {"num_rows": 64, "plan": BENCH["decode-64-of-8"].plan()}
+    narrow, wide = facts | {"dims": (4096, 6144)}, facts | {"dims": (4096, 14336, 14336)}
+
+    def reason(facts):
+        return explain(LINEAR_IMPLEMENTATIONS, **facts)[MOSAIC]
+
+    with jax.sharding.use_abstract_mesh(device_mesh("NVIDIA H200")):
+        assert choose("op", LINEAR_IMPLEMENTATIONS, **narrow).name == ("separate" if OLD_JAX else MOSAIC)
+        assert choose("op", LINEAR_IMPLEMENTATIONS, **wide).name == "separate"
+        if not OLD_JAX:
+            assert reason(wide) == "XLA's product of 28672 outputs reads at full speed"
+            assert reason(narrow | {"num_rows": 136}) == "the kernel takes at most 128 rows, there are 136"
+            assert reason(FACTS) == f"the kernel takes single rows, {LONG.chunk_rows} are in row blocks"
+            assert "16-bit numbers" in reason(narrow | {"dtype": jnp.dtype(jnp.float32)})
+    assert choose("op", LINEAR_IMPLEMENTATIONS, **narrow).name == "separate"
 
 
 @needs_mosaic
