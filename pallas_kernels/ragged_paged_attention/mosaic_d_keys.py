@@ -5,8 +5,9 @@ units of rows that see a tile's 64 keys, or, where the head dim is too wide for 
 columns of every unit; a third one copies keys and rows for both. What two that took turns have summed they put together
 at the end of a tile, one of them dK, the other one dV.
 
-Thread blocks go through (tile, kv head) pairs until there are no more: to and fro, because a sequence's first tiles are
-seen by most rows. Short tiles, and as many pairs on every core, halved the time of a prompt of 2,048 on 132 cores.
+Thread blocks go through (tile, kv head) pairs until there are no more: those that most rows see first, and to and fro,
+so that all have about the same work. Short tiles, and as many pairs on every core, halved the time of a prompt of 2,048
+on 132 cores.
 
 Shapes: W rows, H query heads, K kv heads, g = H / K, C head dim, P pages, A accumulator pages, G tokens per page,
 B sequences, M pages per sequence, Q = 64 rows of a unit, S = 64 keys of a tile, X tiles.

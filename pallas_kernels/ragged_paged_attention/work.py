@@ -71,7 +71,7 @@ class BlockWork:
 )
 @dataclass(frozen=True, kw_only=True)
 class KeyWork:
-    """Tiles of the keys that row blocks see, sequence by sequence."""
+    """Tiles of the keys that row blocks see, those that most blocks see first: workers get equal shares of them."""
 
     key_X: Int[Array, "X"]  # first key of each tile
     first_X: Int[Array, "X"]  # row blocks [first, stop) see keys of the tile
@@ -151,12 +151,14 @@ def key_work(layout: AttentionLayout, *, window: int | None, page_size: int, til
     sees_XN = (blocks.run_N[None] == run_X[:, None]) & (blocks.rows_N > 0)[None]
     sees_XN &= (blocks.last_N[None] >= key_X[:, None]) & (blocks.low_N[None] < key_X[:, None] + tile_keys)
     first_X = jnp.argmax(sees_XN, axis=1).astype(jnp.int32)
+    count_X = jnp.sum(sees_XN, axis=1, dtype=jnp.int32)
+    order_X = jnp.argsort(-count_X, stable=True)  # none past the last tile sees any block
     return KeyWork(
-        key_X=key_X,
-        first_X=first_X,
-        stop_X=first_X + jnp.sum(sees_XN, axis=1, dtype=jnp.int32),
-        last_X=last_N[run_X],
-        sequence_X=blocks.sequence_N[run_X],
+        key_X=key_X[order_X],
+        first_X=first_X[order_X],
+        stop_X=(first_X + count_X)[order_X],
+        last_X=last_N[run_X][order_X],
+        sequence_X=blocks.sequence_N[run_X][order_X],
         start_N=blocks.start_N,
         rows_N=blocks.rows_N,
         tiles_1=stop_N[-1:],
