@@ -267,11 +267,14 @@ class Steps:
     def of_contexts(self, load: StepLoad) -> list[Work]:
         """The parts that depend on contexts and requests."""
         parts = self.attention(load)
+        # gate and up of row blocks are read once for all that becomes of them (pallas_kernels.lora_gated)
+        once = bool(load.chunks) and (self.remat is None or not load.grads)
         if load.adapters:
             adapter_rows = self._forward_rows(load) if load.adapter_rows is None else load.adapter_rows
-            parts.append(self._adapters(adapter_rows, tuple(load.adapters), tuple(load.targets)))
+            parts.append(self._adapters(adapter_rows, tuple(load.adapters), tuple(load.targets), once))
         if load.stashed_rows:
-            parts.append(self._stash("stash written", load.stashed_rows))
+            read_before = 2 * self.model.intermediate_size // self.shards * self.model.num_layers if once else 0
+            parts.append(self._stash("stash written", load.stashed_rows, read_before * self.itemsize))
         if load.grads:
             parts += self.attention_backward(load)
         return parts
@@ -367,25 +370,30 @@ class Steps:
             parts.append(Work("sampling", bytes=4 * logits, kernels=8))
         return parts
 
-    def adapters(self, rows: int, ranks: tuple[int, ...], targets: tuple[str, ...]) -> Work:
-        """Each adapter's factors are read once; two kernels for each site, the second adds to what the base wrote."""
+    def adapters(self, rows: int, ranks: tuple[int, ...], targets: tuple[str, ...], gated: bool = False) -> Work:
+        """Each adapter's factors are read once; two kernels for each site, the second adds to what the base wrote.
+
+        Args:
+          gated: what gate and up get is added where they are gated.
+        """
         flops = moved = 0
         mean_rank = sum(map(_padded, ranks)) / len(ranks)
         sites = self._adapted(targets)
-        for members, inputs, outs in sites:
+        for site, members, inputs, outs in sites:
             flops += 2 * rows * mean_rank * (members * inputs + outs)
-            moved += sum(_padded(rank) * (members * inputs + outs) for rank in ranks) + rows * (inputs + 2 * outs)
+            moved += sum(_padded(rank) * (members * inputs + outs) for rank in ranks) + rows * inputs
+            moved += 0 if gated and site == "gate_up_proj" else 2 * rows * outs
         return Work("adapters", flops, moved * self.itemsize, kernels=2 * len(sites)).times(self.model.num_layers)
 
-    def _adapted(self, targets: tuple[str, ...]) -> list[tuple[int, int, int]]:
-        """(members with an adapter, in, out of those members together) of each site that has one, on one device."""
+    def _adapted(self, targets: tuple[str, ...]) -> list[tuple[str, int, int, int]]:
+        """(site, members with an adapter, in, out of those members together) of those that have one, on one device."""
         found = []
         for site, (inputs, outs) in site_dims(self.model).items():
             adapted = [out for name, out in zip(MEMBERS[site], outs, strict=True) if name in targets]
             if adapted:
                 by_row = site in ROW_PARALLEL
                 local = (inputs // self.shards, sum(adapted)) if by_row else (inputs, sum(adapted) // self.shards)
-                found.append((len(adapted), *local))
+                found.append((site, len(adapted), *local))
         return found
 
     def all_reduces(self, name: str, rows: int, per_layer: int = 2) -> Work:
@@ -411,9 +419,9 @@ class Steps:
         parts.append(self._adapters_backward(W, grad_rank, targets, again))
         return [*parts, self.all_reduces("all-reduce backward", W, per_layer=4 if again else 2)]
 
-    def _stash(self, name: str, rows: int) -> Work:
-        """Read at one place and written at the other."""
-        return Work(name, bytes=2 * rows * self._stash_bytes, kernels=6 * self.model.num_layers)
+    def _stash(self, name: str, rows: int, read_before: int = 0) -> Work:
+        """Read at one place, but for so many bytes of a row that somebody has read, and written at the other."""
+        return Work(name, bytes=rows * (2 * self._stash_bytes - read_before), kernels=6 * self.model.num_layers)
 
     def attention_backward(self, load: StepLoad) -> list[Work]:
         m = self.model
@@ -438,7 +446,7 @@ class Steps:
         rank = _padded(grad_rank)
         flops = moved = 0
         sites = self._adapted(targets)
-        for members, inputs, outs in sites:
+        for _, members, inputs, outs in sites:
             size = rank * (members * inputs + outs)
             flops += (3 + again) * 2 * W * size
             moved += W * (4 * inputs + 3 * outs) * self.itemsize + size * (2 * self.itemsize + 2 * WIDE)
