@@ -27,6 +27,7 @@ def _refuse(*, activation: str, pool: jax.Array | None, **facts: Any) -> str | N
 
 IMPLEMENTATIONS = (
     *mosaic_pair("pallas_kernels.lora_gated.mosaic", _refuse),
+    Implementation("separate", partial(reference.lora_gated, of=None)),
     Implementation("xla", partial(reference.lora_gated, of="xla")),
     Implementation("reference", partial(reference.lora_gated, of="reference")),
 )

@@ -21,9 +21,9 @@ def lora_gated(
     block_N: Int[Array, "N"] | None,
     *,
     activation: str,
-    of: str,
+    of: str | None,
 ) -> tuple[Float[Array, "T F"], Float[Array, "S Q E"] | None]:
-    """Args: of: their implementation."""
+    """Args: of: their implementation; None: the best of each."""
     y_TE = lora_matmul(x_TD, a_PRD, members, plan, add_to=gate_up_TE, implementation=of)
     if pool_SQE is not None and block_N is not None:
         (pool_SQE,) = block_write((pool_SQE,), (y_TE,), block_N, implementation=of)
