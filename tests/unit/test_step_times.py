@@ -23,7 +23,7 @@ def real(load: StepLoad) -> float:
 
 def random_load(rng: np.random.Generator) -> StepLoad:
     bucket = list(BUCKETS)[rng.integers(len(list(BUCKETS)))]
-    decodes = int(rng.integers(1, bucket.decode_rows + 1))
+    decodes = int(rng.integers(min(bucket.decode_rows, 1), bucket.decode_rows + 1))
     span = int(rng.integers(1, MAX_KEYS))
     return StepLoad(
         bucket,
