@@ -160,18 +160,18 @@ def test_a_gradient_that_is_not_finite_leaves_the_rest_of_its_last_page_alone(im
         np.testing.assert_array_equal(new[page, :, offset:], old[page, :, offset:])
 
 
-@pytest.mark.parametrize("lengths", [(2048,), (2048, 2048), (1024,) * 4, (512,) * 8, (1280, 448, 1920), (64,)], ids=str)
+@pytest.mark.parametrize("lengths", [(2048, 2048), (512,) * 8, (1280, 448, 1920)], ids=str)
 def test_dk_and_dv_are_shared_out_evenly_whatever_the_sequences_are(lengths):
     """To and fro over the (tile, head) pairs, as the kernel goes."""
     cores, heads = 132, 8
     layout = AttentionLayout(
-        position_T=jnp.concatenate([jnp.arange(n, dtype=jnp.int32) for n in lengths]),
-        sequence_T=jnp.repeat(jnp.arange(len(lengths), dtype=jnp.int32), jnp.array(lengths)),
-        page_table_BM=jnp.zeros((len(lengths), 32), jnp.int32),
+        position_T=np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        sequence_T=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
+        page_table_BM=np.zeros((len(lengths), 32), np.int32),
         chunk_rows=sum(lengths),
         row_block=64,
     )
-    work = key_work(layout, window=None, page_size=64, tile_keys=64)
+    work = jax.jit(partial(key_work, window=None, page_size=64, tile_keys=64))(layout)
     blocks = np.repeat(np.asarray(work.stop_X - work.first_X)[: int(work.tiles_1[0])], heads)
     assert blocks.sum() == heads * sum(n // 64 * (n // 64 + 1) // 2 for n in lengths)
     rounds = np.pad(blocks, (0, -len(blocks) % cores)).reshape(-1, cores)
