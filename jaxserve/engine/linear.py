@@ -79,19 +79,20 @@ class Linear:
         w_OI, bank = p[self.site], self.bank
         if bank is None or self.plan is None:
             z_TO = self.base(w_OI, x_TI)
-        elif self.scales is None and self.drop is None:
-            z_TO = lora_linear(
-                stored(x_TI), w_OI, bank.a_PRD, bank.members, self.plan, implementation=self.implementation
-            )
         else:
-            x_TI = stored(x_TI)
-            z_TO = lora_matmul(
-                x_TI if self.drop is None else self.drop(x_TI), bank.a_PRD, bank.members, self.plan,
-                add_to=self.base(w_OI, x_TI), implementation=self.implementation,
-            )  # fmt: skip
+            x_TI, adapters = stored(x_TI), (bank.a_PRD, bank.members, self.plan)
+            if self.scales is None and self.drop is None:
+                z_TO = lora_linear(x_TI, w_OI, *adapters, implementation=self.implementation)
+            else:
+                base_TO = self.base(w_OI, x_TI)
+                z_TO = lora_matmul(self.dropped(x_TI), *adapters, add_to=base_TO, implementation=self.implementation)
         if self.site in decoder.ROW and self.parallel:
             z_TO = lax.psum(z_TO, AXIS)
         return z_TO
+
+    def dropped(self, x_TI: Float[Array, "T I"]) -> Float[Array, "T I"]:
+        """What the adapters see of x."""
+        return x_TI if self.drop is None else self.drop(x_TI)
 
     def has_only_factors(self, p: dict) -> bool:
         """There are row blocks, and all that rows have of their own is added to the base's product."""
@@ -108,8 +109,8 @@ class Linear:
         assert self.plan is not None
         x_TI = stored(x_TI)
         return lora_gated(
-            self.base(p[self.site], x_TI), x_TI if self.drop is None else self.drop(x_TI), self.bank.a_PRD,
-            self.bank.members, self.plan, pool, block_N, activation=activation, implementation=self.implementation,
+            self.base(p[self.site], x_TI), self.dropped(x_TI), self.bank.a_PRD, self.bank.members, self.plan,
+            pool, block_N, activation=activation, implementation=self.implementation,
         )  # fmt: skip
 
     def base(self, w_OI: Float[Array, "O I"], x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
@@ -164,7 +165,7 @@ class Linear:
         d_base_WI, sums = self._base_backward(p[self.site], x_WI, d_z_WO, sums)
         d_base_WI = d_base_WI.astype(x_WI.dtype)
         d_x_WI, factors = lora_matmul_backward(
-            x_WI if self.drop is None else self.drop(x_WI), d_z_WO, self.bank.a_PRD, self.bank.members, self.plan,
+            self.dropped(x_WI), d_z_WO, self.bank.a_PRD, self.bank.members, self.plan,
             self.lane_page_J, (lanes.factors.a_PRD, lanes.factors.members),
             first_page=self.first_lane_page, num_pages=self.num_lane_pages,
             add_to=d_base_WI if self.drop is None else None, implementation=self.implementation,

@@ -1,6 +1,7 @@
 """Multi-adapter LoRA: each row through its own adapter's A and B, beside a base matrix or alone."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,6 +67,11 @@ def _refuse_backward(*, lanes: Any, **facts: Any) -> str | None:
     return refuse(**facts)
 
 
+def _base_then_adapters(x: jax.Array, w: jax.Array, *adapters: Any, of: str | None) -> jax.Array:
+    """Args: of: the adapters' implementation; None: the best."""
+    return lora_matmul(x, *adapters, add_to=matmul(x, w), implementation=of)
+
+
 IMPLEMENTATIONS = (
     *mosaic_pair("pallas_kernels.lora_matmul.mosaic", refuse),
     Implementation("xla", xla.lora_matmul),
@@ -73,8 +79,8 @@ IMPLEMENTATIONS = (
 )
 LINEAR_IMPLEMENTATIONS = (
     *mosaic_pair("pallas_kernels.lora_matmul.mosaic_linear", _refuse_linear),
-    Implementation("separate", lambda x, w, *adapters: lora_matmul(x, *adapters, add_to=matmul(x, w))),
-    Implementation("xla", xla.lora_linear),
+    Implementation("separate", partial(_base_then_adapters, of=None)),
+    Implementation("xla", partial(_base_then_adapters, of="xla")),
     Implementation("reference", reference.lora_linear),
 )
 BACKWARD_IMPLEMENTATIONS = (

@@ -265,7 +265,7 @@ def shrink_blocks(
                 tiles.each(
                     tile,
                     lambda member, columns: plgpu.copy_gmem_to_smem(
-                        w_refs[member].at[(page, ranks, columns) if rank_major else (page, columns, ranks)],
+                        w_refs[member].at[in_pool(rank_major, page, columns, ranks)],
                         w_sm.at[slot],
                         full_bar.at[slot],
                     ),
@@ -325,7 +325,7 @@ def expand_blocks(
     dims = [w.shape[2 if rank_major else 1] for w in weights]
     R = weights[0].shape[1 if rank_major else 2]
     Q, dtype = part.block_rows, h_JQR.dtype
-    tiles, weights_at = Tiles(dims, WIDTH), _columns_of(rank_major)
+    tiles = Tiles(dims, WIDTH)
     width = tiles.width
 
     def lora_expand_blocks(h_ref, *refs, y_sm, h_sm, w_sm, y_full, full_bar):
@@ -340,7 +340,7 @@ def expand_blocks(
             tiles.each(
                 tile,
                 lambda member, columns: plgpu.copy_gmem_to_smem(
-                    w_refs[member].at[weights_at(page_ref[item], columns)], w_sm.at[slot], full_bar.at[slot]
+                    w_refs[member].at[in_pool(rank_major, page_ref[item], columns)], w_sm.at[slot], full_bar.at[slot]
                 ),
             )
 
@@ -409,9 +409,9 @@ class Tiles:
         return sum(((tile >= end).astype(jnp.int32) for end in self.ends[:-1]), jnp.int32(0))
 
 
-def _columns_of(rank_major: bool) -> Callable[[jax.Array, Any], tuple]:
+def in_pool(rank_major: bool, page: jax.Array, columns: Any, ranks: Any = slice(None)) -> tuple:
     """Where a page's columns are in a pool of A or of B."""
-    return lambda page, columns: (page, slice(None), columns) if rank_major else (page, columns)
+    return (page, ranks, columns) if rank_major else (page, columns, ranks)
 
 
 def rows_of(part: Part, block: jax.Array) -> Any:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
-from pallas_kernels.lora_matmul.mosaic import RANK_COLUMNS, Tiles, expand_blocks, rows_of, shrink_blocks
+from pallas_kernels.lora_matmul.mosaic import RANK_COLUMNS, Tiles, expand_blocks, in_pool, rows_of, shrink_blocks
 from pallas_kernels.lora_matmul.plan import PAGE_RANK, LoraPlan, Part
 from pallas_kernels.mosaic import index, plgpu
 
@@ -117,7 +117,7 @@ def _add_products(
         def each_place(do: Callable[[Any], None]) -> None:
             tiles.each(
                 tile,
-                lambda member, at: do(lanes[member].at[(page, filled, at) if rank_major else (page, at, filled)]),
+                lambda member, at: do(lanes[member].at[in_pool(rank_major, page, at, filled)]),
             )
 
         def fetch(place):

@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.lora_matmul.plan import LoraPlan, Part, SharedPages, among_all
-from pallas_kernels.numerics import contract, matmul, wide_dtype
+from pallas_kernels.numerics import contract, wide_dtype
 
 SPAN_ITEMS = 16  # work items per turn of the span loop
 UNROLLED = 8  # blocks that are summed in one pass
@@ -42,16 +42,6 @@ def lora_matmul(
             default=partial(_span_by_span, part=part),
         )  # fmt: skip
     return y_TE.astype(x_TD.dtype if add_to is None else add_to.dtype)
-
-
-def lora_linear(
-    x_TD: Float[Array, "T D"],
-    w_ED: Float[Array, "E D"],
-    a_PRD: Float[Array, "P R D"],
-    members: tuple[Float[Array, "P E R"], ...],
-    plan: LoraPlan,
-) -> Float[Array, "T E"]:
-    return lora_matmul(x_TD, a_PRD, members, plan, add_to=matmul(x_TD, w_ED))
 
 
 def _blocks(x_TD: jax.Array, part: Part) -> Float[Array, "N Q D"]:
