@@ -116,8 +116,8 @@ def opaque(number: jax.Array) -> jax.Array:
 
 
 def columns(width: int, filled: int, number: jax.Array) -> Any:
-    """The first ``width`` columns of global memory that has ``filled``: copies add zeros past those, or leave them.
-    ``number`` is any that only the run knows: JAX from 0.12 on refuses a slice that it can see to be too long."""
+    """The first ``width`` columns, or rows, of global memory that has ``filled``: copies add zeros past those, or leave
+    them. ``number`` is any that only the run knows: JAX from 0.12 on refuses a slice that it can see to be too long."""
     return pl.ds(0 if width <= filled else number * 0, width)
 
 

@@ -141,7 +141,8 @@ def expand_singles(
     y_ref: Any = None,
     sums: PartialSums | None = None,
 ) -> Any:
-    """y += h B^T, in place; or returns y = sums + h B^T, of all rows."""
+    """y += h B^T, in place; or returns y = sums + h B^T, of all rows: each member's by itself, put together where nobody
+    takes them apart again."""
     splits, dtype = h_JS.shape[1], members[0].dtype
     dims = [b.shape[1] for b in members]
     most = min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH)
@@ -149,18 +150,19 @@ def expand_singles(
     width = tiles.width
 
     def lora_expand_singles(h_ref, *refs, y_sm, b_sm, h_sm, y_full, b_full):
-        *refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
-        b_refs, sums_refs = refs[: len(members)], refs[len(members) :]
+        b_refs, refs = refs[: len(members)], refs[len(members) :]
+        *sums_refs, page_ref, from_ref, to_ref, first_ref = refs[: len(added) + 4]
+        y_refs = refs[len(added) + 4 :]
         block, tile = lax.axis_index("block"), lax.axis_index("tile")
         begin, end = first_ref[part.first_block + block], first_ref[part.first_block + block + 1]
-        place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
+        rows = rows_of(part, part.first_block + block)
 
         def fetch(item):
             slot = lax.rem(item - begin, 2)
             tiles.each(
                 tile,
-                lambda member, rows: plgpu.copy_gmem_to_smem(
-                    b_refs[member].at[page_ref[item], rows], b_sm.at[slot], b_full.at[slot]
+                lambda member, at: plgpu.copy_gmem_to_smem(
+                    b_refs[member].at[page_ref[item], at], b_sm.at[slot], b_full.at[slot]
                 ),
             )
 
@@ -182,32 +184,35 @@ def expand_singles(
 
             return lax.fori_loop(begin, end, add_item, sum_EQ)
 
-        def write(y_EQ):
+        def put(y_EQ):
             y_sm.T[...] = y_EQ.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_sm, place)
-            plgpu.wait_smem_to_gmem(0)
 
         if sums is not None:
             pl.when(end > begin)(lambda: fetch(begin))
-            rows = pl.ds(block * SINGLE_ROWS, SINGLE_ROWS)
-            write(add_items(sums.load(sums_refs[0], tile * width, width, rows)))
+            put(add_items(sums.load(sums_refs[0], tile * width, width, rows)))
+            tiles.each(tile, lambda member, at: plgpu.copy_smem_to_gmem(y_sm, y_refs[member].at[rows, at]))
+            plgpu.wait_smem_to_gmem(0)
             return
 
         @pl.when(end > begin)
         def _():
+            place = y_refs[0].at[rows, pl.ds(tile * width, width)]
             plgpu.copy_gmem_to_smem(place, y_sm, y_full)
             fetch(begin)
             sum_EQ = add_items(full((width, SINGLE_ROWS), 0))
             plgpu.barrier_wait(y_full)
             y_EQ = plgpu.load(y_sm.T, layout=plgpu.Layout.WGMMA, optimized=False)
-            write(y_EQ.astype(jnp.float32) + sum_EQ)
+            put(y_EQ.astype(jnp.float32) + sum_EQ)
+            plgpu.copy_smem_to_gmem(y_sm, place)
+            plgpu.wait_smem_to_gmem(0)
 
     written = () if y_ref is None else (y_ref,)
     added = () if sums is None else (sums.parts_IET,)
-    return mosaic.kernel(
+    made = () if written else [jax.ShapeDtypeStruct((part.num_blocks * SINGLE_ROWS, dim), dtype) for dim in dims]
+    ys = mosaic.kernel(
         lora_expand_singles,
-        out=() if written else jax.ShapeDtypeStruct((part.num_blocks * SINGLE_ROWS, sum(dims)), dtype),
+        out=made,
         scratch={
             "y_sm": mosaic.operand(SINGLE_ROWS, width, dtype=dtype),
             "b_sm": mosaic.operand(2, width, PAGE_RANK, dtype=dtype),
@@ -219,6 +224,7 @@ def expand_singles(
         threads=1,
         interpret=interpret,
     )(h_JS, *members, *added, plan.page_J, plan.first_J, plan.stop_J, first_N1, *written)
+    return jnp.concatenate(ys, axis=1) if made else None
 
 
 # row blocks

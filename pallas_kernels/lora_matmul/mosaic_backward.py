@@ -56,8 +56,7 @@ def run(
     expand_blocks(d_h_JQR, (a_PRD,), plan, first_N1, part, d_x_ref, interpret, rank_major=True)
     by_lane = ByLane(*_by_lane(plan, lane_J, num_pages), jnp.reshape(jnp.int32(first_page), 1))
     h_JMQR, d_h_JMQR = _by_member(_of_items(h_JQR, plan), len(members)), _of_items(d_h_JQR, plan)[:, None]
-    _add_products(x_WD, d_h_JMQR, plan, by_lane, part, [d_a_ref], interpret, rank_major=True)
-    _add_products(d_y_WE, h_JMQR, plan, by_lane, part, d_b_refs, interpret, rank_major=False)
+    _add_products((x_WD, d_h_JMQR, [d_a_ref]), (d_y_WE, h_JMQR, d_b_refs), plan, by_lane, part, interpret)
     return jax.freeze(d_x_ref), (jax.freeze(d_a_ref), tuple(map(jax.freeze, d_b_refs)))
 
 
@@ -86,52 +85,41 @@ def _by_member(h_JQR: Float[Array, "J Q 64"], members: int) -> Float[Array, "J M
 
 
 def _add_products(
-    x_WD: Float[Array, "W D"],
-    h_JMQR: Float[Array, "J M Q 64"],
+    a_side: tuple[Float[Array, "W D"], Float[Array, "J 1 Q 64"], Sequence[Any]],
+    b_side: tuple[Float[Array, "W E"], Float[Array, "J M Q 64"], Sequence[Any]],
     plan: LoraPlan,
     by_lane: ByLane,
     part: Part,
-    lane_refs: Sequence[Any],
     interpret: bool,
-    *,
-    rank_major: bool,
 ) -> None:
-    """Adds x^T h of every item to its lane page, in place.
+    """Adds x^T dh of every item to its lane page of A, and dy^T h to those of B, in place. One kernel does both: either
+    alone has work for half of the cores.
 
     Args:
-      h_JMQR: of all members together (M = 1) if ``rank_major``; else of each member.
-      lane_refs: [Y, R, D] if ``rank_major``; else [Y, D', 16] of each member, and the members' D' side by side are D.
+      a_side: x, dh, and the lanes [Y, R, D].
+      b_side: dy, each member's h, and its lanes [Y, D', 16]; the members' D' side by side are E.
     """
-    dims = [ref.shape[2 if rank_major else 1] for ref in lane_refs]
-    R = lane_refs[0].shape[1 if rank_major else 2]
-    Q, dtype = part.block_rows, x_WD.dtype
-    tiles = Tiles(dims, WIDTH)
-    width = tiles.width
+    Q, dtype = part.block_rows, a_side[0].dtype
+    a_tiles = Tiles([ref.shape[2] for ref in a_side[2]], WIDTH)
+    b_tiles = Tiles([ref.shape[1] for ref in b_side[2]], WIDTH)
 
-    def add_products(x_ref, h_ref, block_ref, from_ref, to_ref, item_ref, first_ref, page_ref, *refs):
-        lanes, (x_sm, h_sm, sum_sm, sum_full, full) = refs[: len(lane_refs)], refs[len(lane_refs) :]
-        tile, lane = lax.axis_index("tile"), lax.axis_index("lane")
+    def lora_add_products(x_ref, d_h_ref, d_y_ref, h_ref, *refs, x_sm, h_sm, sum_sm, sum_full, full):
+        block_ref, from_ref, to_ref, item_ref, first_ref, page_ref, a_lane, *b_lanes = refs
+        lane = lax.axis_index("lane")
         begin, end, page = first_ref[lane], first_ref[lane + 1], page_ref[0] + lane
-        member, filled = tiles.member_of(tile), mosaic.columns(RANK_COLUMNS, R, page)
 
-        def each_place(do: Callable[[Any], None]) -> None:
-            tiles.each(
-                tile,
-                lambda member, at: do(lanes[member].at[in_pool(rank_major, page, at, filled)]),
-            )
+        def add(tile: jax.Array, tiles: Tiles, x_ref: Any, h_ref: Any, lanes: Sequence[Any], rank_major: bool) -> None:
+            member = tiles.member_of(tile)
+            filled = mosaic.columns(RANK_COLUMNS, lanes[0].shape[1 if rank_major else 2], page)
 
-        def fetch(place):
-            slot, item = lax.rem(place - begin, STAGES), item_ref[place]
-            x = x_ref.at[rows_of(part, block_ref[item]), pl.ds(tile * width, width)]
-            plgpu.copy_gmem_to_smem(x, x_sm.at[slot], full.at[slot])
-            plgpu.copy_gmem_to_smem(h_ref.at[item, member], h_sm.at[slot], full.at[slot])
+            def each_place(do: Callable[[Any], None]) -> None:
+                tiles.each(tile, lambda member, at: do(lanes[member].at[in_pool(rank_major, page, at, filled)]))
 
-        @pl.when(end > begin)
-        def _():
-            each_place(lambda place: plgpu.copy_gmem_to_smem(place, sum_sm, sum_full))
-            for ahead in range(STAGES):
-                pl.when(begin + ahead < end)(lambda ahead=ahead: fetch(begin + ahead))
-            plgpu.barrier_wait(sum_full)
+            def fetch(place):
+                slot, item = lax.rem(place - begin, STAGES), item_ref[place]
+                x = x_ref.at[rows_of(part, block_ref[item]), pl.ds(tile * WIDTH, WIDTH)]
+                plgpu.copy_gmem_to_smem(x, x_sm.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(h_ref.at[item, member], h_sm.at[slot], full.at[slot])
 
             def add_item(place, total):
                 slot, item = lax.rem(place - begin, STAGES), item_ref[place]
@@ -143,26 +131,39 @@ def _add_products(
                 pl.when(place + STAGES < end)(lambda: fetch(place + STAGES))
                 return total
 
+            each_place(lambda place: plgpu.copy_gmem_to_smem(place, sum_sm, sum_full))
+            for ahead in range(STAGES):
+                pl.when(begin + ahead < end)(lambda ahead=ahead: fetch(begin + ahead))
+            plgpu.barrier_wait(sum_full)
             start = plgpu.load(sum_sm, layout=plgpu.Layout.WGMMA, optimized=False)
             sum_sm[...] = lax.fori_loop(begin, end, add_item, start)
             plgpu.commit_smem()
             each_place(lambda place: plgpu.copy_smem_to_gmem(sum_sm, place))
             plgpu.wait_smem_to_gmem(0)
 
-    add_products.__name__ = "lora_add_d_a" if rank_major else "lora_add_d_b"
+        tile, of_a = lax.axis_index("tile"), lax.axis_index("tile") < a_tiles.count
+
+        @pl.when((end > begin) & of_a)
+        def _():
+            add(tile, a_tiles, x_ref, d_h_ref, [a_lane], rank_major=True)
+
+        @pl.when((end > begin) & jnp.logical_not(of_a))
+        def _():
+            add(tile - a_tiles.count, b_tiles, d_y_ref, h_ref, b_lanes, rank_major=False)
+
     mosaic.kernel(
-        add_products,
-        scratch=[
-            mosaic.operand(STAGES, Q, width, dtype=dtype),
-            mosaic.operand(STAGES, Q, RANK_COLUMNS, dtype=dtype),
-            plgpu.SMEM((RANK_COLUMNS, width) if rank_major else (width, RANK_COLUMNS), jnp.float32),
-            plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
-        ],
-        grid={"tile": tiles.count, "lane": by_lane.first_Z1.shape[0] - 1},
+        lora_add_products,
+        scratch={
+            "x_sm": mosaic.operand(STAGES, Q, WIDTH, dtype=dtype),
+            "h_sm": mosaic.operand(STAGES, Q, RANK_COLUMNS, dtype=dtype),
+            "sum_sm": plgpu.SMEM((RANK_COLUMNS, WIDTH), jnp.float32),  # of B its transpose, which is as wide
+            "sum_full": plgpu.Barrier(),
+            "full": plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        },
+        grid={"tile": a_tiles.count + b_tiles.count, "lane": by_lane.first_Z1.shape[0] - 1},
         threads=1,
         interpret=interpret,
-    )(x_WD, h_JMQR, plan.block_J, plan.first_J, plan.stop_J, *by_lane, *lane_refs)
+    )(*a_side[:2], *b_side[:2], plan.block_J, plan.first_J, plan.stop_J, *by_lane, *a_side[2], *b_side[2])
 
 
 def _keep_rows(x_sm: Any, first: jax.Array, stop: jax.Array) -> None:

@@ -4,8 +4,8 @@ A row's query heads of one kv head are a few columns, so keys and head dim take 
 S^T = K q^T and the output is O^T = V^T P^T. One warpgroup copies pages, one computes; each thread block walks its share
 of all rows' key blocks (``work.DecodeWork``) and writes partial sums, which a second kernel adds up.
 
-Shapes: R decode rows, K kv heads, g query heads of one kv head, N columns (g padded to 8), C head dim, P pages,
-G tokens per page, B sequences, M pages per sequence, S keys per block, I partial sums, X workers.
+Shapes: R decode rows, K kv heads, g query heads of one kv head, N columns (g, filled up to a multiple of 8), C head dim,
+P pages, G tokens per page, B sequences, M pages per sequence, S keys per block, I partial sums, X workers.
 """
 
 from dataclasses import dataclass
@@ -70,7 +70,6 @@ def decode_attention(
     R, H, C = q_RHC.shape
     K, N = shape.num_kv_heads, shape.columns
     workers = work.lead_X.shape[0]
-    q_RKNC = jnp.pad(q_RHC.reshape(R, K, shape.group, C), ((0, 0), (0, 0), (0, N - shape.group), (0, 0)))
     partials = R * K + workers
     copies = num_copies(shape.page_size, shape.block_keys)
     lists = (work.sequence_R, work.position_R, work.low_R, work.row_R, work.stop_R1)
@@ -92,7 +91,7 @@ def decode_attention(
         grid={"worker": workers},
         threads=2,
         interpret=interpret,
-    )(q_RKNC, k_PKGC, v_PKGC, page_table_BM, *lists, work.lead_X, work.share_1)
+    )(q_RHC.reshape(R, K, shape.group, C), k_PKGC, v_PKGC, page_table_BM, *lists, work.lead_X, work.share_1)
     written = () if out_THC is None else (jax.new_ref(out_THC),)
     made = () if written else (jax.ShapeDtypeStruct((R, H, C), q_RHC.dtype),)
     *outs, lse_RKN = mosaic.kernel(
@@ -135,7 +134,7 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
 
         @pl.when(lax.axis_index("warpgroup") == COPY)
         def _():
-            columns = mosaic.columns(width, q_ref.shape[3], worker)
+            heads, columns = (mosaic.columns(size, q_ref.shape[i], worker) for size, i in ((N, 2), (width, 3)))
 
             def copy_block(step, at):
                 place, head, block = at
@@ -145,7 +144,7 @@ def _partial_sums(shape: DecodeShape, num_rows: int):
                 def _():
                     plgpu.barrier_wait(free.at[slot])
 
-                plgpu.copy_gmem_to_smem(q_ref.at[row_ref[place], head, :, columns], q_sm.at[slot], k_full.at[slot])
+                plgpu.copy_gmem_to_smem(q_ref.at[row_ref[place], head, heads, columns], q_sm.at[slot], k_full.at[slot])
                 pages = Pages(table_ref, sequence_ref[place], head, position_ref[place], shape.page_size)
                 first_key = (lax.div(low_ref[place], S) + block) * S
                 pages.fetch(k_ref, k_sm.at[slot], k_full.at[slot], first_key, columns)
