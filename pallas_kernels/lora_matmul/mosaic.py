@@ -141,8 +141,8 @@ def expand_singles(
     y_ref: Any = None,
     sums: PartialSums | None = None,
 ) -> Any:
-    """y += h B^T, in place; or returns y = sums + h B^T, of all rows: each member's by itself, put together where nobody
-    takes them apart again."""
+    """y += h B^T, in place; or returns y = sums + h B^T, of all rows: each member is written by itself, so that nothing is
+    copied where y is taken apart."""
     splits, dtype = h_JS.shape[1], members[0].dtype
     dims = [b.shape[1] for b in members]
     most = min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH)
