@@ -143,6 +143,9 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
     for case in gate_cases.CASES[few]:
         op = partial(gate.lora_gated, activation=case.activation)
         yield f"adapters and gate {case}", check(op, partial(case.make, jnp.bfloat16))
+    for case in gate_cases.LINEAR_CASES[few]:
+        op = partial(gate.lora_gated_linear, activation=case.activation)
+        yield f"linear and gate {case}", check(op, partial(case.make_linear, jnp.bfloat16))
     for case in lora_cases.LINEAR_CASES[few]:
         yield f"linear {case}", check(lora.lora_linear, partial(_linear_args, case))
     for case in [case for case in lora_cases.KERNEL_CASES if case.chunks and not case.singles][few]:
@@ -229,13 +232,20 @@ def _timed(bench: Bench) -> Iterator[Timed]:
         moved = gate_up.nbytes * 3 // 2 + 2 * place.size * case.adapters.row_block * gate_up.shape[1]
         run = partial(_gate, case.activation)
         yield Timed(f"adapters and gate {case}", floor(0, moved), run, pool, (gate_up, *fixed, place))
-    for case in lora_cases.LINEAR_CASES[:1] if bench.smoke else lora_cases.LINEAR_BENCH_CASES:
+    linears = lora_cases.LINEAR_CASES[:1] if bench.smoke else lora_cases.LINEAR_BENCH_CASES
+    ops = [("linear", lora.lora_linear, case) for case in linears]
+    gates = gate_cases.LINEAR_CASES[:1] if bench.smoke else gate_cases.LINEAR_BENCH_CASES
+    ops += [
+        ("linear and gate", partial(gate.lora_gated_linear, activation=case.activation), case.adapters)
+        for case in gates
+    ]
+    for name, op, case in ops:
         x, *adapters = case.make(jnp.bfloat16)
         (T, D), E = x.shape, sum(case.dims_out)
         make = jax.jit(partial(jax.random.normal, shape=(E, D), dtype=x.dtype))
         weights = tuple(make(key) for key in jax.random.split(jax.random.key(0), WEIGHTS))
         bound = floor(2 * T * D * E, 2 * (D * E + T * (D + E)))
-        yield Timed(f"linear {case}", bound, _project, x, (weights, *adapters), calls=WEIGHTS)
+        yield Timed(f"{name} {case}", bound, partial(_project, op), x, (weights, *adapters), calls=WEIGHTS)
     for case in write_cases.CASES[:1] if bench.smoke else write_cases.BENCH_CASES:
         *pools, k, v, page, offset = case.make(jnp.bfloat16)
         yield Timed(f"write {case}", floor(0, 4 * k.nbytes), _put, tuple(pools), (k, v, page, offset))
@@ -266,11 +276,11 @@ def _gate(activation, pool, gate_up, x, a, members, plan, place, *, implementati
     return run(gate_up, moving, a, members, plan, pool, place)[1]
 
 
-def _project(x, weights, a, members, plan, *, implementation: str):
+def _project(op, x, weights, a, members, plan, *, implementation: str):
     """One product after another, each with other weights; XLA merges those that could be side by side."""
     name, last = "separate" if implementation == "xla" else implementation, []
     for w in weights:
-        x, y = lax.optimization_barrier((x, lora.lora_linear(x, w, a, members, plan, implementation=name)))
+        x, y = lax.optimization_barrier((x, op(x, w, a, members, plan, implementation=name)))
         last.append(y[0, 0])
     return x * (1 + 0 * sum(last))
 

@@ -30,7 +30,7 @@ from jaxserve.models import decoder
 from jaxserve.models.layers import accumulator
 from jaxserve.models.params import BIASES
 from pallas_kernels.gating import gated
-from pallas_kernels.lora_gated import lora_gated
+from pallas_kernels.lora_gated import lora_gated, lora_gated_linear
 from pallas_kernels.lora_matmul import LoraPlan, lora_linear, lora_matmul, lora_matmul_backward
 from pallas_kernels.numerics import contract, matmul, stored, wide_dtype
 from sharding import AXIS
@@ -95,10 +95,8 @@ class Linear:
         return x_TI if self.drop is None else self.drop(x_TI)
 
     def has_only_factors(self, p: dict) -> bool:
-        """There are row blocks, and all that rows have of their own is added to the base's product."""
-        if self.bank is None or self.plan is None or self.scales is not None:
-            return False
-        return self.plan.chunk_rows > 0 and BIASES[self.site] not in p
+        """All that rows have of their own is added to the base's product."""
+        return self.bank is not None and self.plan is not None and self.scales is None and BIASES[self.site] not in p
 
     def gated(
         self, p: dict, x_TI: Float[Array, "T I"], activation: str, pool: jax.Array | None = None, block_N=None
@@ -107,11 +105,11 @@ class Linear:
         ``has_only_factors``. See ``lora_gated``."""
         assert self.bank is not None
         assert self.plan is not None
-        x_TI = stored(x_TI)
-        return lora_gated(
-            self.base(p[self.site], x_TI), self.dropped(x_TI), self.bank.a_PRD, self.bank.members, self.plan,
-            pool, block_N, activation=activation, implementation=self.implementation,
-        )  # fmt: skip
+        x_TI, adapters = stored(x_TI), (self.bank.a_PRD, self.bank.members, self.plan)
+        settings: dict[str, Any] = {"activation": activation, "implementation": self.implementation}
+        if not self.plan.chunk_rows:  # so nothing is dropped, and nothing kept
+            return lora_gated_linear(x_TI, p[self.site], *adapters, **settings), None
+        return lora_gated(self.base(p[self.site], x_TI), self.dropped(x_TI), *adapters, pool, block_N, **settings)
 
     def base(self, w_OI: Float[Array, "O I"], x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """W (input * x)."""

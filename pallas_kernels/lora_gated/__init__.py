@@ -1,5 +1,5 @@
-"""The rest of a gated feed-forward layer's first half: the adapters of gate and up, their gate, and what a later
-backward needs of both."""
+"""A gated feed-forward layer's first half: the adapters of gate and up, their gate, and what a later backward needs of
+both; for few rows with the base product."""
 
 from functools import partial
 from typing import Any
@@ -10,19 +10,25 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, choose, mosaic_pair
 from pallas_kernels.gating import SLOPES
 from pallas_kernels.lora_gated import reference
-from pallas_kernels.lora_matmul import LoraPlan, facts_of, refuse
+from pallas_kernels.lora_matmul import LoraPlan, facts_of, refuse, refuse_linear
 
-__all__ = ["IMPLEMENTATIONS", "lora_gated"]
+__all__ = ["IMPLEMENTATIONS", "LINEAR_IMPLEMENTATIONS", "lora_gated", "lora_gated_linear"]
+
+
+def _refuse_activation(activation: str) -> str | None:
+    return None if activation in SLOPES else f"the kernel computes {' and '.join(SLOPES)}, not {activation}"
 
 
 def _refuse(*, activation: str, pool: jax.Array | None, **facts: Any) -> str | None:
-    if activation not in SLOPES:
-        return f"the kernel computes {' and '.join(SLOPES)}, not {activation}"
     if pool is not None and pool.dtype != facts["dtype"]:
         return f"the kernel writes blocks as they are, the pool is {pool.dtype} and x {facts['dtype']}"
     if not facts["plan"].chunk_rows:
         return "the kernel is for row blocks, there are none"
-    return refuse(**facts)
+    return _refuse_activation(activation) or refuse(**facts)
+
+
+def _refuse_linear(*, activation: str, **facts: Any) -> str | None:
+    return _refuse_activation(activation) or refuse_linear(**facts)
 
 
 IMPLEMENTATIONS = (
@@ -30,6 +36,12 @@ IMPLEMENTATIONS = (
     Implementation("separate", partial(reference.lora_gated, of=None)),
     Implementation("xla", partial(reference.lora_gated, of="xla")),
     Implementation("reference", partial(reference.lora_gated, of="reference")),
+)
+LINEAR_IMPLEMENTATIONS = (
+    *mosaic_pair("pallas_kernels.lora_gated.mosaic_linear", _refuse_linear),
+    Implementation("separate", partial(reference.lora_gated_linear, of=None)),
+    Implementation("xla", partial(reference.lora_gated_linear, of="xla")),
+    Implementation("reference", partial(reference.lora_gated_linear, of="reference")),
 )
 
 
@@ -60,3 +72,24 @@ def lora_gated(
     facts = facts_of(x_TD, members, plan)
     chosen = choose("lora_gated", IMPLEMENTATIONS, implementation, **facts, activation=activation, pool=pool_SQE)
     return chosen.function(gate_up_TE, x_TD, a_PRD, members, plan, pool_SQE, block_N, activation=activation)
+
+
+def lora_gated_linear(
+    x_TD: Float[Array, "T D"],
+    w_ED: Float[Array, "E D"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P F R"], ...],
+    plan: LoraPlan,
+    *,
+    activation: str,
+    implementation: str | None = None,
+) -> Float[Array, "T F"]:
+    """Returns act(gate) * up, where gate and up are the halves of ``lora_linear``'s result.
+
+    Args:
+      w_ED: the base weights of gate and of up, [out, in]; the others as in ``lora_gated``.
+      implementation: a name of LINEAR_IMPLEMENTATIONS, or None for the best that runs here.
+    """
+    facts = facts_of(x_TD, members, plan)
+    chosen = choose("lora_gated_linear", LINEAR_IMPLEMENTATIONS, implementation, **facts, activation=activation)
+    return chosen.function(x_TD, w_ED, a_PRD, members, plan, activation=activation)

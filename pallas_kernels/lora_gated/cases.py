@@ -28,6 +28,11 @@ class LoraGatedCase:
     def __str__(self) -> str:
         return self.adapters.name
 
+    def make_linear(self, dtype: DTypeLike = np.float32) -> tuple[Any, ...]:
+        """Random arguments of the op with the base product."""
+        x, *adapters = self.adapters.make(dtype)
+        return x, self.adapters.make_base(dtype), *adapters
+
     def make(self, dtype: DTypeLike = np.float32, seed: int = 0) -> tuple[Any, ...]:
         """Random arguments of the op; padding has places >= S."""
         rng, case = np.random.default_rng(seed + 1), self.adapters
@@ -64,7 +69,23 @@ CASES = (
     LoraGatedCase(adapters=_pair(name="nowhere", ranks=(16,), chunks=((0, 20),)), padding=1),
 )
 
+# with the base product: single rows
+LINEAR_CASES = (
+    LoraGatedCase(
+        adapters=LoraCase(
+            name="linear-8", ranks=(16, 40), singles=(0, 0, 1, *[BASE] * 5), dim_in=448, dims_out=(64, 64)
+        )
+    ),
+    LoraGatedCase(
+        adapters=LoraCase(
+            name="linear-24", ranks=(24, 16), singles=(1,) * 3 + (BASE,) * 20 + (0,), dim_in=192, dims_out=(128, 128)
+        ),
+        activation="gelu_tanh",
+    ),
+)
+
 _llama_8b = partial(LoraCase, ranks=(16, 16), dim_in=4096, dims_out=(14336, 14336), row_block=64)
 BENCH_CASES = (  # no single rows: a loop would copy gate and up for them
     LoraGatedCase(adapters=_llama_8b(name="stash-2048", chunks=((0, 1024), (1, 1024))), num_blocks=40),
 )
+LINEAR_BENCH_CASES = (LoraGatedCase(adapters=_llama_8b(name="linear-64", singles=(BASE,) * 64)),)

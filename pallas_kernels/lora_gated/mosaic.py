@@ -24,6 +24,10 @@ from pallas_kernels.mosaic import full, index, plgpu
 WIDTH = 64  # columns of a tile of gate, and of one of up
 
 
+def act(gate: Float[Array, "R C"], activation: str) -> Float[Array, "R C"]:
+    return gate / (1 + jnp.exp(-SLOPES[activation](gate) * gate))
+
+
 def run(
     gate_up_TE: Float[Array, "T E"],
     x_TD: Float[Array, "T D"],
@@ -86,7 +90,7 @@ def run(
         for half in range(2):
             pl.when(end > begin)(partial(fetch, half, begin))
         gate_QF = adapted(0)
-        act_QF = (gate_QF / (1 + jnp.exp(-SLOPES[activation](gate_QF) * gate_QF))).astype(dtype)
+        act_QF = act(gate_QF, activation).astype(dtype)
         act_sm[...] = (act_QF.astype(jnp.float32) * adapted(1)).astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(act_sm, act_ref.at[rows, columns])

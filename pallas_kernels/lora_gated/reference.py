@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_write import block_write
 from pallas_kernels.gating import gated
-from pallas_kernels.lora_matmul import LoraPlan, lora_matmul
+from pallas_kernels.lora_matmul import LoraPlan, lora_linear, lora_matmul
 
 
 def lora_gated(
@@ -28,3 +28,16 @@ def lora_gated(
     if pool_SQE is not None and block_N is not None:
         (pool_SQE,) = block_write((pool_SQE,), (y_TE,), block_N, implementation=of)
     return gated(y_TE, activation), pool_SQE
+
+
+def lora_gated_linear(
+    x_TD: Float[Array, "T D"],
+    w_ED: Float[Array, "E D"],
+    a_PRD: Float[Array, "P R D"],
+    members: tuple[Float[Array, "P F R"], ...],
+    plan: LoraPlan,
+    *,
+    activation: str,
+    of: str | None,
+) -> Float[Array, "T F"]:
+    return gated(lora_linear(x_TD, w_ED, a_PRD, members, plan, implementation=of), activation)

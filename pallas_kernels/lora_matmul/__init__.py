@@ -26,6 +26,7 @@ __all__ = [
     "lora_matmul_backward",
     "num_blocks",
     "refuse",
+    "refuse_linear",
 ]
 
 KERNEL_COLUMNS = 64  # the columns of a kernel's tile
@@ -51,14 +52,19 @@ def refuse(*, dtype: Any, dims: Sequence[int], num_rows: int, plan: LoraPlan, **
     return None
 
 
-def _refuse_linear(*, dims: Sequence[int], num_rows: int, plan: LoraPlan, **facts: Any) -> str | None:
+def refuse_linear(*, num_rows: int, plan: LoraPlan, **facts: Any) -> str | None:
+    """Why the kernels with the base product cannot take these facts, if they cannot."""
     if plan.chunk_rows:
         return f"the kernel takes single rows, {plan.chunk_rows} are in row blocks"
     if num_rows > LINEAR_ROWS:
         return f"the kernel takes at most {LINEAR_ROWS} rows, there are {num_rows}"
+    return refuse(num_rows=num_rows, plan=plan, **facts)
+
+
+def _refuse_linear(*, dims: Sequence[int], **facts: Any) -> str | None:
     if sum(dims[1:]) >= LINEAR_WAVES * num_cores() * KERNEL_COLUMNS:
         return f"XLA's product of {sum(dims[1:])} outputs reads at full speed"
-    return refuse(dims=dims, num_rows=num_rows, plan=plan, **facts)
+    return refuse_linear(dims=dims, **facts)
 
 
 def _refuse_backward(*, lanes: Any, **facts: Any) -> str | None:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
@@ -130,6 +131,20 @@ def shrink_singles(
     )(x_TD, *shrink.inputs)
 
 
+def h_operand(dtype: DTypeLike) -> Any:
+    """Shared memory of an item's h."""
+    return mosaic.operand(SINGLE_ROWS, WARPGROUP_ROWS, dtype=dtype, filled=PAGE_RANK)
+
+
+def load_h(splits_ref: Any, h_sm: Any) -> None:
+    """Adds up a shrink's splits of an item, and rounds them: h, to shared memory."""
+    h_RQ = full((WARPGROUP_ROWS, SINGLE_ROWS), 0)
+    for s in range(splits_ref.shape[0]):  # no loop: they are all on their way at once
+        h_RQ += plgpu.load(splits_ref.at[s], layout=plgpu.Layout.WGMMA, optimized=False)
+    h_sm.T[...] = h_RQ.astype(h_sm.dtype)
+    plgpu.commit_smem()
+
+
 def expand_singles(
     h_JS,
     members,
@@ -141,9 +156,9 @@ def expand_singles(
     y_ref: Any = None,
     sums: PartialSums | None = None,
 ) -> Any:
-    """y += h B^T, in place; or returns y = sums + h B^T, of all rows: each member is written by itself, so that nothing is
-    copied where y is taken apart."""
-    splits, dtype = h_JS.shape[1], members[0].dtype
+    """y += h B^T, in place; or returns y = sums + h B^T, of all rows: each member is written by itself, so that nothing
+    is copied where y is taken apart."""
+    dtype = members[0].dtype
     dims = [b.shape[1] for b in members]
     most = min(sum(dims) * part.num_blocks // num_cores(), SINGLES_WIDTH)
     tiles = Tiles(dims, most if sums is None else divisor(sums.tile_rows, most))
@@ -172,11 +187,7 @@ def expand_singles(
             def add_item(item, sum_EQ):
                 slot = lax.rem(item - begin, 2)
                 pl.when(item + 1 < end)(lambda: fetch(item + 1))
-                h_RQ = full((WARPGROUP_ROWS, SINGLE_ROWS), 0)
-                for s in range(splits):  # no loop: they are all on their way at once
-                    h_RQ += plgpu.load(h_ref.at[item, s], layout=plgpu.Layout.WGMMA, optimized=False)
-                h_sm.T[...] = h_RQ.astype(dtype)
-                plgpu.commit_smem()
+                load_h(h_ref.at[item], h_sm)
                 plgpu.barrier_wait(b_full.at[slot])
                 part_EQ = mosaic.matmul(b_sm.at[slot], h_sm.at[:, ranks].T)
                 row_EQ = index(1, (width, SINGLE_ROWS))
@@ -216,7 +227,7 @@ def expand_singles(
         scratch={
             "y_sm": mosaic.operand(SINGLE_ROWS, width, dtype=dtype),
             "b_sm": mosaic.operand(2, width, PAGE_RANK, dtype=dtype),
-            "h_sm": mosaic.operand(SINGLE_ROWS, WARPGROUP_ROWS, dtype=dtype, filled=PAGE_RANK),
+            "h_sm": h_operand(dtype),
             "y_full": plgpu.Barrier(),
             "b_full": plgpu.Barrier(num_barriers=2),
         },

@@ -4,8 +4,8 @@ A row's query heads of one kv head are a few columns, so keys and head dim take 
 S^T = K q^T and the output is O^T = V^T P^T. One warpgroup copies pages, one computes; each thread block walks its share
 of all rows' key blocks (``work.DecodeWork``) and writes partial sums, which a second kernel adds up.
 
-Shapes: R decode rows, K kv heads, g query heads of one kv head, N columns (g up to a multiple of 8), C head dim, P pages,
-G tokens per page, B sequences, M pages per sequence, S keys per block, I partial sums, X workers.
+Shapes: R decode rows, K kv heads, g query heads of one kv head, N columns (g up to a multiple of 8), C head dim,
+P pages, G tokens per page, B sequences, M pages per sequence, S keys per block, I partial sums, X workers.
 """
 
 from dataclasses import dataclass

@@ -16,8 +16,8 @@ from one_by_one import one_by_one
 
 from pallas_kernels.dispatch import INTERPRETED, MOSAIC, explain
 from pallas_kernels.gating import ACTIVATIONS, SLOPES, gated
-from pallas_kernels.lora_gated import IMPLEMENTATIONS, lora_gated
-from pallas_kernels.lora_gated.cases import BENCH_CASES, CASES, LoraGatedCase
+from pallas_kernels.lora_gated import IMPLEMENTATIONS, LINEAR_IMPLEMENTATIONS, lora_gated, lora_gated_linear
+from pallas_kernels.lora_gated.cases import BENCH_CASES, CASES, LINEAR_BENCH_CASES, LINEAR_CASES, LoraGatedCase
 from pallas_kernels.lora_matmul import facts_of
 from pallas_kernels.lora_matmul.cases import BASE
 
@@ -36,16 +36,20 @@ def run_case(implementation, case):
     return jitted(implementation, case.activation)(*case.make(jnp.bfloat16))
 
 
+def gated_by_hand(case, y_TE):
+    gate_TF, up_TF = np.split(y_TE, 2, axis=1)
+    inner_TF = gate_TF if case.activation == "silu" else (8 / np.pi) ** 0.5 * (gate_TF + 0.044715 * gate_TF**3)
+    return gate_TF / (1 + np.exp(-inner_TF)) * up_TF
+
+
 def by_hand(case, args):
     gate_up_TE, x_TD, a_PRD, members, _, pool_SQE, block_N = args
     y_TE = np.asarray(gate_up_TE, np.float64) + one_by_one(case.adapters, x_TD, a_PRD, members)
-    gate_TF, up_TF = np.split(y_TE, 2, axis=1)
-    inner_TF = gate_TF if case.activation == "silu" else (8 / np.pi) ** 0.5 * (gate_TF + 0.044715 * gate_TF**3)
     pool, Q = np.asarray(pool_SQE, np.float64), pool_SQE.shape[1]
     for n, place in enumerate(block_N):
         if place < len(pool):
             pool[place] = y_TE[n * Q : (n + 1) * Q]
-    return gate_TF / (1 + np.exp(-inner_TF)) * up_TF, pool
+    return gated_by_hand(case, y_TE), pool
 
 
 def near(got, expected):
@@ -106,6 +110,53 @@ def test_an_activations_small_values_are_right_too(implementation):
     np.testing.assert_allclose(np.asarray(act_TF, np.float64), by_hand(nobody, args)[0], rtol=2**-7)
 
 
+# with the base product
+
+
+def run_linear(implementation, case, change=lambda *args: args):
+    op = jax.jit(partial(lora_gated_linear, activation=case.activation, implementation=implementation))
+    return op(*change(*case.make_linear(jnp.bfloat16)))
+
+
+@pytest.mark.parametrize("implementation", ["separate", "reference", *KERNELS])
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+def test_few_rows_are_multiplied_adapted_and_gated(implementation, case, monkeypatch):
+    monkeypatch.setattr("pallas_kernels.lora_matmul.mosaic_linear.num_cores", lambda: 3)  # shares of several steps
+    x_TD, w_ED, a_PRD, members, _ = case.make_linear(jnp.bfloat16)
+    base_TE = np.asarray(x_TD, np.float64) @ np.asarray(w_ED, np.float64).T
+    expected_TF = gated_by_hand(case, base_TE + one_by_one(case.adapters, x_TD, a_PRD, members))
+    near(run_linear(implementation, case), expected_TF)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+def test_a_row_and_an_adapter_of_nan_reach_no_other_of_few_rows(implementation):
+    case = LINEAR_CASES[1]
+    adapter_T = case.adapters.adapter_rows()
+    page, padding = case.adapters.pages()[1][0], int(np.flatnonzero(adapter_T == BASE)[0])
+
+    def sick(x_TD, w_ED, a_PRD, members, plan):
+        bad = tuple(b.at[page].set(jnp.inf) for b in members)
+        return x_TD.at[padding].set(jnp.nan), w_ED, a_PRD.at[page].set(jnp.nan), bad, plan
+
+    clean, out = run_linear(implementation, case), run_linear(implementation, case, sick)
+    mine_T = (adapter_T == 1) | (np.arange(len(adapter_T)) == padding)
+    assert np.isnan(np.asarray(out[mine_T], np.float32)).all()
+    np.testing.assert_array_equal(out[~mine_T], clean[~mine_T])
+
+
+@needs_mosaic
+def test_few_rows_lower_for_cuda_at_production_shapes():
+    (case,) = LINEAR_BENCH_CASES
+    (_, x, a, members, plan), *_ = shapes(case)
+    w = jax.ShapeDtypeStruct((sum(case.adapters.dims_out), x.shape[1]), x.dtype)
+    op = partial(lora_gated_linear, activation=case.activation, implementation=MOSAIC)
+    text = jax.jit(op).trace(x, w, a, members, plan).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu") == 2
+
+
+# who gets the kernels
+
+
 def shapes(case: LoraGatedCase):
     """The arrays that ``case.make`` returns, without their values, and its plan."""
     adapters, shape = case.adapters, partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
@@ -160,8 +211,28 @@ def make_facts(case: LoraGatedCase):
     ids=str,
 )
 def test_a_refusal_says_what_the_kernel_cannot_take(changed, reason):
+    assert_refused(IMPLEMENTATIONS, make_facts(CASE["mixed"]) | changed, reason)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({}, None),
+        ({"activation": "relu"}, "the kernel computes silu and gelu_tanh, not relu"),
+        ({"plan": CASE["mixed"].adapters.plan()}, "the kernel takes single rows, 192 are in row blocks"),
+        ({"num_rows": 136}, "the kernel takes at most 128 rows, there are 136"),
+        ({"dims": (64, 96, 96)}, "multiples of 64, one is 96"),
+    ],
+    ids=str,
+)
+def test_a_refusal_says_what_the_kernel_of_few_rows_cannot_take(changed, reason):
+    facts = make_facts(LINEAR_CASES[0]) | changed
+    assert_refused(LINEAR_IMPLEMENTATIONS, {name: fact for name, fact in facts.items() if name != "pool"}, reason)
+
+
+def assert_refused(implementations, facts, reason):
     device = AbstractDevice(device_kind="NVIDIA H200", num_cores=132, platform="gpu")
-    facts = make_facts(CASE["mixed"]) | changed
     with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("model",), abstract_device=device)):
-        found = explain(IMPLEMENTATIONS, **facts)[MOSAIC]
+        found = explain(implementations, **facts)[MOSAIC]
     assert found is None if reason is None else reason in found
