@@ -33,7 +33,7 @@ MAX_SPLIT = 512  # columns of a shrink's split, where there are enough of them
 # operands in one swizzle, and in that of B's 16 ranks x would come in pieces of 32 bytes, at half of a copy's rate
 RANK_COLUMNS = 64
 SHRINK_A, SHRINK_B = (256, 2), (128, 3)  # most columns of a shrink's tile of row blocks, and tiles under way
-WIDTH = 128  # columns of an expand's tile of row blocks
+WIDTH, STRIP = 128, 64  # columns of an expand's tile of row blocks, and of what of it is in registers at one time
 SINGLES_WIDTH = 1024  # most columns of an expand's tile of single rows
 
 
@@ -343,55 +343,65 @@ def expand_blocks(
     R = weights[0].shape[1 if rank_major else 2]
     Q, dtype = part.block_rows, h_JQR.dtype
     tiles = Tiles(dims, WIDTH)
-    width = tiles.width
+    strips = tiles.width // STRIP
 
     def lora_expand_blocks(h_ref, *refs, y_sm, h_sm, w_sm, y_full, full_bar):
         *w_refs, page_ref, from_ref, to_ref, first_ref, y_ref = refs
         block, tile = lax.axis_index("block"), lax.axis_index("tile")
         begin, end = first_ref[part.first_block + block], first_ref[part.first_block + block + 1]
 
-        def fetch(item):
-            slot = lax.rem(item - begin, 2)
+        def place(strip):
+            first = pl.multiple_of(tile * tiles.width + strip * STRIP, STRIP)
+            return y_ref.at[rows_of(part, part.first_block + block), pl.ds(first, STRIP)]
+
+        def slot_of(strip, item):
+            return lax.rem(strip * (end - begin) + item - begin, 2)
+
+        def fetch(strip, item):
+            slot = slot_of(strip, item)
             ranks = pl.ds(tiles.member_of(tile) * PAGE_RANK, R)
             plgpu.copy_gmem_to_smem(h_ref.at[item, :, ranks], h_sm.at[slot], full_bar.at[slot])
-            tiles.each(
-                tile,
-                lambda member, columns: plgpu.copy_gmem_to_smem(
-                    w_refs[member].at[in_pool(rank_major, page_ref[item], columns)], w_sm.at[slot], full_bar.at[slot]
-                ),
-            )
+
+            def fetch_w(member, columns):
+                mine = pl.ds(columns.start + strip * STRIP, STRIP)
+                w = w_refs[member].at[in_pool(rank_major, page_ref[item], mine)]
+                plgpu.copy_gmem_to_smem(w, w_sm.at[slot], full_bar.at[slot])
+
+            tiles.each(tile, fetch_w)
+
+        def add_item(strip, item, sum_QE):
+            slot = slot_of(strip, item)
+            pl.when(item + 1 < end)(lambda: fetch(strip, item + 1))
+            if strip + 1 < strips:
+                pl.when(item + 1 == end)(lambda: fetch(strip + 1, begin))
+            plgpu.barrier_wait(full_bar.at[slot])
+            w = w_sm.at[slot]
+            part_QE = mosaic.matmul(h_sm.at[slot], w if rank_major else w.T)
+            row_QE = index(0, (Q, STRIP))
+            return jnp.where((row_QE >= from_ref[item]) & (row_QE < to_ref[item]), sum_QE + part_QE, sum_QE)
 
         @pl.when(end > begin)
         def _():
-            place = y_ref.at[rows_of(part, part.first_block + block), pl.ds(tile * width, width)]
-            plgpu.copy_gmem_to_smem(place, y_sm, y_full)
-            fetch(begin)
-
-            def add_item(item, sum_QE):
-                slot = lax.rem(item - begin, 2)
-                pl.when(item + 1 < end)(lambda: fetch(item + 1))
-                plgpu.barrier_wait(full_bar.at[slot])
-                w = w_sm.at[slot]
-                part_QE = mosaic.matmul(h_sm.at[slot], w if rank_major else w.T)
-                row_QE = index(0, (Q, width))
-                return jnp.where((row_QE >= from_ref[item]) & (row_QE < to_ref[item]), sum_QE + part_QE, sum_QE)
-
-            sum_QE = lax.fori_loop(begin, end, add_item, full((Q, width), 0))
-            plgpu.barrier_wait(y_full)
-            y_QE = plgpu.load(y_sm, layout=plgpu.Layout.WGMMA, optimized=False)
-            y_sm[...] = (y_QE.astype(jnp.float32) + sum_QE).astype(y_sm.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(y_sm, place)
+            for strip in range(strips):
+                plgpu.copy_gmem_to_smem(place(strip), y_sm.at[strip], y_full.at[strip])
+            fetch(0, begin)
+            for strip in range(strips):
+                sum_QE = lax.fori_loop(begin, end, partial(add_item, strip), full((Q, STRIP), 0))
+                plgpu.barrier_wait(y_full.at[strip])
+                y_QE = plgpu.load(y_sm.at[strip], layout=plgpu.Layout.WGMMA, optimized=False)
+                y_sm.at[strip][...] = (y_QE.astype(jnp.float32) + sum_QE).astype(y_sm.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(y_sm.at[strip], place(strip))
             plgpu.wait_smem_to_gmem(0)
 
-    w_shape = (2, R, width) if rank_major else (2, width, R)
+    w_shape = (2, R, STRIP) if rank_major else (2, STRIP, R)
     mosaic.kernel(
         lora_expand_blocks,
         scratch={
-            "y_sm": mosaic.operand(Q, width, dtype=y_ref.dtype),
+            "y_sm": mosaic.operand(strips, Q, STRIP, dtype=y_ref.dtype),
             "h_sm": mosaic.operand(2, Q, R, dtype=dtype),
             "w_sm": mosaic.operand(*w_shape, dtype=dtype, filled=R),
-            "y_full": plgpu.Barrier(),
+            "y_full": plgpu.Barrier(num_barriers=strips),
             "full_bar": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         },
         grid={"block": part.num_blocks, "tile": tiles.count},
