@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.assets import locate
 from jaxserve.bench.arrivals import rows_at
-from jaxserve.bench.engine import NO_MODEL
+from jaxserve.bench.engine import NO_MODEL, tokenizer_of
 from jaxserve.bench.load import Bursts, check_prompts, unknown_answers
 from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
@@ -134,9 +134,11 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
         raise ConfigError(wrong)
-    for job in config.coserve.jobs if sweep.simulate == "none" else ():
+    jobs = config.coserve.jobs if sweep.simulate == "none" else ()
+    tokenizer = tokenizer_of(config) if jobs else None
+    for job in jobs:
         try:
-            check_file(locate(job.data))
+            check_file(locate(job.data), tokenizer)
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
     check_prompts(config)

@@ -475,7 +475,7 @@ def test_what_cannot_be_run_is_said_before_anything_is_loaded():
 
 
 def test_data_that_is_not_there_is_said_before_anything_is_loaded():
-    given = {"model": {"path": "m"}, "finetune": {"tpot_objective_ms": 45.0}}
+    given = {"model": {"path": "demo:storyteller"}, "finetune": {"tpot_objective_ms": 45.0}}
     with pytest.raises(DataError, match=r"job of adapter 'a': data file: No such file"):
         sweep.check(Config(**given, coserve={"jobs": ("a=none.jsonl",)}))
     for model, problem in (("m", "m: not a model directory"), ("demo:storyteller", "none.jsonl: data file: No such")):
