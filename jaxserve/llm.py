@@ -430,7 +430,8 @@ class Engine(TrainingEngine):
         """Renders messages with the model's chat template and generates one answer.
 
         Args:
-          messages: {"role", "content", ...}. Arguments of tool calls that are JSON in a string are shown as objects.
+          messages: {"role", "content", ...}; a content is text, or a list of {"type": "text", "text": ...}. Arguments
+            of tool calls that are JSON in a string are shown as objects.
           tools: descriptions of functions, for templates that show them.
           chat_template_kwargs: further names for the template, as ``enable_thinking``.
           options: as of ``generate``.

@@ -103,7 +103,7 @@ def _prompt(line: bytes, tokenizer: Tokenizer) -> tuple[int, ...]:
     else:
         messages = value["messages"]
         if not all(
-            isinstance(m, dict) and (isinstance(m.get("content"), str) or m.get("tool_calls")) for m in messages
+            isinstance(m, dict) and (isinstance(m.get("content"), str | list) or m.get("tool_calls")) for m in messages
         ):
             raise ValueError("messages must be objects with role and content")
         asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages

@@ -11,8 +11,10 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
+from jaxserve.assets import STORYTELLER
 from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page, virtual
 from jaxserve.bench.engine import options_of, room_for
+from jaxserve.bench.load import read_prompts
 from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
 from jaxserve.bench.runner import GREEDY
 from jaxserve.bench.simulator import Settings, Simulator
@@ -27,6 +29,7 @@ from jaxserve.finetune.errors import DataError
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
+from jaxserve.tokenizer import load_tokenizer
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
 EIGHT_DICT = tiny_models.config_dict(  # of the size of Llama-3.1-8B
@@ -481,6 +484,18 @@ def test_data_that_is_not_there_is_said_before_anything_is_loaded():
     for model, problem in (("m", "m: not a model directory"), ("demo:storyteller", "none.jsonl: data file: No such")):
         with pytest.raises(JaxServeError, match=problem):
             sweep.check(Config(**given | {"model": {"path": model}}, coserve={"prompts": "none.jsonl"}))
+
+
+def test_prompts_may_have_their_contents_in_parts(tmp_path):
+    tokenizer = load_tokenizer(STORYTELLER)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n"
+            for content in ("a\nb", [{"type": "text", "text": text} for text in "ab"])
+        )
+    )
+    one, other = read_prompts(str(tmp_path / "prompts.jsonl"), tokenizer)
+    assert one == other
 
 
 def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
