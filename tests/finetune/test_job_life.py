@@ -497,7 +497,15 @@ def test_a_full_disk_pauses_the_job_and_serving_goes_on(engine, tmp_path, monkey
     until(engine, paused)
     assert any("No space left" in event.message for event in job.events())
     assert engine.generate([requests(1)[0]], jaxserve.SamplingParams(max_tokens=4))[0].finish_reason == "length"
+    engine.open_adapter("b", rank=4)  # has the only lane when the disk takes the checkpoint
     deadline = time.monotonic() + 120
+    while job.status == "paused" and time.monotonic() < deadline:
+        engine.step()
+    assert [event.message for event in job.events()][-2:] == [
+        "resumed",
+        "the job waits until an adapter is closed: max_finetune_jobs is 1, and as many adapters are open",
+    ]
+    engine.close_adapter("b")
     while not job._job.done and time.monotonic() < deadline:
         engine.step()
     assert job.status == "succeeded"
