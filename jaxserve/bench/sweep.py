@@ -26,6 +26,7 @@ from jaxserve.bench.serving import (
     unused,
     write_config,
     write_result,
+    writing_results,
 )
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual, unsimulated
@@ -33,6 +34,7 @@ from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 from jaxserve.finetune.data import check_file
 from jaxserve.finetune.errors import DataError
+from jaxserve.interrupts import sigterm_interrupts
 from jaxserve.metrics import percent
 
 MOST_REQUESTS = 10**7  # of a run
@@ -76,9 +78,11 @@ def main(config: Config) -> int:
     with Pool(config.sweep.processes) as pool:
         runs = Runs(pool.backend(backend, cells_of(config)) if isinstance(backend, Virtual) else backend)
         try:
-            for cell in told(runs, config, goals):
-                found.append(cell)
-        except (KeyboardInterrupt, JaxServeError) as error:
+            with sigterm_interrupts():
+                for cell in told(runs, config, goals):
+                    found.append(cell)
+        except (KeyboardInterrupt, SystemExit, JaxServeError) as error:
+            pool.stop()
             if not found:
                 raise
             ended = error  # what was measured so far may have taken an hour
@@ -100,9 +104,10 @@ def main(config: Config) -> int:
     }
     claimed, agreed = claim_lines(result["claims"]), agreement_lines(result["agreement"])
     print("\n".join([*failed, *clip_lines(found), *claimed, *agreed]))
-    write_result(config, result)
-    if config.sweep.results_dir is not None:
-        leave(config, Path(config.sweep.results_dir), runs, result)
+    with writing_results():
+        write_result(config, result)
+        if config.sweep.results_dir is not None:
+            leave(config, Path(config.sweep.results_dir), runs, result)
     if ended is not None:
         raise ended
     return int(bool(failed))
@@ -299,9 +304,9 @@ def leave(config: Config, place: Path, runs: Runs, result: Mapping[str, Any]) ->
     """Writes report.html, results.json, requests.csv, steps.csv and the configuration."""
     place.mkdir(parents=True, exist_ok=True)
     made = list(runs)
-    write_tables(place, made)
     (place / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_config(config, place)
     page = report(result, made, Bursts.of(config).spans(config.sweep.seconds))
     (place / REPORT).write_text(page, encoding="utf-8")
+    write_tables(place, made)  # the longest: a disk that is full may have taken the others
     print(f"report: {place / REPORT}")

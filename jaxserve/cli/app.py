@@ -1,7 +1,7 @@
 """The commands. What is heavy (jax, the engine) is imported by the command that needs it.
 
 Exit status: 0 done, 1 the engine, a request or a job failed, 2 wrong usage, configuration, data or request, 4 a model
-or adapter that cannot be served, 130 Ctrl-C.
+or adapter that cannot be served, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import dataclasses

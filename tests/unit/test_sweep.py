@@ -553,7 +553,11 @@ def test_requests_that_are_cut_to_the_models_length_are_counted(policy):
     assert line == f"at 0.5 requests/s {len(cut)} of {found['requests']} requests were clipped to the model's length"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("the second process has ended")], ids=type)
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), SystemExit(128 + signal.SIGTERM), EngineError("the second process has ended")],
+    ids=type,
+)
 def test_a_sweep_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch, capsys, error):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
     config = simulated(
@@ -567,17 +571,24 @@ def test_a_sweep_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch, capsy
 
     def failing(self, sharing, rate):
         if (sharing, rate) == ("temporal:8", 2.0):
+            if isinstance(error, SystemExit):
+                signal.raise_signal(signal.SIGTERM)
             raise error
         return run(self, sharing, rate)
 
     monkeypatch.setattr(Virtual, "run", failing)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         sweep.main(config)
+    assert str(caught.value) == str(error)
     assert "Ended early: 4 of 6 cells were run." in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [cell["policy"] for cell in result["cells"]] == [*config.sweep.policies, "coserve"]
     assert "Ended early" in (tmp_path / "out" / "report.html").read_text()
     assert len(ran.read_tables(tmp_path / "out")) == 4
+    (tmp_path / "out" / "steps.csv").unlink()
+    (tmp_path / "out" / "steps.csv").symlink_to("/dev/full")
+    with pytest.raises(EngineError, match=r"not all results were written: .*No space left on device"):
+        sweep.main(config)
 
 
 def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
