@@ -17,6 +17,8 @@ from test_jobs import SIZES, examples, requests, settled
 import jaxserve
 from jaxserve import faults
 from jaxserve.adapters.peft_io import load_peft
+from jaxserve.bench.replay import Replay
+from jaxserve.bench.workload import NOBODY
 from jaxserve.engine import programs, saver, trainer
 from jaxserve.engine.lanes import weights_of
 from jaxserve.finetune.durable import newest
@@ -582,6 +584,14 @@ def test_a_step_made_again_is_served_and_trained_on_as_it_was_made_the_second_ti
     assert len(failed) == 4
     assert (job.losses, job.validation_losses) == undisturbed[:2]
     assert content(engine, "a") == undisturbed[2]
+
+
+def test_tokens_of_batches_that_are_made_again_count_once(engine, monkeypatch, caplog):
+    calls = break_steps(monkeypatch, lambda number, bucket: number in {4, 9})
+    job = engine.finetune(examples(1), adapter="a", **JOB)
+    run = Replay(engine, NOBODY, {"a": job})()
+    assert len(calls) > 9
+    assert run.finetune_tokens == job.trained_tokens > 0
 
 
 def test_a_version_of_a_cancelled_job_outlives_the_failure_of_its_unread_step(engine, monkeypatch, caplog):
