@@ -18,7 +18,7 @@ from jaxserve.bench.peers import TransformersPeer, require_transformers, write_d
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
 from jaxserve.bench.runner import GREEDY, Runner
-from jaxserve.bench.workload import Row, Workload, make_workload, random_rows, read_trace, rescale
+from jaxserve.bench.workload import Row, Workload, from_first, make_workload, random_rows, read_trace, rescale
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import ConfigError, EngineError
 from jaxserve.sampling import SamplingParams
@@ -223,11 +223,12 @@ def trace_rows(config: Config) -> tuple[list[Row], str]:
     """The rows of the trace, and where they come from in words."""
     bench = config.bench
     assert bench.trace is not None, "no trace"
-    rows = rescale(read_trace(bench.trace, bench.num_prompts), bench.trace_speed, bench.trace_scaling, bench.seed)
+    rows, since = from_first(read_trace(bench.trace, bench.num_prompts))
+    rows = rescale(rows, bench.trace_speed, bench.trace_scaling, bench.seed)
     if not rows:
         raise ConfigError([f"bench.trace_speed {bench.trace_speed:g} leaves none of {bench.num_prompts} requests"])
     how = {"stretch": "time stretched", "thin": "rows thinned"}[bench.trace_scaling]
-    return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how})"
+    return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how}){since}"
 
 
 def rows_of(config: Config) -> tuple[list[Row], str]:

@@ -238,7 +238,7 @@ def test_a_trace_is_brought_to_any_rate_and_length():
     found, said = arrivals.trace_at(rows, 2.0, 20.0, "stretch")
     assert len(found) == pytest.approx(40, abs=2)
     assert "time stretched 0.5 times" in said
-    assert "times over" in said
+    assert "times over, times from the first arrival at 10 s on" in said
     assert max(row.arrival_s for row in found) < 20
     thin, said = arrivals.trace_at(rows, 0.5, 10.0, "thin", seed=1)
     assert 0 < len(thin) <= 6
