@@ -357,7 +357,10 @@ def test_what_a_simulated_device_knows_nothing_of_is_refused():
     config = simulated(
         model={"dtype": "float32"},
         job={"method": "dora"},
-        coserve={"jobs": ("a=a.jsonl", '{"adapter": "b", "data": "b.jsonl", "rank": 4, "method": "ia3"}')},
+        coserve={
+            "jobs": ("a=a.jsonl", '{"adapter": "b", "data": "b.jsonl", "target_modules": ["q_proj"], "method": "ia3"}')
+        },
+        sampling={"temperature": 0.5, "top_k": 3},
     )
     with pytest.raises(ConfigError) as error:
         sweep.check(config)
@@ -365,8 +368,34 @@ def test_what_a_simulated_device_knows_nothing_of_is_refused():
         "model.dtype float32: a simulated device computes with operands of 16 bits",
         "coserve.jobs, a: method dora",
         "coserve.jobs, b: method ia3",
-        "coserve.jobs, b: in a simulation all jobs have job.rank and job.target_modules",
+        "coserve.jobs, b: in a simulation all jobs have job.target_modules",
+        "sampling: nothing is drawn in a simulation, whose answers are as long as the load says",
     ]
+    sweep.check(simulated(sampling={"temperature": 0.0, "ignore_eos": True}))
+
+
+def test_simulated_jobs_of_other_ranks_take_what_their_ranks_do():
+    def backend(rank):
+        other = {"adapter": "b", "data": "b.jsonl", "rank": rank}
+        return Virtual(config=simulated(coserve={"jobs": ("a=a.jsonl", other)}), model=EIGHT)
+
+    class Both:
+        """Steps of two devices."""
+
+        def seconds(self, planned):
+            steps.append((wide.load(planned), plain.seconds(planned), wide.seconds(planned)))
+            return 0.1
+
+    settings = virtual.settings_of(simulated(), EIGHT, backend(16).device, "coserve")
+    plain, wide = (backend(rank).make_device(settings) for rank in (16, 256))
+    simulator, steps = Simulator(settings, Slow(), backend(256).jobs()), []
+    simulator.device = Both()
+    simulator((), 1.0)
+    assert {load.adapters for load, *_ in steps} <= {(16,), (256,), (16, 256)}
+    assert all(16 <= load.grad_rank <= 256 for load, *_ in steps)
+    assert any(16 < load.grad_rank < 256 for load, *_ in steps)
+    assert all((narrow < wide) == (256 in load.adapters) for load, narrow, wide in steps)
+    assert any("rank 16, 256 on" in line for line in backend(256).assumptions())
 
 
 def test_simulated_pages_are_found_again_only_where_they_are_kept():
