@@ -28,6 +28,7 @@ from jaxserve.bench.serving import (
     write_result,
     writing_results,
 )
+from jaxserve.bench.simulator import endless_jobs
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual, unsimulated
 from jaxserve.config import Config
@@ -143,7 +144,7 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
     tokenizer = tokenizer_of(config) if jobs else None
     for job in jobs:
         try:
-            check_file(locate(job.data), tokenizer)
+            check_file(locate(job.data), tokenizer, endless_jobs(config)[job.adapter])
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
     check_prompts(config)

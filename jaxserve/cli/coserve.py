@@ -152,10 +152,10 @@ def check(config: Config) -> list[Planned]:
 def check_data(job: Planned, tokenizer: "Tokenizer | None") -> None:
     """Raises DataError for files that no such model could be trained on: an error of typing should not cost a
     compilation."""
-    check_file(job.data, tokenizer)
+    check_file(job.data, tokenizer, job.config)
     if job.config.validation_data is not None:
         try:
-            check_file(job.config.validation_data, tokenizer)
+            check_file(job.config.validation_data, tokenizer, job.config)
         except DataError as error:
             raise error.within("validation_data") from None
 

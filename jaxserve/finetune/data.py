@@ -150,20 +150,21 @@ def load_dataset(
     return Dataset(examples, config.seed, config.shuffle, loader.num_truncated)
 
 
-def check_file(path: str | os.PathLike[str], tokenizer: Tokenizer | None) -> None:
+def check_file(path: str | os.PathLike[str], tokenizer: Tokenizer | None, config: FinetuneConfig) -> None:
     """Reads a JSONL file as ``load_dataset`` does, as far as that is quick: of what is right the first line alone is
     encoded.
 
     Raises:
       DataError: the first ten problems, each by its line and its reason.
     """
+    encoder = Encoder(tokenizer, config.loss_on) if tokenizer is not None else None
     problems, number, is_encoded = Problems(), 0, False
     for number, line in read_lines(path, problems):
         try:
             record = parse_line(line)
             if not is_encoded:
                 is_encoded = True
-                _encoded(record, Encoder(tokenizer) if tokenizer is not None else None)
+                _encoded(record, encoder)
         except ValueError as error:
             problems.add(f"line {number}", str(error))
     problems.check()

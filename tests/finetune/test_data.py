@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.finetune.config import FinetuneConfig
-from jaxserve.finetune.data import Dataset, load_dataset
+from jaxserve.finetune.data import Dataset, check_file, load_dataset
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Job
@@ -357,6 +357,16 @@ def test_what_a_template_refuses_or_leaves_out_is_named_by_line(load, backend_di
     silent = load_tokenizer(backend_dir, chat_template="{{ messages[0].content }}")
     [problem] = refusal(load, [{"messages": CHAT}], tokenizer=silent)
     assert problem == "line 1: messages[2]: the model's chat template leaves nothing of it to learn"
+
+
+def test_a_file_is_checked_by_its_first_line_where_that_takes_the_model(tmp_path, backend_dir):
+    path, silent = tmp_path / "data.jsonl", load_tokenizer(backend_dir, chat_template="{{ messages[0].content }}")
+    path.write_text(f"{json.dumps({'messages': CHAT})}\n" * 2)
+    check_file(path, silent, FinetuneConfig(loss_on="all"))
+    for tokenizer, reason in ((silent, "leaves nothing of it to learn"), (None, "text needs a tokenizer")):
+        with pytest.raises(DataError, match=reason) as caught:
+            check_file(path, tokenizer, FinetuneConfig())
+        assert [problem.split(":")[0] for problem in caught.value.errors] == ["line 1"]
 
 
 def test_the_first_ten_bad_lines_are_named(load):
