@@ -614,10 +614,17 @@ def test_a_sweep_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch, capsy
     assert [cell["policy"] for cell in result["cells"]] == [*config.sweep.policies, "coserve"]
     assert "Ended early" in (tmp_path / "out" / "report.html").read_text()
     assert len(ran.read_tables(tmp_path / "out")) == 4
-    (tmp_path / "out" / "steps.csv").unlink()
-    (tmp_path / "out" / "steps.csv").symlink_to("/dev/full")
-    with pytest.raises(EngineError, match=r"not all results were written: .*No space left on device"):
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_sweep_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
+    (tmp_path / "steps.csv").symlink_to("/dev/full")
+    few = {"policies": ("inference-only",), "rates": (1.0,), "seconds": 1.0, "processes": 1}
+    config = simulated(sweep={**few, "results_dir": str(tmp_path)})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(EngineError, match=r"^not all results were written: .*No space left on device$"):
         sweep.main(config)
+    assert (tmp_path / "results.json").stat().st_size
 
 
 def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):
