@@ -42,6 +42,7 @@ class ChatTemplate:
         written = [node.data for node in tree.find_all(jinja2.nodes.TemplateData)]
         written += [node.value for node in tree.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
         self.literal_text = "\0".join(written)  # all text that the template itself can write
+        self._reads_parts = _reads_parts(tree)
 
     def render(
         self,
@@ -57,7 +58,7 @@ class ChatTemplate:
         """
         if not messages or not all(isinstance(message, Mapping) for message in messages):
             raise InvalidRequest("messages: must be a list of at least one object", param="messages")
-        chat = [_as_templates_read(message) for message in messages]
+        chat = [self._as_read(place, message) for place, message in enumerate(messages)]
         if fence is not None:
             chat = [fence.protect(message, message.get("role") == "assistant") for message in chat]
             variables = fence.protect(variables)
@@ -67,6 +68,51 @@ class ChatTemplate:
         except Exception as error:  # a template is a program: it can fail in any way
             line = " ".join(str(error).split())[:300]
             raise InvalidRequest(f"messages: the model's chat template refuses them: {line}", "messages") from None
+
+    def _as_read(self, place: int, message: Mapping[str, Any]) -> dict[str, Any]:
+        """A message as this template expects it: its content in parts only where it goes through them."""
+        given = _as_templates_read(message)
+        try:
+            text = content_text(given.get("content"))
+        except ValueError as error:
+            raise InvalidRequest(f"messages[{place}]: {error}", "messages") from None
+        is_joined = isinstance(text, str) and not self._reads_parts
+        return given | {"content": text} if is_joined else given
+
+
+def content_text(content: Any) -> Any:
+    """What parts {"type": "text", "text"} of a message's content say, each on a line of its own; a content that is no
+    list as it is. Raises ValueError for other parts."""
+    if not isinstance(content, list | tuple):
+        return content
+    for place, part in enumerate(content):
+        if not isinstance(part, Mapping) or not isinstance(part.get("type"), str):
+            raise ValueError(f"content[{place}]: must be an object with type and text")
+        if part["type"] != "text":
+            raise ValueError(f"content[{place}]: type is {part['type'][:64]!r}; it must be 'text'")
+        if not isinstance(part.get("text"), str):
+            raise ValueError(f"content[{place}]: text must be a string")
+    return "\n".join(part["text"] for part in content)
+
+
+def _reads_parts(template: jinja2.nodes.Template) -> bool:
+    """Whether a template goes through the parts of a message's content, by whatever name; others expect a string."""
+    names = {"content"}
+
+    def is_content(node: jinja2.nodes.Node | None) -> bool:
+        match node:
+            case jinja2.nodes.Name(name=name):
+                return name in names
+            case jinja2.nodes.Getattr(attr=key) | jinja2.nodes.Getitem(arg=jinja2.nodes.Const(value=key)):
+                return key == "content"
+            case jinja2.nodes.Filter():  # as selectattr
+                return is_content(node.node)
+        return False
+
+    for assigned in template.find_all(jinja2.nodes.Assign):
+        if isinstance(assigned.target, jinja2.nodes.Name) and is_content(assigned.node):
+            names.add(assigned.target.name)
+    return any(is_content(loop.iter) for loop in template.find_all(jinja2.nodes.For))
 
 
 def _as_templates_read(message: Mapping[str, Any]) -> dict[str, Any]:

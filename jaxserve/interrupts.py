@@ -1,4 +1,4 @@
-"""Ctrl-C in the middle of what must not be left half done."""
+"""Ctrl-C, and SIGTERM, in the middle of what must not be left half done."""
 
 import signal
 import threading
@@ -28,3 +28,29 @@ def deferred_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if asked:
             handler(*asked[0])
+
+
+@contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """In the block SIGTERM does as Ctrl-C does; what leaves it then is SystemExit with the status of a process that
+    the signal has ended. Only the main thread is interrupted at all."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def interrupt(_: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        handler = signal.getsignal(signal.SIGINT)
+        (handler if callable(handler) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not asked:
+            raise
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from jaxserve.adapters.peft_io import check_base, check_fit, load_peft
 from jaxserve.adapters.scales import SCALED_METHODS
-from jaxserve.adapters.store import AdapterInfo, AdapterStore, AdapterVersion
+from jaxserve.adapters.store import AdapterInfo, AdapterStore
 from jaxserve.adapters.weights import AdapterWeights, Weights
 from jaxserve.config import EngineConfig
 from jaxserve.engine.compiles import use_compilation_cache
@@ -185,7 +185,7 @@ class Engine(TrainingEngine):
           InvalidRequest: a bad name.
         """
         _require_lora(self.config)
-        return self._described(self.adapters.load(name, path))
+        return self.adapters.info(self.adapters.load(name, path))
 
     def put_adapter(self, name: str, weights: Weights) -> AdapterInfo:
         """Publishes weights held in memory under a name, as they are now.
@@ -201,7 +201,7 @@ class Engine(TrainingEngine):
         check_fit(held, self.model)
         _require_servable(held, self.config)
         self.core.prepare(held)
-        return self._described(self.adapters.put(name, held))
+        return self.adapters.info(self.adapters.put(name, held))
 
     def _read(self, path: Path, *args: Any, **options: Any) -> AdapterWeights:
         """Reads a directory for the store on the caller's thread, and again when its weights have left the host."""
@@ -209,9 +209,6 @@ class Engine(TrainingEngine):
         _require_servable(weights, self.config)
         self.core.prepare(weights)
         return weights
-
-    def _described(self, version: AdapterVersion) -> AdapterInfo:
-        return next(info for info in self.adapters.list() if info.name == version.name)
 
     def unload_adapter(self, name: str) -> None:
         """Forgets a name; requests in flight finish on it.
@@ -430,7 +427,8 @@ class Engine(TrainingEngine):
         """Renders messages with the model's chat template and generates one answer.
 
         Args:
-          messages: {"role", "content", ...}. Arguments of tool calls that are JSON in a string are shown as objects.
+          messages: {"role", "content", ...}; a content is text, or a list of {"type": "text", "text": ...}. Arguments
+            of tool calls that are JSON in a string are shown as objects.
           tools: descriptions of functions, for templates that show them.
           chat_template_kwargs: further names for the template, as ``enable_thinking``.
           options: as of ``generate``.

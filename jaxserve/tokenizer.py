@@ -74,6 +74,10 @@ class Tokenizer:
             for source in (chat_template, tool_template)
         )
 
+    def with_template(self, chat_template: str) -> "Tokenizer":
+        """The same tokens under another chat template."""
+        return Tokenizer(self._backend, self._named_tokens, chat_template)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of ``text``; control tokens written in it count as such, as transformers has it.
 

@@ -81,12 +81,6 @@ class BankShape:
             is_leaf=lambda x: isinstance(x, ArraySpec),
         )
 
-    def nbytes_per_page(self) -> int:
-        """Bytes of one bank page over all layers and sites, before sharding."""
-        leaves = jax.tree.leaves(self.specs(), is_leaf=lambda x: isinstance(x, ArraySpec))
-        itemsize = jnp.dtype(self.dtype).itemsize
-        return sum(int(np.prod(spec.shape)) * itemsize for spec in leaves) // self.num_pages
-
     def paged(self, pairs: Mapping[tuple[int, str], tuple[np.ndarray, np.ndarray, float]], rank: int) -> list[dict]:
         """Cuts an adapter into bank pages.
 

@@ -16,6 +16,7 @@ from jaxserve.errors import AdapterError
 
 MAX_JSON_DEPTH = 16
 MAX_JSON_ITEMS = 50_000
+NO_LINKS = ": make a copy without links, with `cp -rL` or `hf download --local-dir`"
 
 _KINDS = (
     (stat.S_ISLNK, "a symbolic link"),
@@ -39,7 +40,8 @@ def open_directory(path: str | os.PathLike[str]) -> Iterator[int]:
         text = os.fspath(path).rstrip("/") or "/"
         mode = os.lstat(text).st_mode
         if not stat.S_ISDIR(mode):
-            raise AdapterError(f"adapter path {show(text)} is {_kind(mode)}, not a directory", "path")
+            hint = NO_LINKS if stat.S_ISLNK(mode) else ""
+            raise AdapterError(f"adapter path {show(text)} is {_kind(mode)}, not a directory{hint}", "path")
         descriptor = os.open(text, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
         raise AdapterError(f"adapter directory {show(os.fspath(path))} does not exist", "path") from None
@@ -69,7 +71,7 @@ def open_regular(directory: int, name: str) -> Iterator[tuple[BinaryIO, int]]:
     try:
         mode = os.stat(name, dir_fd=directory, follow_symlinks=False).st_mode
         if not stat.S_ISREG(mode):
-            hint = ": copy the file itself" if stat.S_ISLNK(mode) else ""
+            hint = NO_LINKS if stat.S_ISLNK(mode) else ""
             raise AdapterError(f"{name} is {_kind(mode)}, not a regular file{hint}", name)
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         file = os.fdopen(os.open(name, flags, dir_fd=directory), "rb")

@@ -56,6 +56,14 @@ class _Entry:
     version: AdapterVersion | None  # None: evicted
 
 
+def _entry_of(version: AdapterVersion) -> _Entry:
+    name, number, weights = version.name, version.version, version.weights
+    return _Entry(
+        AdapterInfo(name, number, version.digest, weights.method, weights.rank, weights.nbytes, version.path, True, 0),
+        version,
+    )
+
+
 def check_name(name: str, base_names: Collection[str] = ()) -> None:
     """Raises InvalidRequest unless ``name`` can be an adapter's, beside a base model of these names."""
     if not isinstance(name, str) or not NAME_PATTERN.fullmatch(name):
@@ -153,6 +161,14 @@ class AdapterStore:
         with self._lock:
             return [self._described(self._entries[name]) for name in sorted(self._entries)]
 
+    def info(self, version: AdapterVersion) -> AdapterInfo:
+        """What ``list`` says of a version while it is the newest of its name."""
+        with self._lock:
+            entry = self._entries.get(version.name)
+            if entry is None or entry.info.version != version.version:  # unloaded or replaced meanwhile
+                entry = _entry_of(version)
+            return self._described(entry)
+
     def acquire(self, version: AdapterVersion) -> AdapterVersion:
         """Pins a version for one request, current or not; pair with ``release``."""
         key = (version.name, version.version)
@@ -221,8 +237,7 @@ class AdapterStore:
                 self._make_room()
             number = self._next_version(name, entry, digest)
             version = AdapterVersion(name, number, digest, weights, path)
-            info = AdapterInfo(name, number, digest, weights.method, weights.rank, weights.nbytes, path, True, 0)
-            self._entries[name] = _Entry(info, version)
+            self._entries[name] = _entry_of(version)
             self._entries.move_to_end(name)
             self._last_version[name] = number
             return version

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 
 from jaxserve.bench.load import Bursts
-from jaxserve.bench.workload import Row, random_rows, read_trace, rescale
+from jaxserve.bench.workload import Row, from_first, random_rows, read_trace, rescale
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 
@@ -47,10 +47,10 @@ def trace_at(rows: Sequence[Row], rate: float, seconds: float, how: str, seed: i
     Raises:
       ConfigError: a trace without a length, or thinning that would have to speed it up.
     """
-    first, last = rows[0].arrival_s, rows[-1].arrival_s
-    if last <= first:
+    rows, since = from_first(rows)
+    if rows[-1].arrival_s <= 0:
         raise ConfigError(["bench.trace: all requests come at once; a rate needs arrivals over time"])
-    used, lasts = _beginning([row._replace(arrival_s=row.arrival_s - first) for row in rows], rate, seconds, how)
+    used, lasts = _beginning(rows, rate, seconds, how)
     own = len(used) / lasts
     if how == "thin" and rate > own:
         said = f"{rate:g} requests/s of a trace that has {own:.3g} in its first {lasts:.3g} s"
@@ -64,7 +64,7 @@ def trace_at(rows: Sequence[Row], rate: float, seconds: float, how: str, seed: i
     said = {"stretch": f"time stretched {own / rate:.3g} times", "thin": f"thinned to {rate / own:.3g} of its rows"}
     again = f", {times} times over" if times > 1 else ""
     found = sorted(row for row in repeated if row.arrival_s < seconds)
-    return found, f"{said[how]} to {rate:g} requests/s{again}"
+    return found, f"{said[how]} to {rate:g} requests/s{again}{since}"
 
 
 def _beginning(rows: list[Row], rate: float, seconds: float, how: str) -> tuple[list[Row], float]:

@@ -19,7 +19,7 @@ from jaxserve.bench.peers import TransformersPeer, require_peft, write_dummy_che
 from jaxserve.bench.policies import ALONE
 from jaxserve.bench.ran import Asked, Ran, drain_seconds, serving_numbers
 from jaxserve.bench.random_adapters import check_targets, random_adapter
-from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result
+from jaxserve.bench.serving import circumstances_of, peer_dtype, write_result, writing_results
 from jaxserve.bench.time_sliced import POLICIES, TimeSliced
 from jaxserve.bench.workload import NOBODY, Workload
 from jaxserve.config import Config
@@ -67,7 +67,8 @@ def main(config: Config) -> int:
     check(config)
     with tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as scratch:
         result = {**circumstances_of(config), **measure(shared(config, Path(scratch)))}
-    write_result(config, result)
+    with writing_results():
+        write_result(config, result)
     return 1 if result["losses_agree"] is False else 0
 
 

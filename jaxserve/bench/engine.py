@@ -13,6 +13,7 @@ from jaxserve.finetune.config import FinetuneConfig
 
 if TYPE_CHECKING:
     from jaxserve import Engine
+    from jaxserve.tokenizer import Tokenizer
 
 FEW_TOKENS = 512  # of a step: enough for a prompt to be read about as fast as can be
 TOLD_SECONDS = 5.0  # between words on how far the compiler is
@@ -73,6 +74,18 @@ def model_path(config: Config) -> str:
     if config.model.path is None:
         raise ConfigError([NO_MODEL])
     return locate(config.model.path)
+
+
+def tokenizer_of(config: Config) -> "Tokenizer | None":
+    """The model's tokenizer, where there is one, before the model is loaded.
+
+    Raises:
+      ConfigError: no model.
+      ModelError: a broken tokenizer.
+    """
+    from jaxserve.tokenizer import find_tokenizer
+
+    return find_tokenizer(model_path(config), config.model.tokenizer)
 
 
 def say(line: str) -> None:

@@ -26,6 +26,7 @@ from jaxserve.bench.serving import (
     peer_dtype,
     unused,
     write_result,
+    writing_results,
 )
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, EngineError
@@ -185,7 +186,8 @@ def main(config: Config) -> int:
         require_peft()
     with model_directory(config) as path, tempfile.TemporaryDirectory(prefix="jaxserve-bench-") as scratch:
         result = measure(config, path, Path(scratch))
-    write_result(config, result)
+    with writing_results():
+        write_result(config, result)
     return 0
 
 

@@ -20,7 +20,7 @@ from jaxserve.bench.arrivals import rows_at
 from jaxserve.bench.parallel import Pool
 from jaxserve.bench.policies import ALONE, ENOUGH, OURS, Runs, claims, numbers
 from jaxserve.bench.roofline import linear_params
-from jaxserve.bench.serving import check_results_dir
+from jaxserve.bench.serving import check_results_dir, writing_results
 from jaxserve.bench.sweep import HEADER, claim_lines, goals_of, line
 from jaxserve.bench.virtual import Virtual
 from jaxserve.config import Config
@@ -106,7 +106,8 @@ def main(
 
 def _leave(found: Sequence[dict[str, Any]], out: str) -> None:
     """Writes the tables so far: all of them take long, and may be stopped."""
-    (Path(out) / TABLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    with writing_results():
+        (Path(out) / TABLES).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def config_of(setting: Setting, path: Path, device: str, targets: str, seconds: float, load: str) -> Config:

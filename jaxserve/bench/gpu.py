@@ -1,23 +1,26 @@
 """``python -m jaxserve.bench gpu``: what the kernels and the engine reach on the GPU that is here, in eight minutes.
 
 Random weights, no network. A part that fails is told with its reason and the others run on; figures are written after
-every part. Parts stop between two figures when their time is over; where one hangs, the process ends at the limit.
+every part. Parts stop between two measurements when their time is over; where one hangs, the process ends at the limit.
 """
 
 import argparse
 import json
+import math
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxserve.bench.roofline import DEVICES, Device
 from jaxserve.bench.serving import versions
+
+T = TypeVar("T")
 
 LIMIT = 480.0  # seconds of a whole run
 PACKAGES = ("jaxserve", "jax", "jaxlib", "jax-cuda13-plugin", "numpy", "torch", "peft", "transformers")
@@ -46,6 +49,10 @@ class Outcome:
     figures: list[Figure] = field(default_factory=list)
 
 
+class OutOfTime(Exception):
+    """A part's time is over, and something of it is left."""
+
+
 @dataclass(kw_only=True)
 class Bench:
     """What the parts share."""
@@ -55,6 +62,15 @@ class Bench:
     few: bool = False  # fewer requests and programs: for a device that is lent for minutes
     facts: dict[str, Any] = field(default_factory=dict)  # go to the result file
     shared: dict[str, Any] = field(default_factory=dict)  # the engine, once there is one
+    clock: Callable[[], float] = time.perf_counter
+    stop: float = math.inf  # when the part that runs has no time left
+
+    def in_time(self, items: Iterable[T]) -> Iterator[T]:
+        """What a part measures, one after another. Raises OutOfTime before one for which no time is left."""
+        for item in items:
+            if self.clock() >= self.stop:
+                raise OutOfTime
+            yield item
 
     @property
     def device(self) -> Device | None:
@@ -92,38 +108,34 @@ def run_parts(
     bench: Bench,
     report: Report,
     limit: float = LIMIT,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Outcome]:
     """Runs the parts one after another; none may take another down."""
+    clock = bench.clock
     began = clock()
     for part in parts:
         outcome = Outcome(part=part.name)
         report.outcomes.append(outcome)
         start = clock()
-        stop = min(start + part.seconds, began + limit)
+        bench.stop = min(start + part.seconds, began + limit)
         if start >= began + limit:
             outcome.status, outcome.reason = "skipped", f"the {limit:g} s are over"
         else:
-            _run(part, bench, outcome, stop, clock)
+            _run(part, bench, outcome)
         outcome.seconds = clock() - start
         print("\n".join(lines(outcome)), flush=True)
         report.write()
     return report.outcomes
 
 
-def _run(part: Part, bench: Bench, outcome: Outcome, stop: float, clock: Callable[[], float]) -> None:
-    begin = clock()
+def _run(part: Part, bench: Bench, outcome: Outcome) -> None:
+    begin = bench.clock()
     try:
         for figure in part.run(bench):
-            outcome.figures.append(replace(figure, seconds=clock() - begin))
-            begin = clock()
-            if begin >= stop:
-                outcome.status, outcome.reason = (
-                    "stopped",
-                    f"{part.seconds:g} s are over; what was left is not measured",
-                )
-                return
+            outcome.figures.append(replace(figure, seconds=bench.clock() - begin))
+            begin = bench.clock()
         outcome.status = "done"
+    except OutOfTime:
+        outcome.status, outcome.reason = "stopped", f"{part.seconds:g} s are over; what was left is not measured"
     except Exception as error:  # whatever it is, the next part runs
         outcome.status, outcome.reason = "failed", f"{type(error).__name__}: {error}"[:2000]
         traceback.print_exc()

@@ -224,7 +224,7 @@ def decode(bench: Bench) -> Iterator[Figure]:
     """Decode steps against the time that reading weights, keys and values takes."""
     engine, device = _engine(bench), bench.device
     for context in (64,) if bench.smoke else (1024, 8192):
-        for rows in [rows for rows in (1, 4, 16, 64, 256) if rows <= _most_rows(bench)]:
+        for rows in bench.in_time([rows for rows in (1, 4, 16, 64, 256) if rows <= _most_rows(bench)]):
             name, decodes = f"{rows} rows of {context}", [context - 1] * rows
             try:
                 each = _step_seconds(engine, engine.core.planner.buckets.fit(0, rows), decodes, None)
@@ -244,7 +244,7 @@ def prefill(bench: Bench) -> Iterator[Figure]:
     engine, device = _engine(bench), bench.device
     buckets = engine.core.planner.buckets
     rows = buckets.chunk_rows[-1]
-    for first in (0, engine.core.config.max_model_len - rows):
+    for first in bench.in_time((0, engine.core.config.max_model_len - rows)):
         each = _step_seconds(engine, buckets.fit(rows, 0), [], (first, rows))
         floor = device and device.flops / (2 * matmul_params(engine.model))
         yield Figure(name=f"{rows} rows from {first}", value=rows / each, unit="tokens/s", bound=floor)
@@ -259,7 +259,7 @@ def _job(bench: Bench, length: int, count: int, name: str):
 def finetune(bench: Bench) -> Iterator[Figure]:
     """A job alone, all linear layers at rank 16; its FLOPs are 4 per parameter and token."""
     engine, device = _engine(bench), bench.device
-    for length, count in ((64, 4),) if bench.smoke else ((2048, 96), (8192, 16)):
+    for length, count in bench.in_time(((64, 4),) if bench.smoke else ((2048, 96), (8192, 16))):
         _job(bench, length, TOGETHER, f"warm-up-{length}").wait()
         job = _job(bench, length, count, f"alone-{length}")
         began = time.perf_counter()
@@ -285,7 +285,7 @@ def adapters(bench: Bench) -> Iterator[Figure]:
     for i in range(max(counts)):
         engine.put_adapter(f"adapter-{i}", weights)
     base = None
-    for count in (0, *counts):
+    for count in bench.in_time((0, *counts)):
         each = _decode_seconds(engine, rows, count)
         base = each if base is None else base
         note = f"{100 * (each / base - 1):+.1f} % on the base model's step"
@@ -311,7 +311,7 @@ def coserve(bench: Bench) -> Iterator[Figure]:
     """Requests of Azure's lengths beside a job: what finetuning keeps, and what requests get."""
     engine = _engine(bench)
     seconds = 1.0 if bench.smoke else 16.0 if bench.few else 9.0
-    for rate in (4,) if bench.smoke else (2, 5) if bench.few else (1, 2, 3, 4, 5):
+    for rate in bench.in_time((4,) if bench.smoke else (2, 5) if bench.few else (1, 2, 3, 4, 5)):
         rng = np.random.default_rng(rate)
         arrivals = np.cumsum(rng.exponential(1 / rate, max(int(rate * seconds), 2)))
         lengths = [
@@ -363,7 +363,7 @@ def profile(bench: Bench) -> Iterator[Figure]:
         "prefill": (lambda: _step_seconds(engine, buckets.fit(rows, 0), [], (0, rows)), LEAD + RUNS + 1),
         "finetuning": (lambda: _job(bench, length, TOGETHER, "profiled").wait(), 1),
     }
-    for name, (run, times) in steps.items():
+    for name, (run, times) in bench.in_time(steps.items()):
         trace = gpu_trace.record(run)
         note = "" if trace.kernels else "the profiler saw no kernel"
         yield Figure(name=f"{name}: kernels", value=1e3 * trace.busy / times, unit="ms", note=note)

@@ -105,7 +105,7 @@ def apart(got: Any, expected: Any) -> float:
 def correctness(bench: Bench) -> Iterator[Figure]:
     """Each kernel at small and awkward shapes; the part fails, at its end, where one is wrong."""
     wrong = []
-    for name, check in _checks(bench):
+    for name, check in bench.in_time(_checks(bench)):
         try:
             error = check()
         except Exception as problem:
@@ -196,7 +196,7 @@ class Timed:
 def speed(bench: Bench) -> Iterator[Figure]:
     """Each kernel at a production shape; then XLA's implementations of the same, which take longer to compile."""
     for implementation in dict.fromkeys((kernel(bench), "xla")):
-        for timed in _timed(bench):
+        for timed in bench.in_time(_timed(bench)):
             each = seconds_each(partial(timed.run, implementation=implementation), timed.carry, *timed.fixed)
             value = each / timed.calls * 1e6
             yield Figure(name=f"{timed.name} {implementation}", value=value, unit="us", bound=timed.floor)

@@ -7,13 +7,13 @@ import numpy as np
 
 from jaxserve.adapters.files import strict_json
 from jaxserve.assets import locate
-from jaxserve.bench.engine import model_path
+from jaxserve.bench.engine import tokenizer_of
 from jaxserve.bench.workload import BenchRequest, Row, Workload, clip, make_workload
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.records import Problems, read_lines
-from jaxserve.tokenizer import Tokenizer, find_tokenizer
+from jaxserve.tokenizer import Tokenizer
 
 BASE = "base"  # the base model, where adapters are named
 
@@ -67,7 +67,7 @@ class Bursts(NamedTuple):
 def check_prompts(config: Config) -> None:
     """Raises ConfigError where coserve.prompts cannot be read, ModelError for a broken tokenizer."""
     if config.coserve.prompts is not None:
-        read_prompts(locate(config.coserve.prompts), find_tokenizer(model_path(config), config.model.tokenizer))
+        read_prompts(locate(config.coserve.prompts), tokenizer_of(config))
 
 
 def read_prompts(path: str, tokenizer: Tokenizer | None) -> list[tuple[int, ...]]:
@@ -103,7 +103,7 @@ def _prompt(line: bytes, tokenizer: Tokenizer) -> tuple[int, ...]:
     else:
         messages = value["messages"]
         if not all(
-            isinstance(m, dict) and (isinstance(m.get("content"), str) or m.get("tool_calls")) for m in messages
+            isinstance(m, dict) and (isinstance(m.get("content"), str | list) or m.get("tool_calls")) for m in messages
         ):
             raise ValueError("messages must be objects with role and content")
         asked = messages[:-1] if messages and messages[-1].get("role") == "assistant" else messages

@@ -1,5 +1,6 @@
 """Runs of simulated replicas in several processes at once: each is the same as alone, and they come in order."""
 
+import multiprocessing
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -29,6 +30,12 @@ class Pool:
     def __exit__(self, *_: object) -> None:
         if self._executor is not None:
             self._executor.shutdown(cancel_futures=True)
+
+    def stop(self) -> None:
+        """Ends the processes, whatever they simulate."""
+        if self._executor is not None:
+            for process in multiprocessing.active_children():
+                process.terminate()
 
     def submit(self, function: Callable[..., tuple[Ran, ...]], *args: object) -> "Future[tuple[Ran, ...]]":
         if self._executor is None:  # as late as this: what needs no runs starts no processes

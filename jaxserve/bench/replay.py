@@ -1,6 +1,7 @@
 """Replays requests against an engine while its finetuning jobs run, and records what every step was made of.
 
-A finetune token counts once, when its backward is done.
+A finetune token counts once, when its backward is done: where a step has failed, the batches that are made again bring
+no new ones.
 """
 
 import time
@@ -39,7 +40,7 @@ class Mix(NamedTuple):
     decode: int = 0
     prefill: int = 0
     forward: int = 0  # of finetuning: windows whose backward is still to come, and validation
-    backward: int = 0  # of finetuning: gradient rows
+    backward: int = 0  # of finetuning: gradient rows; of a run, those that no earlier attempt at their batch had
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,7 @@ class Replay(Runner):
         self.run = MixedRun(learnt={adapter: [] for adapter in jobs})
         self.jobs, self.finish_jobs, self.stopped, self.each_turn = dict(jobs), finish_jobs, stopped, each_turn
         self._sent: tuple[Mix, str] = (Mix(), "")
+        self._left: dict[tuple[int, int], int] = {}  # rows whose backward has not come yet, by batch and example
         self._steps_before = {adapter: job.step for adapter, job in jobs.items()}  # of jobs that go on
 
     @property
@@ -199,7 +201,9 @@ class Replay(Runner):
         pack = packer.pack
 
         def watched(plan: Any, bucket: Any, *args: Any, **options: Any) -> Any:
-            self._sent = (mix_of(plan), f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}")
+            mix = mix_of(plan)
+            mix = mix._replace(backward=mix.backward - self._repeated(plan))
+            self._sent = (mix, f"{bucket.grad_rows}+{bucket.chunk_rows}+{bucket.decode_rows}")
             return pack(plan, bucket, *args, **options)
 
         packer.pack = watched
@@ -207,6 +211,18 @@ class Replay(Runner):
             yield
         finally:
             packer.pack = pack
+
+    def _repeated(self, plan: Any) -> int:
+        """Gradient rows that an earlier attempt at their batch has had."""
+        trainer, repeated = self.engine.core.trainer, 0
+        if trainer is None or plan.finetune is None:
+            return 0
+        for seq, start, length in plan.finetune.grads:
+            key = trainer.queue.owner[seq][1].serial, id(seq.token_ids)
+            left = self._left.get(key, seq.num_rows)
+            repeated += length - max(min(start + length, left) - start, 0)
+            self._left[key] = min(start, left)
+        return repeated
 
 
 def mix_of(plan: Any) -> Mix:

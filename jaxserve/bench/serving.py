@@ -18,9 +18,9 @@ from jaxserve.bench.peers import TransformersPeer, require_transformers, write_d
 from jaxserve.bench.random_adapters import check_targets, random_adapter
 from jaxserve.bench.report import Run, detail, failures, metrics, text_block
 from jaxserve.bench.runner import GREEDY, Runner
-from jaxserve.bench.workload import Row, Workload, make_workload, random_rows, read_trace, rescale
+from jaxserve.bench.workload import Row, Workload, from_first, make_workload, random_rows, read_trace, rescale
 from jaxserve.config import Config, dump_config
-from jaxserve.errors import ConfigError
+from jaxserve.errors import ConfigError, EngineError
 from jaxserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ def main(config: Config) -> int:
     check(config)
     with model_directory(config) as path:
         result = measure(config, path)
-    write_result(config, result)
+    with writing_results():
+        write_result(config, result)
     return 1 if result["failed"] else 0
 
 
@@ -125,6 +126,15 @@ def write_result(config: Config, result: dict[str, Any]) -> None:
     """To the result file, where there is to be one; ``check_result_file`` made its folder."""
     if config.bench.result_file is not None:
         Path(config.bench.result_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def writing_results() -> Iterator[None]:
+    """Raises EngineError, which is one line, for what the disk refuses after a run."""
+    try:
+        yield
+    except OSError as error:
+        raise EngineError(f"not all results were written: {error}") from None
 
 
 def write_config(config: Config, place: Path) -> None:
@@ -213,11 +223,12 @@ def trace_rows(config: Config) -> tuple[list[Row], str]:
     """The rows of the trace, and where they come from in words."""
     bench = config.bench
     assert bench.trace is not None, "no trace"
-    rows = rescale(read_trace(bench.trace, bench.num_prompts), bench.trace_speed, bench.trace_scaling, bench.seed)
+    rows, since = from_first(read_trace(bench.trace, bench.num_prompts))
+    rows = rescale(rows, bench.trace_speed, bench.trace_scaling, bench.seed)
     if not rows:
         raise ConfigError([f"bench.trace_speed {bench.trace_speed:g} leaves none of {bench.num_prompts} requests"])
     how = {"stretch": "time stretched", "thin": "rows thinned"}[bench.trace_scaling]
-    return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how})"
+    return rows, f"trace {bench.trace} at {bench.trace_speed:g} times its rate ({how}){since}"
 
 
 def rows_of(config: Config) -> tuple[list[Row], str]:

@@ -8,7 +8,7 @@ it, so that a page or an adapter that is not a request's own shows in its tokens
 
 import gc
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -31,7 +31,7 @@ from jaxserve.finetune.data import Dataset
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Job
 from jaxserve.finetune.queue import FinetuneQueue, Running
-from jaxserve.finetune.windows import FinetunePlan, Lane
+from jaxserve.finetune.windows import FinetunePlan, Lane, WindowRows
 from jaxserve.kvcache.pages import PagePool
 from jaxserve.models.config import ModelConfig
 from jaxserve.sampling import SamplingParams
@@ -83,7 +83,8 @@ class RooflineDevice:
     """A named accelerator running a model.
 
     Args:
-      rank: of every adapter; targets: the linear layers it changes.
+      rank: of an adapter that no job trains; job_ranks: of the jobs' adapters, in the order of their lanes.
+      targets: the linear layers that every adapter changes.
       remat: of gradient rows; None: they have a stash.
       host_seconds: from one step's end to the next one's start.
     """
@@ -96,12 +97,15 @@ class RooflineDevice:
         *,
         tensor_parallel: int = 1,
         rank: int = 16,
+        job_ranks: Mapping[str, int] | None = None,
         targets: Sequence[str] = roofline.ALL_LINEAR,
         remat: str | None = "attention",
         host_seconds: float = 0.0,
     ):
         self.model, self.device, self.efficiency = model, device, efficiency
         self.rank, self.targets, self.host_seconds = rank, tuple(targets), host_seconds
+        self._job_ranks: dict[Any, int] = dict(job_ranks or {})
+        self._lane_ranks = tuple(self._job_ranks.values())
         self._steps = roofline.Steps(model, tensor_parallel=tensor_parallel, remat=remat)
         self._clock = roofline.StepClock(self._steps, device, efficiency)
 
@@ -129,16 +133,27 @@ class RooflineDevice:
             trained.append(_Padding(idle_grad))
         requests = _adapters(plan.decoding).union([chunk.seq.request.adapter for chunk in plan.chunks]) - {None}
         lanes = {seq.lane.index for seq, _, _ in (*grads, *forwards)}
+        ranks = [self._job_ranks.get(name, self.rank) for name in requests]
         return roofline.StepLoad(
             decodes=[*plan.positions, *[0] * (bucket.decode_rows - len(plan.positions))],
             chunks=blocks,
             grads=trained,
             stashed_rows=sum([length for seq, _, length in forwards if seq.stash_blocks]),
-            adapters=(self.rank,) * (len(requests) + len(lanes)),
+            adapters=(*ranks, *map(self._lane_rank, lanes)),
             adapter_rows=planned.load.adapter_rows,
-            grad_rank=self.rank,
+            grad_rank=self._grad_rank(grads),
             targets=self.targets,
         )
+
+    def _lane_rank(self, lane: int) -> int:
+        return self._lane_ranks[lane] if self._lane_ranks else self.rank
+
+    def _grad_rank(self, grads: Sequence[WindowRows]) -> int:
+        """Of gradient rows on average."""
+        if len(set(self._lane_ranks)) < 2 or not grads:
+            return self._lane_rank(0)
+        rows = [(length, self._lane_rank(seq.lane.index)) for seq, _, length in grads]
+        return round(sum(length * rank for length, rank in rows) / sum(length for length, _ in rows))
 
 
 @lru_cache(maxsize=1)  # most steps have the same decode rows as the one before

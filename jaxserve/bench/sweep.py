@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.assets import locate
 from jaxserve.bench.arrivals import rows_at
-from jaxserve.bench.engine import NO_MODEL
+from jaxserve.bench.engine import NO_MODEL, tokenizer_of
 from jaxserve.bench.load import Bursts, check_prompts, unknown_answers
 from jaxserve.bench.parallel import Pool, calls_of, work_of
 from jaxserve.bench.policies import ALONE, REQUESTS, Backend, Runs, claims, numbers, shares_one_engine
@@ -26,13 +26,16 @@ from jaxserve.bench.serving import (
     unused,
     write_config,
     write_result,
+    writing_results,
 )
+from jaxserve.bench.simulator import endless_jobs
 from jaxserve.bench.sweep_page import REPORT, report
 from jaxserve.bench.virtual import Virtual, unsimulated
 from jaxserve.config import Config
 from jaxserve.errors import ConfigError, JaxServeError
 from jaxserve.finetune.data import check_file
 from jaxserve.finetune.errors import DataError
+from jaxserve.interrupts import sigterm_interrupts
 from jaxserve.metrics import percent
 
 MOST_REQUESTS = 10**7  # of a run
@@ -76,9 +79,11 @@ def main(config: Config) -> int:
     with Pool(config.sweep.processes) as pool:
         runs = Runs(pool.backend(backend, cells_of(config)) if isinstance(backend, Virtual) else backend)
         try:
-            for cell in told(runs, config, goals):
-                found.append(cell)
-        except (KeyboardInterrupt, JaxServeError) as error:
+            with sigterm_interrupts():
+                for cell in told(runs, config, goals):
+                    found.append(cell)
+        except (KeyboardInterrupt, SystemExit, JaxServeError) as error:
+            pool.stop()
             if not found:
                 raise
             ended = error  # what was measured so far may have taken an hour
@@ -100,9 +105,10 @@ def main(config: Config) -> int:
     }
     claimed, agreed = claim_lines(result["claims"]), agreement_lines(result["agreement"])
     print("\n".join([*failed, *clip_lines(found), *claimed, *agreed]))
-    write_result(config, result)
-    if config.sweep.results_dir is not None:
-        leave(config, Path(config.sweep.results_dir), runs, result)
+    with writing_results():
+        write_result(config, result)
+        if config.sweep.results_dir is not None:
+            leave(config, Path(config.sweep.results_dir), runs, result)
     if ended is not None:
         raise ended
     return int(bool(failed))
@@ -134,9 +140,11 @@ def check(config: Config, not_used: Mapping[str, str] = UNUSED) -> None:
         wrong.append("lora.enable_lora is off: nothing can be finetuned")
     if wrong:
         raise ConfigError(wrong)
-    for job in config.coserve.jobs if sweep.simulate == "none" else ():
+    jobs = config.coserve.jobs if sweep.simulate == "none" else ()
+    tokenizer = tokenizer_of(config) if jobs else None
+    for job in jobs:
         try:
-            check_file(locate(job.data))
+            check_file(locate(job.data), tokenizer, endless_jobs(config)[job.adapter])
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
     check_prompts(config)
@@ -297,9 +305,9 @@ def leave(config: Config, place: Path, runs: Runs, result: Mapping[str, Any]) ->
     """Writes report.html, results.json, requests.csv, steps.csv and the configuration."""
     place.mkdir(parents=True, exist_ok=True)
     made = list(runs)
-    write_tables(place, made)
     (place / "results.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     write_config(config, place)
     page = report(result, made, Bursts.of(config).spans(config.sweep.seconds))
     (place / REPORT).write_text(page, encoding="utf-8")
+    write_tables(place, made)  # the longest: a disk that is full may have taken the others
     print(f"report: {place / REPORT}")

@@ -9,7 +9,7 @@ Each process has its own copy of the weights.
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -22,6 +22,8 @@ from jaxserve.bench.engine import model_path
 from jaxserve.bench.load import make_load
 from jaxserve.bench.ran import DRAIN_SECONDS, NOT_OVER, Asked, Ran, StepRow, drain_seconds, run_name
 from jaxserve.bench.roofline import ALL_LINEAR, kv_bytes, weight_bytes
+from jaxserve.bench.runner import GREEDY
+from jaxserve.bench.serving import sampling
 from jaxserve.bench.simulator import Device, RooflineDevice, Settings, Simulator, endless_job, endless_jobs
 from jaxserve.bench.workload import NOBODY, Row, Workload
 from jaxserve.config import Config
@@ -53,8 +55,10 @@ def unsimulated(config: Config) -> list[str]:
         where = f"coserve.jobs, {adapter}" if config.coserve.jobs else "job"
         if job.method not in ("lora", "rslora"):
             wrong.append(f"{where}: method {job.method}; in a simulation, lora or rslora")
-        if (job.rank, job.target_modules) != (config.job.rank, config.job.target_modules):
-            wrong.append(f"{where}: in a simulation all jobs have job.rank and job.target_modules")
+        if job.target_modules != config.job.target_modules:
+            wrong.append(f"{where}: in a simulation all jobs have job.target_modules")
+    if sampling(config) != GREEDY:
+        wrong.append("sampling: nothing is drawn in a simulation, whose answers are as long as the load says")
     return wrong
 
 
@@ -265,6 +269,7 @@ class Virtual:
             self.efficiency,
             tensor_parallel=config.engine.tensor_parallel,
             rank=config.job.rank,
+            job_ranks={adapter: job.rank for adapter, job in endless_jobs(config).items()},
             targets=targets_of(config),
             remat=window_remat(settings.stash_blocks, config.finetune.finetune_remat),
         )
@@ -272,6 +277,7 @@ class Virtual:
     def assumptions(self) -> list[str]:
         """What the numbers rest on, in words."""
         device, used, config = self.device, self.efficiency, self.config
+        jobs = endless_jobs(config).values()
         settings = settings_of(config, self.model, device, "coserve")
         remat = window_remat(settings.stash_blocks, config.finetune.finetune_remat)
         activations = f"activations of {settings.max_grad_rows} gradient rows (remat {remat})"
@@ -289,10 +295,9 @@ class Virtual:
             f"{settings.num_pages} KV pages of {settings.page_size} tokens: {config.engine.gpu_memory_utilization:.0%} "
             f"of {device.memory / 1e9:.0f} GB without weights, {activations}, and float32 sums of K and V gradients of "
             "two sequences.",
-            f"Adapters of rank {config.job.rank} on {', '.join(targets_of(config))}; optimizer steps take no time. "
-            "Examples of {} to {} tokens, {} to a batch.".format(
-                *self._example_lengths,
-                ", ".join(dict.fromkeys(str(job.batch_size) for job in endless_jobs(config).values())),
+            f"Adapters of rank {_each(job.rank for job in jobs)} on {', '.join(targets_of(config))}; optimizer steps "
+            "take no time. Examples of {} to {} tokens, {} to a batch.".format(
+                *self._example_lengths, _each(job.batch_size for job in jobs)
             ),
             "Spatial: while both processes have a step under way each has half of the arithmetic and what bandwidth "
             "the other leaves, half at least; each has its own copy of the weights.",
@@ -412,6 +417,11 @@ def simulated(name: str, simulator: Simulator, load: Workload, seconds: float) -
         evictions=run.evictions,
         cpu_seconds=time.process_time() - cpu,
     )
+
+
+def _each(values: Iterable[int]) -> str:
+    """Different numbers in words."""
+    return ", ".join(dict.fromkeys(map(str, values)))
 
 
 def _joined(name: str, seconds: float, replicas: Sequence[Ran]) -> Ran:

@@ -142,6 +142,13 @@ def rescale(rows: Sequence[Row], speed: float, how: str, seed: int = 0) -> list[
     return [row for row, kept in zip(rows, keep, strict=True) if kept]
 
 
+def from_first(rows: Sequence[Row]) -> tuple[list[Row], str]:
+    """The rows with times from the first arrival on, for which nobody waits, and that in words where it is late."""
+    first = rows[0].arrival_s
+    said = f", times from the first arrival at {first:g} s on" if first else ""
+    return [row._replace(arrival_s=row.arrival_s - first) for row in rows], said
+
+
 def random_rows(
     num: int,
     *,

@@ -1,7 +1,7 @@
 """The commands. What is heavy (jax, the engine) is imported by the command that needs it.
 
 Exit status: 0 done, 1 the engine, a request or a job failed, 2 wrong usage, configuration, data or request, 4 a model
-or adapter that cannot be served, 130 Ctrl-C.
+or adapter that cannot be served, 130 Ctrl-C, 143 SIGTERM.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 import jaxserve
-from jaxserve.bench.engine import counting, load_engine, room_to_answer
+from jaxserve.bench.engine import counting, load_engine, model_path, room_to_answer, tokenizer_of
 from jaxserve.cli.flags import configured
 from jaxserve.config import Config, dump_config
 from jaxserve.errors import AdapterError, ConfigError, EngineError, InvalidRequest, JaxServeError, ModelError
@@ -91,8 +91,9 @@ def generate(
     """Complete prompts and print the texts."""
     if not prompt:
         raise ConfigError(["--prompt: at least one is needed"])
+    check_answers(config, adapter, prompt)
     seqs, tokens = len(prompt) * config.sampling.params().n, sum(len(text.encode(errors="replace")) for text in prompt)
-    failed, engine = False, build_engine(config, room_to_answer(config, seqs, tokens), adapter)
+    failed, engine = False, build_engine(config, room_to_answer(config, seqs, tokens))
     for output in engine.generate(prompt, config.sampling.params(engine.default_params), adapter=adapter):
         if json_lines:
             print(json.dumps(dataclasses.asdict(output), ensure_ascii=False))
@@ -116,12 +117,14 @@ def chat(
     ] = None,
 ) -> None:
     """Talk to a model. /reset forgets the conversation, /adapter NAME changes the adapter, Ctrl-D leaves."""
-    from jaxserve.cli.chat import talk
+    from jaxserve.cli.chat import check, talk
 
     if (n := config.sampling.params().n) > 1:
         raise ConfigError([f"sampling.n {n}: a conversation goes on from one answer"])
     variables = _template_variables(chat_template_kwargs)
-    engine = build_engine(config, room_to_answer(config, n), adapter)
+    check_answers(config, adapter)
+    check(config)
+    engine = build_engine(config, room_to_answer(config, n))
     params = config.sampling.params(engine.default_params)
     if "max_tokens" not in config.sampling.model_fields_set:
         params = dataclasses.replace(params, max_tokens=None)  # answers end where the model ends them
@@ -354,18 +357,31 @@ def version() -> None:
     print(jaxserve.__version__)
 
 
-def build_engine(config: Config, room: dict[str, Any], adapter: str | None = None) -> "Engine":
-    """The engine of this configuration with its adapters loaded; checks first that ``adapter`` will be there.
-
-    Args:
-      room: options that hold where the user left them open.
+def check_answers(config: Config, adapter: str | None, prompts: Sequence[str] = ()) -> None:
+    """Refuses what no engine of this configuration could answer, before one is made.
 
     Raises:
       ConfigError: no model, or an adapter that lora.modules does not name.
+      InvalidRequest: prompts or section sampling.
     """
-    names = [module.name for module in config.lora.modules]
-    if config.model.path is not None and adapter is not None and adapter not in names:
+    from jaxserve.models.loader import load_config
+    from jaxserve.prompts import prompt_ids
+
+    path, names = model_path(config), [module.name for module in config.lora.modules]
+    if adapter is not None and adapter not in names:
         raise ConfigError([f"--adapter: {adapter!r} is not one of lora.modules {names}"])
+    vocab_size, tokenizer = load_config(path).vocab_size, tokenizer_of(config)
+    config.sampling.params().validate(vocab_size, max_logprobs=config.engine.max_logprobs)
+    for prompt in prompts:
+        prompt_ids(prompt, tokenizer, vocab_size)
+
+
+def build_engine(config: Config, room: dict[str, Any]) -> "Engine":
+    """The engine of this configuration with its adapters loaded.
+
+    Args:
+      room: options that hold where the user left them open.
+    """
     with counting("compiling the step's shapes"):
         return load_engine(config, room)
 

@@ -4,10 +4,20 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from jaxserve.bench.engine import tokenizer_of
+from jaxserve.config import Config
 from jaxserve.errors import AdapterError, InvalidRequest
 
 if TYPE_CHECKING:
     from jaxserve import Engine, Event, SamplingParams
+
+
+def check(config: Config) -> None:
+    """Raises InvalidRequest for a model without chat, before it is loaded."""
+    tokenizer = tokenizer_of(config)
+    if tokenizer is None or tokenizer.chat_template is None:
+        missing = "tokenizer" if tokenizer is None else "chat template"
+        raise InvalidRequest(f"this model directory has no {missing}", "messages")
 
 
 def talk(engine: "Engine", params: "SamplingParams", adapter: str | None, variables: Mapping[str, Any]) -> None:
@@ -15,13 +25,8 @@ def talk(engine: "Engine", params: "SamplingParams", adapter: str | None, variab
 
     Args:
       variables: further names for the chat template.
-
-    Raises:
-      InvalidRequest: a model without chat.
     """
-    if engine.tokenizer is None or engine.tokenizer.chat_template is None:
-        missing = "tokenizer" if engine.tokenizer is None else "chat template"
-        raise InvalidRequest(f"this model directory has no {missing}", "messages")
+    assert engine.tokenizer is not None, "check found one"
     messages: list[dict[str, str]] = []
     while (line := _read(adapter)) is not None:
         command, _, rest = line.partition(" ")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxserve.assets import locate
 from jaxserve.bench.coserve_numbers import Answer, Coserved, numbers, recent, so_far, text_block
 from jaxserve.bench.coserve_page import REPORT, write
-from jaxserve.bench.engine import NO_MODEL, load_engine, model_path, options_of, room_for
+from jaxserve.bench.engine import NO_MODEL, load_engine, model_path, options_of, room_for, tokenizer_of
 from jaxserve.bench.load import BASE, Bursts, check_prompts, make_load, unknown_answers
 from jaxserve.bench.replay import Replay
 from jaxserve.bench.serving import (
@@ -41,6 +41,7 @@ from jaxserve.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from jaxserve import Engine, FinetuneJob
+    from jaxserve.tokenizer import Tokenizer
 
 ANSWER_TOKENS = 40
 RECENT_SECONDS = 2.0  # what "tokens/s" of the display looks back on
@@ -135,9 +136,10 @@ def check(config: Config) -> list[Planned]:
     wrong += [f"coserve.jobs: {root} is the output_dir of two jobs" for root in sorted(shared)]
     if wrong:
         raise ConfigError(wrong)
+    tokenizer = tokenizer_of(config) if jobs else None
     for job in jobs:
         try:
-            check_data(job)
+            check_data(job, tokenizer)
         except DataError as error:
             raise error.within(f"job of adapter {job.adapter!r}") from None
     if config.bench.trace is not None:
@@ -147,12 +149,13 @@ def check(config: Config) -> list[Planned]:
     return jobs
 
 
-def check_data(job: Planned) -> None:
-    """Raises DataError for files that no model could be trained on: a typing error should not cost a compilation."""
-    check_file(job.data)
+def check_data(job: Planned, tokenizer: "Tokenizer | None") -> None:
+    """Raises DataError for files that no such model could be trained on: an error of typing should not cost a
+    compilation."""
+    check_file(job.data, tokenizer, job.config)
     if job.config.validation_data is not None:
         try:
-            check_file(job.config.validation_data)
+            check_file(job.config.validation_data, tokenizer, job.config)
         except DataError as error:
             raise error.within("validation_data") from None
 

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.bench.engine import NO_MODEL, load_engine, room_alone
+from jaxserve.bench.engine import NO_MODEL, load_engine, room_alone, tokenizer_of
 from jaxserve.cli.coserve import Planned, begun, check_adapters, check_data, close, job_state, plan
 from jaxserve.cli.progress import Progress, make_progress
 from jaxserve.cli.stopping import Stopping
@@ -51,7 +51,7 @@ def check(config: Config) -> tuple[Planned, str]:
     if wrong or config.job.adapter is None or config.job.data is None or root is None:
         raise ConfigError(wrong)
     job = plan(config, config.job.adapter, config.job.data, {}, own_dir=False)
-    check_data(job)
+    check_data(job, tokenizer_of(config))
     check_adapters(config, [job], _room(config, job))
     return job, root
 

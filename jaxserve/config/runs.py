@@ -123,7 +123,8 @@ class SamplingSection(create_model("_SamplingFields", __base__=Section, **_SAMPL
 
 class BenchSection(Section):
     trace: Place | None = None
-    """CSV of arrival_s, prompt_tokens, output_tokens[, tenant]; by default requests are made up."""
+    """CSV of arrival_s, prompt_tokens, output_tokens[, tenant], replayed from its first arrival on; by default requests
+    are made up."""
     trace_speed: Annotated[float, Field(gt=0)] = 1.0
     """Replay the trace at so many times its rate."""
     trace_scaling: Literal["stretch", "thin"] = "stretch"

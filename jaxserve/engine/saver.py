@@ -135,10 +135,18 @@ class JobSaver:
         return False
 
     def close_soon(self) -> None:
-        """The job is over: writes what is due, and leaves the directory to others once that is done."""
+        """The job is over: writes what is due, and leaves the directory to others once that is done; the job's events
+        tell what the disk has refused."""
+        last = [] if self.saving is None else [self.saving]
         if self._due is not None and self._due.step > self._saved_step:
-            self.folder.save(*self._due)
+            last.append(self.folder.save(*self._due))
+        for future in last:
+            future.add_done_callback(self._tell)
         self.folder.close_soon()
+
+    def _tell(self, saved: Future) -> None:
+        if (error := saved.exception()) is not None:
+            self.job.note("warning", str(error))
 
     def close(self) -> None:
         """Writes what is due and leaves the directory to others; the job's events tell what the disk has refused."""

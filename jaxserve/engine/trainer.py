@@ -138,6 +138,8 @@ class Trainer:
         job.move(JobStatus.QUEUED, "resumed")
         if training.lane is None:
             self.waiting.append(training)
+            if not self.has_room:  # the disk lets it go on, not a caller, whom it could refuse
+                job.note("warning", f"the job waits until an adapter is closed: {self.full}")
         else:
             if training.resident:  # else it goes on when its newest version has a place in the bank
                 self.queue.go_on(job)

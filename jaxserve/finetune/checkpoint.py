@@ -95,9 +95,13 @@ class CheckpointWriter:
 
         return self._saver.submit(self._store.save, step, fill)
 
+    def finish(self) -> None:
+        """Waits for saves in the background; there are no more."""
+        self._saver.shutdown()
+
     def close(self) -> None:
         """Waits for saves in the background and lets others write."""
-        self._saver.shutdown()
+        self.finish()
         self._store.close()
 
     def __enter__(self) -> "CheckpointWriter":

@@ -1,7 +1,7 @@
 """Conversations to learn from, as OpenAI's training files have them: messages, and the tools that they call.
 
-{"messages": [{"role", "content", "name", "weight", "tool_calls", "tool_call_id", "reasoning_content"}], "tools"}. What
-is null counts as left out.
+{"messages": [{"role", "content", "name", "weight", "tool_calls", "tool_call_id", "reasoning_content"}], "tools"}, with
+each content a text or a list of {"type": "text", "text"}. What is null counts as left out.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxserve.adapters.fields import show
 from jaxserve.adapters.files import strict_json
-from jaxserve.chat_template import REASONING
+from jaxserve.chat_template import REASONING, content_text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _TEXTS = ("content", "name", "tool_call_id", *REASONING)
@@ -94,14 +94,23 @@ def _checked_message(message: Any) -> dict[str, Any]:
         given["tool_calls"] = _tool_calls(given["tool_calls"])
     else:
         check_keys(given, ("role", "content"), _OPTIONAL[role])
-    for key in given.keys() & set(_TEXTS):
-        check_text(key, given[key])
+    texts = {key: given[key] for key in _TEXTS if key in given}
+    if isinstance(parts := given.get("content"), list | tuple):
+        texts["content"] = content_text(parts)
+        _each("content", parts, _checked_part)
+    for key, text in texts.items():
+        check_text(key, text)
     weight = given.get("weight", 1)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or weight not in (0, 1):
         raise ValueError("weight must be 0 or 1")
-    if role == "assistant" and weight and not (given.get("content") or given.get("tool_calls")):
+    if role == "assistant" and weight and not (texts.get("content") or given.get("tool_calls")):
         raise ValueError("nothing to learn: the assistant's content is empty")
     return given
+
+
+def _checked_part(part: Mapping[str, Any]) -> dict[str, Any]:
+    check_keys(part, ("type", "text"))
+    return dict(part)
 
 
 def _tool_calls(calls: Any) -> list[dict[str, Any]]:

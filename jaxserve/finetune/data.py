@@ -16,7 +16,7 @@ import numpy as np
 from jaxserve.finetune.config import FinetuneConfig
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.examples import Encoder, Example, example
-from jaxserve.finetune.records import MAX_LINES, Problems, parse_line, parse_record, read_lines
+from jaxserve.finetune.records import MAX_LINES, Problems, Record, parse_line, parse_record, read_lines
 from jaxserve.tokenizer import Tokenizer
 
 Source = str | os.PathLike[str] | Iterable[Any]
@@ -150,21 +150,32 @@ def load_dataset(
     return Dataset(examples, config.seed, config.shuffle, loader.num_truncated)
 
 
-def check_file(path: str | os.PathLike[str]) -> None:
-    """Reads a JSONL file as ``load_dataset`` does, as far as that takes no model.
+def check_file(path: str | os.PathLike[str], tokenizer: Tokenizer | None, config: FinetuneConfig) -> None:
+    """Reads a JSONL file as ``load_dataset`` does, as far as that is quick: of what is right the first line alone is
+    encoded.
 
     Raises:
       DataError: the first ten problems, each by its line and its reason.
     """
-    problems, number = Problems(), 0
+    encoder = Encoder(tokenizer, config.loss_on) if tokenizer is not None else None
+    problems, number, is_encoded = Problems(), 0, False
     for number, line in read_lines(path, problems):
         try:
-            parse_line(line)
+            record = parse_line(line)
+            if not is_encoded:
+                is_encoded = True
+                _encoded(record, encoder)
         except ValueError as error:
             problems.add(f"line {number}", str(error))
     problems.check()
     if not number:
         raise _no_examples()
+
+
+def _encoded(record: Record, encoder: Encoder | None) -> Tokens:
+    if encoder is None:
+        raise ValueError("text needs a tokenizer, and the model has none")
+    return encoder.encode(record)
 
 
 def _no_examples() -> DataError:
@@ -197,7 +208,7 @@ class _Loader:
     def _lines(self, path: str | os.PathLike[str]) -> Iterator[tuple[str, Tokens]]:
         for number, line in read_lines(path, self.problems):
             try:
-                yield f"line {number}", self._encode(parse_line(line))
+                yield f"line {number}", _encoded(parse_line(line), self.encoder)
             except ValueError as error:
                 self.problems.add(f"line {number}", str(error))
 
@@ -215,7 +226,7 @@ class _Loader:
     def _tokens(self, value: Any) -> Tokens:
         if isinstance(value, Mapping):
             if "input_ids" not in value:
-                return self._encode(parse_record(value))
+                return _encoded(parse_record(value), self.encoder)
             unknown = sorted(map(str, value.keys() - {"input_ids", "weights"}))
             if unknown:
                 raise ValueError(f"unknown key {unknown[0]!r}, known here are input_ids, weights")
@@ -223,11 +234,6 @@ class _Loader:
         if isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2:
             return value[0], value[1]
         raise ValueError("must be (token ids, weights), {input_ids, weights} or a record as in a file")
-
-    def _encode(self, record: Any) -> Tokens:
-        if self.encoder is None:
-            raise ValueError("text needs a tokenizer, and the model has none")
-        return self.encoder.encode(record)
 
     def _fitted(self, whole: Example) -> Example:
         """``whole``, cut if need be. Raises ValueError: too long, or nothing to learn."""

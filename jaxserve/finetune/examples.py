@@ -119,7 +119,7 @@ class Encoder:
 
     @cached_property
     def _verbatim(self) -> Tokenizer:
-        return Tokenizer(self.tokenizer._backend, {}, _VERBATIM)
+        return self.tokenizer.with_template(_VERBATIM)
 
     @cached_property
     def _ends(self) -> tuple[list[int], list[int]]:

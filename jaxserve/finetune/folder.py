@@ -135,6 +135,7 @@ class JobFolder:
 
     def close(self) -> None:
         """Waits for everything that is being written, and lets others write."""
+        self._checkpoints.finish()  # what it has to say is written as well
         self._writer.shutdown()
         self._checkpoints.close()
 

@@ -9,7 +9,6 @@ import tiny_models
 import jaxserve
 from jaxserve import SamplingParams
 from jaxserve.errors import InvalidRequest
-from jaxserve.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +148,7 @@ def test_a_chat_is_rendered_by_the_models_template(engine):
 
 def test_a_chats_template_is_given_tools_and_further_names(engine, monkeypatch):
     template = "{{ tools[0].name }} {{ mood }}: {{ messages[0].content }}"
-    tokenizer = Tokenizer(engine.tokenizer._backend, {}, template)
+    tokenizer = engine.tokenizer.with_template(template)
     monkeypatch.setattr(engine, "tokenizer", tokenizer)
     messages, tools = [{"role": "user", "content": "hello"}], [{"name": "sum"}]
     output = engine.chat(messages, GREEDY, tools=tools, chat_template_kwargs={"mood": "calm"})

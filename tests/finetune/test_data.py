@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.finetune.config import FinetuneConfig
-from jaxserve.finetune.data import Dataset, load_dataset
+from jaxserve.finetune.data import Dataset, check_file, load_dataset
 from jaxserve.finetune.errors import DataError
 from jaxserve.finetune.examples import Example
 from jaxserve.finetune.job import Job
@@ -46,6 +46,10 @@ STRICT = """{% for m in messages %}{% if loop.last and m.role == 'assistant' and
 {{ raise_exception('the last message must be the user\\'s') }}{% endif %}<|im_start|>{{ m.role }}
 {{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+PARTS = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}
+{{- '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 BARE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -120,6 +124,16 @@ def test_a_turn_is_what_follows_the_generation_prompt_in_every_template(load, ba
     [example] = load([{"messages": CHAT}], tokenizer=tokenizer).examples
     assert example.token_ids.tolist() == tokenizer.apply_chat_template(CHAT, add_generation_prompt=False)
     assert learnt(tokenizer, example) == wanted
+
+
+@pytest.mark.parametrize("template", [CHATML, PARTS], ids=["chatml", "parts"])
+def test_contents_in_parts_are_learnt_as_the_template_shows_them(load, backend_dir, template):
+    chat = [m | {"content": [{"type": "text", "text": part} for part in m["content"].split("\n")]} for m in CHAT]
+    tokenizer = load_tokenizer(backend_dir, chat_template=template)
+    [example] = load([{"messages": chat}], tokenizer=tokenizer).examples
+    [plain] = load([{"messages": CHAT}]).examples
+    assert example.token_ids.tolist() == tokenizer.apply_chat_template(chat, add_generation_prompt=False)
+    assert learnt(tokenizer, example) == learnt(tokenizer, plain)
 
 
 def test_the_thoughts_that_a_template_drops_from_earlier_turns_are_not_learnt(load, backend_dir):
@@ -299,6 +313,7 @@ def test_a_bad_line_is_named_by_its_number_and_reason(load, line, reason):
 
 
 USER, ASSISTANT = {"role": "user", "content": SECRET}, {"role": "assistant", "content": "b"}
+TEXT = {"type": "text", "text": "a"}
 BAD_CHATS = [
     ([], "at least one"),
     ({"role": "user"}, "must be a list"),
@@ -306,7 +321,14 @@ BAD_CHATS = [
     ([ASSISTANT, USER], "the last message must be the assistant's"),
     ([USER, {"role": "assistant", "content": ""}], "messages[1]: nothing to learn"),
     ([USER, {"role": "assistant", "content": None}], "messages[1]: key 'content' is missing"),
-    ([USER, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}], "content must be a string"),
+    ([USER, {"role": "assistant", "content": [TEXT | {"text": ""}]}], "messages[1]: nothing to learn"),
+    ([USER, {"role": "assistant", "content": 3}], "messages[1]: content must be a string"),
+    (
+        [{"role": "user", "content": [TEXT, {"type": "image_url"}]}, ASSISTANT],
+        "content[1]: type is 'image_url'; it must",
+    ),
+    ([{"role": "user", "content": [TEXT | {"weight": 1}]}, ASSISTANT], "content[0]: unknown key 'weight'"),
+    ([{"role": "user", "content": [TEXT | {"text": "a\0"}]}, ASSISTANT], "messages[0]: content holds NUL"),
     ([USER, {"role": "assistant"}], "messages[1]: key 'content' is missing"),
     ([{"role": SECRET, "content": "a"}, ASSISTANT], "messages[0]: role must be one of"),
     ([{"role": ["user"], "content": "a"}, ASSISTANT], "messages[0]: role must be one of"),
@@ -335,6 +357,16 @@ def test_what_a_template_refuses_or_leaves_out_is_named_by_line(load, backend_di
     silent = load_tokenizer(backend_dir, chat_template="{{ messages[0].content }}")
     [problem] = refusal(load, [{"messages": CHAT}], tokenizer=silent)
     assert problem == "line 1: messages[2]: the model's chat template leaves nothing of it to learn"
+
+
+def test_a_file_is_checked_by_its_first_line_where_that_takes_the_model(tmp_path, backend_dir):
+    path, silent = tmp_path / "data.jsonl", load_tokenizer(backend_dir, chat_template="{{ messages[0].content }}")
+    path.write_text(f"{json.dumps({'messages': CHAT})}\n" * 2)
+    check_file(path, silent, FinetuneConfig(loss_on="all"))
+    for tokenizer, reason in ((silent, "leaves nothing of it to learn"), (None, "text needs a tokenizer")):
+        with pytest.raises(DataError, match=reason) as caught:
+            check_file(path, tokenizer, FinetuneConfig())
+        assert [problem.split(":")[0] for problem in caught.value.errors] == ["line 1"]
 
 
 def test_the_first_ten_bad_lines_are_named(load):

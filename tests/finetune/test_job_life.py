@@ -17,6 +17,8 @@ from test_jobs import SIZES, examples, requests, settled
 import jaxserve
 from jaxserve import faults
 from jaxserve.adapters.peft_io import load_peft
+from jaxserve.bench.replay import Replay
+from jaxserve.bench.workload import NOBODY
 from jaxserve.engine import programs, saver, trainer
 from jaxserve.engine.lanes import weights_of
 from jaxserve.finetune.durable import newest
@@ -497,7 +499,15 @@ def test_a_full_disk_pauses_the_job_and_serving_goes_on(engine, tmp_path, monkey
     until(engine, paused)
     assert any("No space left" in event.message for event in job.events())
     assert engine.generate([requests(1)[0]], jaxserve.SamplingParams(max_tokens=4))[0].finish_reason == "length"
+    engine.open_adapter("b", rank=4)  # has the only lane when the disk takes the checkpoint
     deadline = time.monotonic() + 120
+    while job.status == "paused" and time.monotonic() < deadline:
+        engine.step()
+    assert [event.message for event in job.events()][-2:] == [
+        "resumed",
+        "the job waits until an adapter is closed: max_finetune_jobs is 1, and as many adapters are open",
+    ]
+    engine.close_adapter("b")
     while not job._job.done and time.monotonic() < deadline:
         engine.step()
     assert job.status == "succeeded"
@@ -574,6 +584,14 @@ def test_a_step_made_again_is_served_and_trained_on_as_it_was_made_the_second_ti
     assert len(failed) == 4
     assert (job.losses, job.validation_losses) == undisturbed[:2]
     assert content(engine, "a") == undisturbed[2]
+
+
+def test_tokens_of_batches_that_are_made_again_count_once(engine, monkeypatch, caplog):
+    calls = break_steps(monkeypatch, lambda number, bucket: number in {4, 9})
+    job = engine.finetune(examples(1), adapter="a", **JOB)
+    run = Replay(engine, NOBODY, {"a": job})()
+    assert len(calls) > 9
+    assert run.finetune_tokens == job.trained_tokens > 0
 
 
 def test_a_version_of_a_cancelled_job_outlives_the_failure_of_its_unread_step(engine, monkeypatch, caplog):

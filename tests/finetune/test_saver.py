@@ -1,5 +1,6 @@
 """A job's directory and a disk that refuses, without an engine."""
 
+import threading
 import time
 from concurrent.futures import Future, wait
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ import pytest
 
 from jaxserve import faults
 from jaxserve.engine.saver import RETRY_SECONDS, JobSaver
-from jaxserve.finetune.data import Cursor
+from jaxserve.finetune.config import FinetuneConfig
+from jaxserve.finetune.data import Cursor, Dataset
 from jaxserve.finetune.durable import newest
 from jaxserve.finetune.errors import CheckpointError
-from jaxserve.finetune.folder import CHECKPOINTS, JobFolder
-from jaxserve.finetune.job import JobStatus
+from jaxserve.finetune.examples import Example
+from jaxserve.finetune.folder import CHECKPOINTS, JobFolder, read_events
+from jaxserve.finetune.job import Job, JobStatus
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,28 @@ def test_closing_tells_what_the_disk_refuses(saver, job):
     faults.arm("fs.mkdir=ENOSPC")
     saver.close()
     assert job.notes == ["checkpoint 3 was not written: No space left on device"]
+
+
+def test_of_a_job_that_is_over_the_events_tell_what_the_disk_refuses(saver, job):
+    save(saver)
+    faults.arm("fs.mkdir=ENOSPC")
+    saver.close_soon()
+    saver.folder.wait_closed()
+    assert job.notes == ["checkpoint 3 was not written: No space left on device"]
+
+
+def test_what_a_checkpoint_says_while_its_directory_is_closed_is_written(tmp_path):
+    example = Example(np.zeros(5, np.int32), np.ones(5, np.float32), 0)
+    job = Job("a", FinetuneConfig(), Dataset((example,)), SimpleNamespace(config={}))
+    job.folder = JobFolder(tmp_path, {}, 1, lambda kind, message: job.note("warning", message))
+    opened = threading.Event()
+    job.folder._checkpoints._saver.submit(opened.wait)
+    saved = job.folder.save(1, {"a": np.ones(2)}, {})
+    faults.arm("ckpt.committed=EIO")
+    threading.Timer(0.1, opened.set).start()
+    job.folder.close()
+    assert saved.result()
+    assert [event.message for event in read_events(tmp_path)] == ["an old checkpoint stays: Input/output error"]
 
 
 def test_closing_while_the_last_step_is_being_saved_saves_it_once(saver, job, tmp_path):

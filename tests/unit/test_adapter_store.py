@@ -190,6 +190,17 @@ def test_the_list_says_what_is_there(dirs):
 # ---- pins (A28, F28)
 
 
+def test_a_version_is_described_as_it_was_published_when_others_unload_or_replace_it(dirs):
+    store = AdapterStore(TINY)
+    version = store.acquire(store.load("law", dirs(2)))
+    assert store.info(version) == infos(store)["law"]
+    published = store.info(version)
+    store.load("law", dirs(3))
+    assert store.info(version) == published
+    store.unload("law")
+    assert store.info(version) == published
+
+
 def test_a_request_keeps_the_version_it_started_with(dirs):
     store = AdapterStore(TINY)
     first = store.acquire(store.load("math", dirs(1)))

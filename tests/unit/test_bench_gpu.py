@@ -20,10 +20,16 @@ def broken(bench):
     raise RuntimeError("out of memory")
 
 
+def two(bench):
+    for name in bench.in_time(["first", "second"]):
+        yield Figure(name=name, value=1.0, unit="ms")
+        yield Figure(name=f"{name}, of the same measurement", value=2.0, unit="ms")
+
+
 def run(parts, tmp_path, limit=100.0):
     ticks = iter(range(10_000))
     report = Report(tmp_path / "out.json", {"device": "none"})
-    outcomes = run_parts(parts, Bench(smoke=True), report, limit, clock=lambda: float(next(ticks)))
+    outcomes = run_parts(parts, Bench(smoke=True, clock=lambda: float(next(ticks))), report, limit)
     return outcomes, json.loads((tmp_path / "out.json").read_text())
 
 
@@ -43,10 +49,16 @@ def test_a_part_that_fails_keeps_its_figures_and_the_next_one_runs(tmp_path, cap
 
 
 def test_a_part_stops_at_its_limit_and_none_begins_after_the_whole_limit(tmp_path):
-    outcomes, _ = run([Part("long", 1, one), Part("late", 50, one)], tmp_path, limit=3.0)
+    outcomes, _ = run([Part("long", 4, two), Part("late", 50, one)], tmp_path, limit=5.0)
     assert [o.status for o in outcomes] == ["stopped", "skipped"]
-    assert len(outcomes[0].figures) == 1
+    assert len(outcomes[0].figures) == 2
     assert not outcomes[1].figures
+
+
+def test_a_part_whose_last_figure_comes_late_is_done(tmp_path):
+    (outcome,), _ = run([Part("late", 9, two)], tmp_path)
+    assert (outcome.status, len(outcome.figures)) == ("done", 4)
+    assert outcome.seconds > 9
 
 
 def test_the_smoke_run_measures_this_device(tmp_path):

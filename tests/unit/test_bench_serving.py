@@ -359,10 +359,13 @@ def test_asking_whether_a_result_file_can_be_written_changes_none(tmp_path):
 
 def test_a_trace_is_replayed_and_its_numbers_are_printed_and_written(tmp_path, capsys):
     path = tmp_path / "trace.csv"
-    path.write_text("arrival_s,prompt_tokens,output_tokens\n0,5,4\n0.1,40,3\n0.2,6,2\n", encoding="utf-8")
+    path.write_text("arrival_s,prompt_tokens,output_tokens\n900,5,4\n900.1,40,3\n900.2,6,2\n", encoding="utf-8")
     found = result(tmp_path, trace=str(path), trace_speed=2.0, save_detailed=True, goodput=("ttft:60000",))
     printed = capsys.readouterr().out
-    assert f"trace {path} at 2 times its rate (time stretched); 1 of 3 clipped to the model's length" in printed
+    said = (
+        f"trace {path} at 2 times its rate (time stretched), times from the first arrival at 900 s on; 1 of 3 clipped"
+    )
+    assert said in printed
     assert "Successful requests:                     3" in printed
     assert (found["completed"], found["failed"], found["num_clipped"], found["recompiles"]) == (3, 0, 1, 0)
     assert (found["input_lens"], found["output_lens"]) == ([5, 29, 6], [4, 3, 2])

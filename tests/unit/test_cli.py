@@ -21,13 +21,14 @@ from jaxserve.cli import main, progress
 from jaxserve.cli.flags import flags
 from jaxserve.config import Config, EngineConfig, resolve
 from jaxserve.engine.compiles import tell
-from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest, ModelError
+from jaxserve.errors import AdapterNotFound, EngineError, InvalidRequest
 from jaxserve.finetune.checkpoint import CheckpointWriter
 from jaxserve.finetune.folder import CHECKPOINTS
 from jaxserve.models.config import ModelConfig
 from jaxserve.outputs import Completion, Event, RequestOutput
 from jaxserve.sampling import SamplingParams
 
+MODEL = "demo:storyteller"
 MODEL_FLAGS = ["--max-num-seqs", "3", "-tp", "2", "--no-enable-prefix-caching"]
 
 
@@ -44,8 +45,6 @@ class EchoEngine:
 
     @classmethod
     def from_pretrained(cls, path: str, adapters: dict[str, str], jobs: tuple = (), **options):
-        if path == "broken":
-            raise ModelError("broken: no config.json")
         cls.made.append(cls(path, adapters, options))
         return cls.made[-1]
 
@@ -98,30 +97,30 @@ def run(*argv: str) -> int:
 
 
 def test_generate_prints_each_text(engines, capsys):
-    assert run("generate", "m", "--prompt", "a", "--prompt", "b", "--max-tokens", "7", *MODEL_FLAGS) == 0
+    assert run("generate", MODEL, "--prompt", "a", "--prompt", "b", "--max-tokens", "7", *MODEL_FLAGS) == 0
     assert capsys.readouterr().out == "A\nB\n"
     (engine,) = engines
-    assert engine.path == "m"
+    assert engine.path == locate(MODEL)
     assert (engine.config.max_num_seqs, engine.config.tensor_parallel) == (3, 2)
     assert not engine.config.enable_prefix_caching
     assert engine.asked == [(["a", "b"], SamplingParams(max_tokens=7, top_k=20), None)]
 
 
 def test_a_flag_overrides_what_the_model_recommends(engines, capsys):
-    assert run("generate", "m", "--prompt", "a", "--top-k", "0", "--temperature", "0.5") == 0
+    assert run("generate", MODEL, "--prompt", "a", "--top-k", "0", "--temperature", "0.5") == 0
     assert engines[0].asked[0][1] == SamplingParams(temperature=0.5)
 
 
 def test_generate_with_adapters(engines, capsys):
     modules = ["--lora-modules", "math=x/y", "--lora-modules", '{"name": "law", "path": "z"}']
-    assert run("generate", "m", "--prompt", "a", *modules, "--adapter", "law") == 0
+    assert run("generate", MODEL, "--prompt", "a", *modules, "--adapter", "law") == 0
     assert engines[0].adapters == {"math": "x/y", "law": "z"}
     assert engines[0].asked[0][2] == "law"
 
 
 def test_an_engine_is_as_small_as_its_prompts_and_what_is_given_holds(engines, capsys):
     def sizes(*flags):
-        assert run("generate", "m", "--prompt", "a", "--prompt", "b", *flags) == 0
+        assert run("generate", MODEL, "--prompt", "a", "--prompt", "b", *flags) == 0
         config = engines[-1].config
         return config.max_num_seqs, config.max_num_batched_tokens, config.enable_lora and config.max_loras
 
@@ -135,27 +134,38 @@ def test_an_engine_is_as_small_as_its_prompts_and_what_is_given_holds(engines, c
 
 
 def test_generate_as_json_lines(engines, capsys):
-    assert run("generate", "m", "--prompt", "é", "--prompt", "b", "--json") == 0
+    assert run("generate", MODEL, "--prompt", "é", "--prompt", "b", "--json") == 0
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
     assert (first["prompt"], first["outputs"][0]["text"]) == ("é", "É")
     assert second["request_id"] == "1"
 
 
 def test_a_failed_request_shows_in_the_exit_status(engines, capsys):
-    assert run("generate", "m", "--prompt", "nan", "--prompt", "b") == 1
+    assert run("generate", MODEL, "--prompt", "nan", "--prompt", "b") == 1
     assert capsys.readouterr() == ("B\n", "error: not finite\n")
 
 
-def test_a_prompt_of_no_text_is_refused_as_the_engine_does(engines, capsys, monkeypatch):
-    monkeypatch.setattr(EchoEngine, "generate", Mock(side_effect=InvalidRequest("not Unicode")))
-    assert run("generate", "m", "--prompt", b"\xff".decode(errors="surrogateescape"), *MODEL_FLAGS) == 2
-    assert capsys.readouterr().err == "error: not Unicode\n"
+def test_a_prompt_of_no_text_is_refused_before_a_model_is_loaded(engines, capsys):
+    assert run("generate", MODEL, "--prompt", b"\xff".decode(errors="surrogateescape"), *MODEL_FLAGS) == 2
+    assert capsys.readouterr().err == "error: prompt: text must be valid Unicode\n"
+    assert not engines
+
+
+def test_what_no_engine_could_answer_is_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
+    assert run("generate", MODEL, "--prompt", "a", "--logprobs", "9", "--max-logprobs", "8") == 2
+    assert capsys.readouterr().err == "error: logprobs is '9'; it must be between 0 and 8\n"
+    assert run("generate", MODEL, "--prompt", "a", "--stop-token-ids", "[5000]") == 2
+    assert "stop_token_ids" in capsys.readouterr().err
+    shutil.copy(Path(locate(MODEL)) / "config.json", tmp_path)
+    assert run("generate", str(tmp_path), "--prompt", "a") == 2
+    assert "this model directory has no tokenizer" in capsys.readouterr().err
+    assert not engines
 
 
 def test_a_config_file_and_overrides(engines, tmp_path):
-    (tmp_path / "run.yaml").write_text("model: {path: m}\nengine: {max_num_seqs: 5, max_queue: 9}\n")
+    (tmp_path / "run.yaml").write_text(f"model: {{path: {MODEL}}}\nengine: {{max_num_seqs: 5, max_queue: 9}}\n")
     assert run("generate", "--config", str(tmp_path / "run.yaml"), "--prompt", "a", "--max-num-seqs", "6") == 0
-    assert (engines[0].path, engines[0].config.max_num_seqs, engines[0].config.max_queue) == ("m", 6, 9)
+    assert (engines[0].path, engines[0].config.max_num_seqs, engines[0].config.max_queue) == (locate(MODEL), 6, 9)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,7 @@ def test_a_config_file_and_overrides(engines, tmp_path):
     [
         (["generate", "m"], "--prompt: at least one"),
         (["generate", "--prompt", "a"], "MODEL: name a model directory"),
-        (["generate", "m", "--prompt", "a", "--adapter", "law"], "--adapter: 'law' is not one of lora.modules []"),
+        (["generate", MODEL, "--prompt", "a", "--adapter", "law"], "--adapter: 'law' is not one of lora.modules []"),
         (["generate", "m", "--prompt", "a", "--max-queue", "1", "--max-queue", "2"], "--max-queue: given 2 times"),
         (["generate", "m", "--prompt", "a", "--max-queue", "abc"], "--max-queue: engine.max_queue = 'abc'"),
         (["generate", "m", "--prompt", "a", "--num-kv-pages", "0"], "greater than 0"),
@@ -259,6 +269,17 @@ def test_a_directory_that_a_job_cannot_have_is_refused_before_a_model_is_loaded(
     assert not engines
 
 
+@pytest.mark.parametrize("command", [["finetune", "demo:pirate", "--adapter", "a"], ["coserve"]])
+def test_conversations_for_a_model_without_template_are_refused_before_it_is_loaded(engines, capsys, tmp_path, command):
+    bare = shutil.copytree(locate(MODEL), tmp_path / "model")
+    (bare / "chat_template.jinja").unlink()
+    name, *rest = command
+    jobs = ["--finetune-jobs", "a=demo:pirate"] if name == "coserve" else ["--output-dir", str(tmp_path / "out")]
+    assert run(name, str(bare), *rest, *jobs) == 2
+    assert "line 1: messages: the model has no chat template" in capsys.readouterr().err
+    assert not engines
+
+
 def test_a_start_of_another_rank_is_refused_before_a_model_is_loaded(engines, capsys, tmp_path):
     model = ModelConfig.from_dict(json.loads((Path(locate("demo:storyteller")) / "config.json").read_text()))
     weights = lora.initial(lora.new_config(rank=8, alpha=8, target_modules=["q_proj"]), model, np.random.default_rng(0))
@@ -279,7 +300,8 @@ def test_every_wrong_flag_is_said_on_a_line_of_its_own(capsys):
 
 def test_a_model_that_cannot_be_served_is_status_4_and_one_line(engines, capsys):
     assert run("generate", "broken", "--prompt", "a") == 4
-    assert capsys.readouterr().err == "error: broken: no config.json\n"
+    assert capsys.readouterr().err == "error: broken: not a model directory\n"
+    assert not engines
 
 
 def test_how_far_the_compiler_is_is_said_now_and_then():
@@ -296,7 +318,7 @@ def test_an_engine_failure_is_status_1(engines, capsys, monkeypatch):
         raise EngineError("the device is gone")
 
     monkeypatch.setattr(EchoEngine, "generate", fail)
-    assert run("generate", "m", "--prompt", "a") == 1
+    assert run("generate", MODEL, "--prompt", "a") == 1
     assert capsys.readouterr().err == "error: the device is gone\n"
 
 
@@ -313,7 +335,7 @@ def chat(monkeypatch, *lines: str, argv: tuple[str, ...] = ()) -> int:
             raise EOFError from None
 
     monkeypatch.setattr("builtins.input", read)
-    return run("chat", "m", *argv)
+    return run("chat", MODEL, *argv)
 
 
 def test_chat_streams_answers_until_end_of_file(engines, capsys, monkeypatch):
@@ -337,7 +359,7 @@ def test_chat_changes_adapters_and_survives_refusals(engines, capsys, monkeypatc
 def test_chat_of_no_text_is_one_line(engines, capsys, monkeypatch):
     broken = UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
     monkeypatch.setattr("builtins.input", Mock(side_effect=broken))
-    assert run("chat", "m") == 2
+    assert run("chat", MODEL) == 2
     assert capsys.readouterr().err == "error: what is read is not utf-8: invalid start byte\n"
 
 
@@ -364,24 +386,20 @@ def test_chat_remembers_the_conversation_until_reset(engines, monkeypatch):
 
 @pytest.mark.parametrize("given", ["{", "[]", '{"messages": []}'])
 def test_what_are_no_names_for_a_template_is_refused_before_a_model_is_loaded(engines, capsys, given):
-    assert run("chat", "m", "--chat-template-kwargs", given) == 2
+    assert run("chat", MODEL, "--chat-template-kwargs", given) == 2
     assert capsys.readouterr().err.startswith("error: --chat-template-kwargs: ")
     assert not engines
 
 
-def test_chat_refuses_several_answers_and_a_model_without_template(engines, capsys, monkeypatch):
+def test_chat_refuses_several_answers_and_a_model_without_template(engines, capsys, monkeypatch, tmp_path):
     assert chat(monkeypatch, "a", argv=("--n", "2")) == 2
     assert capsys.readouterr().err == "error: sampling.n 2: a conversation goes on from one answer\n"
     assert not engines
-    make = EchoEngine.__init__
-
-    def without(self, *args):
-        make(self, *args)
-        self.tokenizer.chat_template = None
-
-    monkeypatch.setattr(EchoEngine, "__init__", without)
-    assert chat(monkeypatch, "a") == 2
+    bare = shutil.copytree(locate(MODEL), tmp_path / "model")
+    (bare / "chat_template.jinja").unlink()
+    assert run("chat", str(bare)) == 2
     assert capsys.readouterr().err == "error: this model directory has no chat template\n"
+    assert not engines
 
 
 # config show, version, start-up

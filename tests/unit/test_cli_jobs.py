@@ -211,22 +211,20 @@ def test_data_that_the_engine_refuses_are_told_by_job():
 
 
 def test_data_that_cannot_be_trained_on_are_refused_before_anything_is_loaded(tmp_path, capsys):
+    model, where = "demo:storyteller", ["--adapter", "a", "--output-dir", "x"]
     good, bad, empty = (tmp_path / f"{name}.jsonl" for name in ("good", "bad", "empty"))
     good.write_text('{"text": "a"}\n')
     bad.write_text('{"text": "a"}\n{"text": 5}\n')
     empty.write_text("\n")
     told = [
-        (["finetune", "no-model", str(bad), "--adapter", "a", "--output-dir", "x"], "error: line 2: text must be"),
+        (["finetune", model, str(bad), *where], "error: line 2: text must be"),
+        (["finetune", model, str(empty), *where], "error: training data: no examples"),
         (
-            ["finetune", "no-model", str(empty), "--adapter", "a", "--output-dir", "x"],
-            "error: training data: no examples",
-        ),
-        (
-            ["finetune", "no-model", str(good), "--adapter", "a", "--output-dir", "x", "--validation-data", "missing"],
+            ["finetune", model, str(good), *where, "--validation-data", "missing"],
             "error: validation_data: data file: No such file",
         ),
         (
-            ["coserve", "no-model", "--finetune-jobs", f"a={good}", "--finetune-jobs", f"b={bad}"],
+            ["coserve", model, "--finetune-jobs", f"a={good}", "--finetune-jobs", f"b={bad}"],
             "error: job of adapter 'b': line 2: text must be",
         ),
     ]

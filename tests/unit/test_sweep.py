@@ -11,8 +11,10 @@ import pytest
 import tiny_models
 from typer.testing import CliRunner
 
+from jaxserve.assets import STORYTELLER
 from jaxserve.bench import arrivals, live, parallel, policies, ran, serving, sweep, sweep_page, virtual
 from jaxserve.bench.engine import options_of, room_for
+from jaxserve.bench.load import read_prompts
 from jaxserve.bench.replay import STOPPED, Mix, ServedRequest
 from jaxserve.bench.runner import GREEDY
 from jaxserve.bench.simulator import Settings, Simulator
@@ -27,6 +29,7 @@ from jaxserve.finetune.errors import DataError
 from jaxserve.models.config import ModelConfig
 from jaxserve.scheduler.request import NEVER, Objective
 from jaxserve.scheduler.scheduler import SchedulerConfig
+from jaxserve.tokenizer import load_tokenizer
 
 GOALS = {"ttft": 1.0, "tpot": 0.051}
 EIGHT_DICT = tiny_models.config_dict(  # of the size of Llama-3.1-8B
@@ -235,7 +238,7 @@ def test_a_trace_is_brought_to_any_rate_and_length():
     found, said = arrivals.trace_at(rows, 2.0, 20.0, "stretch")
     assert len(found) == pytest.approx(40, abs=2)
     assert "time stretched 0.5 times" in said
-    assert "times over" in said
+    assert "times over, times from the first arrival at 10 s on" in said
     assert max(row.arrival_s for row in found) < 20
     thin, said = arrivals.trace_at(rows, 0.5, 10.0, "thin", seed=1)
     assert 0 < len(thin) <= 6
@@ -354,7 +357,10 @@ def test_what_a_simulated_device_knows_nothing_of_is_refused():
     config = simulated(
         model={"dtype": "float32"},
         job={"method": "dora"},
-        coserve={"jobs": ("a=a.jsonl", '{"adapter": "b", "data": "b.jsonl", "rank": 4, "method": "ia3"}')},
+        coserve={
+            "jobs": ("a=a.jsonl", '{"adapter": "b", "data": "b.jsonl", "target_modules": ["q_proj"], "method": "ia3"}')
+        },
+        sampling={"temperature": 0.5, "top_k": 3},
     )
     with pytest.raises(ConfigError) as error:
         sweep.check(config)
@@ -362,8 +368,34 @@ def test_what_a_simulated_device_knows_nothing_of_is_refused():
         "model.dtype float32: a simulated device computes with operands of 16 bits",
         "coserve.jobs, a: method dora",
         "coserve.jobs, b: method ia3",
-        "coserve.jobs, b: in a simulation all jobs have job.rank and job.target_modules",
+        "coserve.jobs, b: in a simulation all jobs have job.target_modules",
+        "sampling: nothing is drawn in a simulation, whose answers are as long as the load says",
     ]
+    sweep.check(simulated(sampling={"temperature": 0.0, "ignore_eos": True}))
+
+
+def test_simulated_jobs_of_other_ranks_take_what_their_ranks_do():
+    def backend(rank):
+        other = {"adapter": "b", "data": "b.jsonl", "rank": rank}
+        return Virtual(config=simulated(coserve={"jobs": ("a=a.jsonl", other)}), model=EIGHT)
+
+    class Both:
+        """Steps of two devices."""
+
+        def seconds(self, planned):
+            steps.append((wide.load(planned), plain.seconds(planned), wide.seconds(planned)))
+            return 0.1
+
+    settings = virtual.settings_of(simulated(), EIGHT, backend(16).device, "coserve")
+    plain, wide = (backend(rank).make_device(settings) for rank in (16, 256))
+    simulator, steps = Simulator(settings, Slow(), backend(256).jobs()), []
+    simulator.device = Both()
+    simulator((), 1.0)
+    assert {load.adapters for load, *_ in steps} <= {(16,), (256,), (16, 256)}
+    assert all(16 <= load.grad_rank <= 256 for load, *_ in steps)
+    assert any(16 < load.grad_rank < 256 for load, *_ in steps)
+    assert all((narrow < wide) == (256 in load.adapters) for load, narrow, wide in steps)
+    assert any("rank 16, 256 on" in line for line in backend(256).assumptions())
 
 
 def test_simulated_pages_are_found_again_only_where_they_are_kept():
@@ -475,12 +507,24 @@ def test_what_cannot_be_run_is_said_before_anything_is_loaded():
 
 
 def test_data_that_is_not_there_is_said_before_anything_is_loaded():
-    given = {"model": {"path": "m"}, "finetune": {"tpot_objective_ms": 45.0}}
+    given = {"model": {"path": "demo:storyteller"}, "finetune": {"tpot_objective_ms": 45.0}}
     with pytest.raises(DataError, match=r"job of adapter 'a': data file: No such file"):
         sweep.check(Config(**given, coserve={"jobs": ("a=none.jsonl",)}))
     for model, problem in (("m", "m: not a model directory"), ("demo:storyteller", "none.jsonl: data file: No such")):
         with pytest.raises(JaxServeError, match=problem):
             sweep.check(Config(**given | {"model": {"path": model}}, coserve={"prompts": "none.jsonl"}))
+
+
+def test_prompts_may_have_their_contents_in_parts(tmp_path):
+    tokenizer = load_tokenizer(STORYTELLER)
+    (tmp_path / "prompts.jsonl").write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": content}]}) + "\n"
+            for content in ("a\nb", [{"type": "text", "text": text} for text in "ab"])
+        )
+    )
+    one, other = read_prompts(str(tmp_path / "prompts.jsonl"), tokenizer)
+    assert one == other
 
 
 def test_what_a_sweep_has_no_use_for_is_refused_with_what_says_it_instead():
@@ -538,7 +582,11 @@ def test_requests_that_are_cut_to_the_models_length_are_counted(policy):
     assert line == f"at 0.5 requests/s {len(cut)} of {found['requests']} requests were clipped to the model's length"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), EngineError("the second process has ended")], ids=type)
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), SystemExit(128 + signal.SIGTERM), EngineError("the second process has ended")],
+    ids=type,
+)
 def test_a_sweep_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch, capsys, error):
     (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
     config = simulated(
@@ -552,17 +600,31 @@ def test_a_sweep_that_ends_early_leaves_what_it_has(tmp_path, monkeypatch, capsy
 
     def failing(self, sharing, rate):
         if (sharing, rate) == ("temporal:8", 2.0):
+            if isinstance(error, SystemExit):
+                signal.raise_signal(signal.SIGTERM)
             raise error
         return run(self, sharing, rate)
 
     monkeypatch.setattr(Virtual, "run", failing)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         sweep.main(config)
+    assert str(caught.value) == str(error)
     assert "Ended early: 4 of 6 cells were run." in capsys.readouterr().out
     result = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [cell["policy"] for cell in result["cells"]] == [*config.sweep.policies, "coserve"]
     assert "Ended early" in (tmp_path / "out" / "report.html").read_text()
     assert len(ran.read_tables(tmp_path / "out")) == 4
+
+
+def test_a_disk_that_is_full_at_the_end_of_a_sweep_is_one_line(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(EIGHT_DICT))
+    (tmp_path / "steps.csv").symlink_to("/dev/full")
+    few = {"policies": ("inference-only",), "rates": (1.0,), "seconds": 1.0, "processes": 1}
+    config = simulated(sweep={**few, "results_dir": str(tmp_path)})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"path": str(tmp_path)})})
+    with pytest.raises(EngineError, match=r"^not all results were written: .*No space left on device$"):
+        sweep.main(config)
+    assert (tmp_path / "results.json").stat().st_size
 
 
 def test_a_simulated_sweep_prints_and_leaves_its_report(tmp_path):

@@ -110,6 +110,50 @@ def test_chat_ids_equal_those_of_transformers(write, template, prompt):
         assert ours.apply_chat_template(chat, prompt, tools=tools) == ids
 
 
+GEMMA3_LIKE = """{% if messages[0].role == 'system' %}{% if messages[0].content is string %}
+{{- messages[0].content }}{% else %}{{ messages[0].content[0].text }}{% endif %}{% endif %}
+{%- for message in messages %}{{ message.role }}: {% if message['content'] is string %}{{ message['content'] | trim }}
+{%- elif message['content'] is iterable %}{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>
+{%- elif item['type'] == 'text' %}{{ item['text'] | trim }}{% endif %}{% endfor %}{% endif %}{% endfor %}"""
+MACRO_LIKE = """{% macro show(given) %}{% set parts = given.content %}{% if parts is string %}{{ parts }}{% else %}
+{%- for part in parts | selectattr('type', 'equalto', 'text') %}{{ part.text }}|{% endfor %}{% endif %}{% endmacro %}
+{%- for m in messages %}{{ show(m) }}{% endfor %}"""
+PARTED = [
+    message | {"content": [{"type": "text", "text": part} for part in message["content"].split()]} for message in CHAT
+]
+
+
+@pytest.mark.parametrize("template", [GEMMA3_LIKE, MACRO_LIKE, PARTS_TEMPLATE], ids=["gemma3", "macro", "parts"])
+def test_templates_that_go_through_parts_are_given_them(write, template):
+    ours, theirs = load_tokenizer(write(template)), auto_tokenizer(write(template))
+    assert ours.render_chat(PARTED) == theirs.apply_chat_template(PARTED, tokenize=False)
+
+
+@pytest.mark.parametrize("template", [tiny_models.CHAT_TEMPLATE, QWEN3_LIKE], ids=["chatml", "qwen3-like"])
+def test_templates_that_expect_strings_are_given_parts_as_lines(write, template):
+    joined = [message | {"content": "\n".join(message["content"].split())} for message in CHAT]
+    tokenizer = load_tokenizer(write(template))
+    assert tokenizer.apply_chat_template(PARTED) == tokenizer.apply_chat_template(joined)
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "type is 'image_url'; it must be 'text'"),
+        ({"type": "text", "text": None}, "text must be a string"),
+        ({"text": "a"}, "must be an object with type and text"),
+        ("a", "must be an object with type and text"),
+    ],
+)
+@pytest.mark.parametrize("template", [tiny_models.CHAT_TEMPLATE, PARTS_TEMPLATE], ids=["chatml", "parts"])
+def test_a_part_that_is_no_text_is_refused_by_its_place(write, template, part, said):
+    chat = [CHAT[0], {"role": "user", "content": [{"type": "text", "text": "a"}, part]}]
+    with pytest.raises(InvalidRequest) as caught:
+        load_tokenizer(write(template)).apply_chat_template(chat)
+    assert str(caught.value) == f"messages[1]: content[1]: {said}"
+    assert caught.value.param == "messages"
+
+
 @pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking"])
 def test_a_template_finds_the_reasoning_under_any_of_its_names(write, name):
     directory = write("{% for m in messages %}{{ m.reasoning_content }}|{{ m.thinking }}{% endfor %}")
