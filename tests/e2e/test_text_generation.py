@@ -11,6 +11,8 @@ from jaxserve import SamplingParams
 from jaxserve.errors import InvalidRequest
 from jaxserve.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture(scope="module")
 def path():
