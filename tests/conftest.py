@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")  # nothing is left in the home of who tests
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for models so small torch's other threads only wait
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 
 if "cuda" in os.environ["JAX_PLATFORMS"]:
     os.environ["XLA_FLAGS"] += " --xla_gpu_autotune_level=0"  # tuning takes longer than the tests
+
+gc.set_threshold(50_000, 20, 100)  # tracing makes very many objects that stay
 
 settings.register_profile("dev", deadline=None)  # the first example may compile
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
@@ -49,19 +53,13 @@ def _room_for_programs():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _quick_compiles(request: pytest.FixtureRequest):
-    """Compiles without optimization, in two thirds of the time, what modules marked so run."""
-    if request.node.get_closest_marker("quick_compiles") is None:
-        yield
-        return
-    import jax
+def _quick_compiles(request: pytest.FixtureRequest) -> None:
+    """Compiles without optimization, in a third of the time, what modules marked so run."""
+    quickly = request.node.get_closest_marker("quick_compiles") is not None
+    if quickly or "quick" in sys.modules:
+        import quick
 
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.clear_caches()  # they do not tell the two kinds apart
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-    jax.clear_caches()
+        quick.compile_all(quickly)
 
 
 @pytest.fixture(autouse=True)

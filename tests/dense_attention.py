@@ -3,12 +3,19 @@
 Shapes: T rows, H query heads, K kv heads, C head dim, P pages, A accumulator pages, G tokens per page, S keys of a row.
 """
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.ragged_paged_attention import ragged_paged_attention
 
 SPARE_PAGES = 2  # of the accumulators
+
+_forward = jax.jit(
+    partial(ragged_paged_attention, implementation="reference"), static_argnames=("scale", "softcap", "window")
+)
 
 
 def dense(case, q_THC, k_PKGC, v_PKGC, layout):
@@ -53,12 +60,13 @@ def backward_inputs(case, dtype, seed=1):
     q, k, v, layout = case.make(dtype)
     rng = np.random.default_rng(seed)
     d_out = jnp.asarray(rng.standard_normal(q.shape), dtype)
-    out, lse = ragged_paged_attention(q, k, v, layout, **case.settings, implementation="reference")
+    out, lse = _forward(q, k, v, layout, **case.settings)
     num_pages = k.shape[0] + SPARE_PAGES
     accumulators = tuple(jnp.asarray(rng.standard_normal((num_pages, *k.shape[1:])), np.float32) for _ in range(2))
     table = layout.page_table_BM
-    acc_table = jnp.asarray(rng.permutation(num_pages)[: table.size].reshape(table.shape), jnp.int32)
-    return d_out, q, out, lse, k, v, layout, accumulators, acc_table.at[0, 0].set(num_pages)
+    acc_table = rng.permutation(num_pages)[: table.size].reshape(table.shape).astype(np.int32)
+    acc_table[0, 0] = num_pages
+    return d_out, q, out, lse, k, v, layout, accumulators, jnp.asarray(acc_table)
 
 
 def _rows(case, num_heads, k_PKGC, layout):

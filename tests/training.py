@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quick
 import tiny_models
 
 from jaxserve.adapters.bank import SITE_NAMES, BankShape
@@ -31,7 +32,6 @@ from sharding import make_mesh, named_sharding
 PAGE, BLOCK, W, CHUNK, DECODE, PAGES_PER_SEQ = 16, 8, 32, 64, 8, 8
 NUM_PAGES, TRAIN_SLOTS, NUM_SLOTS, STASH_BLOCKS = 64, 6, 4, 40
 LONGEST = 104  # tokens of a sequence that the oracle looks at
-QUICK: Any = {"xla_backend_optimization_level": 0}  # compiles in two thirds of the time
 
 
 def random_params(config: ModelConfig, dtype: str, seed: int = 0, tp: int = 1):
@@ -146,7 +146,7 @@ class Trainer:
         packed = self.packer.pack(plan, self.bucket, True)
         arguments = self.params, self.state, packed.ints, packed.floats, self.writer.scales
         if self.dtype == "float64":  # whose bits nobody compares
-            self._quick = self._quick or step.lower(*arguments, spec=self.spec).compile(compiler_options=QUICK)
+            self._quick = self._quick or step.lower(*arguments, spec=self.spec).compile(compiler_options=quick.OPTIONS)
             self.state, output = self._quick(*arguments)
         else:
             self.state, output = step(*arguments, spec=self.spec)
@@ -211,7 +211,7 @@ class Oracle:
     def __init__(self, config: ModelConfig, params, adapter: AdapterWeights, drop=None):
         self.config, self.params, self.adapter = config, params, adapter
         self.drop = drop or (lambda layer, site, x, key: x)
-        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), compiler_options=QUICK)
+        self._gradient = jax.jit(jax.value_and_grad(self._loss, has_aux=True), compiler_options=quick.OPTIONS)
 
     def __call__(self, token_ids, weights, key: int = 0):
         """Loss, log-probabilities of the tokens after the first, and gradients by module.

@@ -6,6 +6,8 @@ import serving
 
 from jaxserve.adapters.peft_io import load_peft
 
+pytestmark = pytest.mark.quick_compiles
+
 
 def weights(seed=1, rank=4):
     path = serving.model_dir()

@@ -8,6 +8,8 @@ import serving
 from jaxserve.engine import bank_writer, programs
 from jaxserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.quick_compiles
+
 REQUESTS = [
     (serving.prompt(70), serving.greedy(25), "large"),
     (serving.prompt(5), SamplingParams(max_tokens=30, temperature=0.9, top_p=0.9, seed=4, logprobs=2, n=3), None),

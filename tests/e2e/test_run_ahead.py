@@ -5,6 +5,8 @@ import serving
 
 from jaxserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture(scope="module")
 def engine():

@@ -17,6 +17,8 @@ from jaxserve.sampling import SamplingParams
 from pallas_kernels.token_sampling import COUNT_MASK, PROMPT_BIT
 from pallas_kernels.token_sampling.reference import kept_tokens, penalised
 
+pytestmark = pytest.mark.quick_compiles
+
 PROMPT = serving.prompt(23, seed=5)
 
 

@@ -10,6 +10,8 @@ import jaxserve
 from jaxserve import SamplingParams
 from jaxserve.errors import InvalidRequest
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture(scope="module")
 def path():

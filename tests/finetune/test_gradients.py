@@ -21,7 +21,8 @@ FUSED_LORA = (
 )
 DROPOUT = 0.25
 STASH = "stash"  # in place of a remat policy: forward and backward in different steps
-EXTRAS = {"scaled": True, "dropout": True}  # in single precision one program for all that need any
+SINGLE = {"dtype": "float32", "remat": "attention", "num_hidden_layers": 1}  # compiled with all optimization
+EXTRAS = SINGLE | {"scaled": True, "dropout": True}  # one program for all that need any
 
 
 @pytest.fixture
@@ -30,11 +31,9 @@ def double():
         yield "float64"
 
 
-def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dropout: float = 0.0, extras=None):
+def train(trainer: Trainer, adapters=LORAS, seed: int = 1, dropout: float = 0.0):
     """Five sequences on two adapters in random legal order; returns what it takes to judge the gradients."""
     rng = np.random.default_rng(seed)
-    extras = extras or {"scaled": any("method" in options for options in adapters), "dropout": dropout > 0}
-    trainer = Trainer(family, dtype, remat, stashed=remat == STASH, **extras)
     config = trainer.config
     adapters = [random_adapter(config, rng, **options) for options in adapters]
     lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
@@ -50,7 +49,7 @@ def train(family: str, dtype: str, remat: str, adapters=LORAS, seed: int = 1, dr
         known = expected[lane]
         expected[lane] = gradient if known is None else jax.tree.map(np.add, known, gradient)
     trainer.train_on(sequences, rng)
-    return trainer, lanes, adapters, sequences, expected
+    return lanes, adapters, sequences, expected
 
 
 def masked(rate):
@@ -88,7 +87,9 @@ def masked(rate):
     ],
 )
 def test_windows_in_any_order_give_the_whole_sequences_gradient(double, family, remat, adapters, dropout):
-    trainer, lanes, adapters, sequences, expected = train(family, double, remat, adapters, dropout=dropout)
+    scaled = any("method" in options for options in adapters)
+    trainer = Trainer(family, double, remat, stashed=remat == STASH, scaled=scaled, dropout=dropout > 0)
+    lanes, adapters, sequences, expected = train(trainer, adapters, dropout=dropout)
     for lane, adapter, gradient in zip(lanes, adapters, expected, strict=True):
         assert relative(trainer.gradients(lane, adapter), gradient) < 1e-10
     for sequence in sequences:
@@ -98,7 +99,8 @@ def test_windows_in_any_order_give_the_whole_sequences_gradient(double, family, 
 
 
 def test_single_precision_is_as_close_to_the_exact_gradient_as_the_whole_sequence_is():
-    trainer, lanes, adapters, sequences, whole = train("llama", "float32", "attention")
+    trainer = Trainer("llama", **SINGLE)
+    lanes, adapters, sequences, whole = train(trainer)
     exact = [None, None]
     with jax.enable_x64(True):
         params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), trainer.params)
@@ -113,18 +115,18 @@ def test_single_precision_is_as_close_to_the_exact_gradient_as_the_whole_sequenc
 
 
 def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
-    """One after another, or as many in a step as fit: the sums are the same sums."""
+    """One after another, or as many in a step as fit, each lane once behind the other: the sums are the same sums."""
     found = []
     for together in (False, True):
         rng = np.random.default_rng(7)
-        trainer = Trainer("llama", "float32", "attention", **EXTRAS)
+        trainer = Trainer("llama", **EXTRAS)
         adapters = [random_adapter(trainer.config, rng, **options) for options in DORA_IA3]
         lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
         sequences = [
             trainer.sequence(lanes[i % 2], rng.integers(0, 300, 9 + i), np.ones(9 + i), 32, i) for i in range(4)
         ]
         windows = [seq.backward_window(32) for seq in sequences]
-        for group in [windows[:2], windows[2:]] if together else [[w] for w in windows]:
+        for group in [windows[1::-1], windows[2:]] if together else [[w] for w in windows]:
             trainer.run(tuple(group))
         found.append([trainer.gradients(lane, adapter) for lane, adapter in zip(lanes, adapters, strict=True)])
     assert_same_bits(*found)
@@ -132,9 +134,9 @@ def test_a_lanes_bits_do_not_depend_on_how_its_windows_were_dealt_to_steps():
 
 def test_programs_that_know_scales_and_dropout_change_no_bit_of_others():
     found = []
-    for extras in ({}, EXTRAS):
+    for options in (SINGLE, EXTRAS):
         rng = np.random.default_rng(8)
-        trainer = Trainer("llama", "float32", "attention", **extras)
+        trainer = Trainer("llama", **options)
         adapter = random_adapter(trainer.config, rng)
         lane = trainer.lane(0, adapter)
         trainer.run((trainer.sequence(lane, rng.integers(0, 300, 30), np.ones(30), 32, 0).backward_window(32),))
@@ -148,12 +150,14 @@ def assert_same_bits(one, other):
 
 
 def test_accumulators_of_finished_sequences_are_zero_again():
-    trainer, *_ = train("llama", "float32", "attention", seed=2)
+    trainer = Trainer("llama", **SINGLE)
+    train(trainer, seed=2)
     assert all(not np.asarray(pool).any() for layer in trainer.state.train.acc for pool in layer)
 
 
 def test_taking_a_lanes_gradients_leaves_it_empty_and_the_other_as_it_is():
-    trainer, lanes, adapters, _, expected = train("llama", "float32", "attention", DORA_IA3, seed=2, extras=EXTRAS)
+    trainer = Trainer("llama", **EXTRAS)
+    lanes, adapters, _, expected = train(trainer, DORA_IA3, seed=2)
     assert relative(trainer.gradients(lanes[0], adapters[0]), expected[0]) < 1e-3
     assert not any(x.any() for x in jax.tree.leaves(trainer.gradients(lanes[0], adapters[0])))
     assert relative(trainer.gradients(lanes[1], adapters[1]), expected[1]) < 1e-3
@@ -162,7 +166,7 @@ def test_taking_a_lanes_gradients_leaves_it_empty_and_the_other_as_it_is():
 @pytest.mark.parametrize("options", [{}, {"method": "dora"}, {"method": "ia3"}], ids=str)
 def test_tokens_without_weight_contribute_exactly_nothing(options):
     rng = np.random.default_rng(3)
-    trainer = Trainer("llama", "float32", "attention", **EXTRAS if options else {})
+    trainer = Trainer("llama", **EXTRAS if options else SINGLE)
     adapter = random_adapter(trainer.config, rng, **options)
     lane = trainer.lane(0, adapter)
     ids = rng.integers(0, trainer.config.vocab_size, 50)
@@ -173,7 +177,7 @@ def test_tokens_without_weight_contribute_exactly_nothing(options):
 @pytest.mark.parametrize("adapters", [({}, {}), DORA_IA3, DORA_IA3[::-1]], ids=str)
 def test_an_adapter_that_is_not_training_gets_exactly_no_gradient(adapters):
     rng = np.random.default_rng(4)
-    trainer = Trainer("llama", "float32", "attention", **EXTRAS if adapters != ({}, {}) else {})
+    trainer = Trainer("llama", **EXTRAS if adapters != ({}, {}) else SINGLE)
     adapters = [random_adapter(trainer.config, rng, **options) for options in adapters]
     lanes = [trainer.lane(i, adapter) for i, adapter in enumerate(adapters)]
     ids = rng.integers(0, trainer.config.vocab_size, 50)

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import quick
 from one_by_one import PAGES_BEFORE, among_others, one_by_one, one_by_one_backward
 
 from pallas_kernels.dispatch import NoImplementation
-from pallas_kernels.lora_matmul import PAGE_RANK, lora_linear, lora_matmul, lora_matmul_backward, xla
+from pallas_kernels.lora_matmul import PAGE_RANK, LoraPlan, lora_linear, lora_matmul, lora_matmul_backward, xla
 from pallas_kernels.lora_matmul.cases import (
     BASE,
     BENCH_CASES,
@@ -38,6 +39,15 @@ def jitted(implementation):
     return jax.jit(partial(lora_matmul, implementation=implementation))
 
 
+@lru_cache
+def jitted_backward(implementation, options):
+    op = partial(lora_matmul_backward, implementation=implementation)
+    return jax.jit(op, static_argnames="num_pages", compiler_options=dict(options))
+
+
+with_shared = jax.jit(LoraPlan.with_shared, static_argnames="num_rows", compiler_options=quick.OPTIONS)
+
+
 def call(implementation, x_TD, a_PRD, members, plan):
     return np.asarray(jitted(implementation)(x_TD, a_PRD, members, plan))
 
@@ -57,7 +67,7 @@ def test_span_by_span_it_is_the_same(case, monkeypatch):
     """What XLA runs where it is no CPU."""
     monkeypatch.setattr(xla.lax, "platform_dependent", lambda *args, cpu, default: default(*args))
     x_TD, a_PRD, members, plan = case.make()
-    out = jax.jit(xla.lora_matmul)(x_TD, a_PRD, members, plan)
+    out = jax.jit(xla.lora_matmul, compiler_options=quick.OPTIONS)(x_TD, a_PRD, members, plan)
     np.testing.assert_allclose(out, one_by_one(case, x_TD, a_PRD, members), atol=1e-5)
 
 
@@ -115,7 +125,7 @@ def test_an_adapter_of_zeros_adds_exact_zeros(implementation):
 def test_a_rows_bits_depend_on_nothing_but_itself(case):
     """Each adapter alone, its rows in another order and another kind of block, its pages elsewhere in a larger bank:
     the same bits."""
-    x_TD, a_PRD, members, plan = case.make()
+    x_TD, a_PRD, members, plan = jax.tree.map(np.asarray, case.make())
     together, adapter_T = call("xla", x_TD, a_PRD, members, plan), case.adapter_rows()
     for adapter, pages in list(enumerate(case.pages()))[-2:]:
         rows = np.flatnonzero(adapter_T == adapter)[::-1]
@@ -124,9 +134,9 @@ def test_a_rows_bits_depend_on_nothing_but_itself(case):
         alone = dataclasses.replace(
             case, ranks=(case.ranks[adapter],), chunks=(), singles=(BASE, *[0] * len(rows)), spare_items=20
         )
-        kept = jnp.asarray([0, *pages, *pages])
+        kept = [0, *pages, *pages]
         a, b = a_PRD[kept], tuple(member[kept] for member in members)
-        out = call("xla", x_TD[jnp.asarray([0, *rows])], a, b, alone.plan())
+        out = call("xla", x_TD[[0, *rows]], a, b, alone.plan())
         np.testing.assert_array_equal(out[1:], together[rows])
 
 
@@ -160,17 +170,17 @@ def test_a_linear_layer_is_its_base_and_each_rows_own_adapter(case):
         np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
-def backward(implementation, case, make=lambda *args: args, dtype=jnp.float32, lanes=None, **pages):
-    x_WD, a_PRD, members, plan = make(*case.make(dtype))
+def backward(implementation, case, make=lambda *args: args, lanes=None, options=(), **pages):
+    x_WD, a_PRD, members, plan = make(*case.make())
     lane_J, lanes = jnp.asarray(case.lane_items()), lanes or case.make_lanes()
-    op = jax.jit(partial(lora_matmul_backward, implementation=implementation), static_argnames="num_pages")
-    return op(x_WD, case.make_cotangent(dtype), a_PRD, members, plan, lane_J, lanes, add_to=2 * x_WD, **pages)
+    op = jitted_backward(implementation, options)
+    return op(x_WD, case.make_cotangent(), a_PRD, members, plan, lane_J, lanes, add_to=2 * x_WD, **pages)
 
 
 @pytest.mark.parametrize("implementation", NAMES)
 @pytest.mark.parametrize("case", BACKWARD_CASES, ids=str)
 def test_gradients_are_those_of_the_adapters_one_by_one(implementation, case):
-    d_x_WD, lanes = backward(implementation, case)
+    d_x_WD, lanes = backward(implementation, case, options=tuple(quick.OPTIONS.items()))
     expected_WD, *expected = one_by_one_backward(case, *case.make()[:3], case.make_cotangent(), case.make_lanes())
     np.testing.assert_allclose(d_x_WD, 2 * case.make()[0] + expected_WD, atol=1e-4)
     for sums, wanted in zip(jax.tree.leaves(lanes), expected, strict=True):
@@ -206,7 +216,7 @@ SHARED_CASES = [
 @pytest.mark.parametrize("case", SHARED_CASES, ids=str)
 def test_rows_that_share_an_adapter_have_the_same_bits_item_by_item(case):
     x_TD, a_PRD, members, plan = case.make()
-    shared = plan.with_shared(case.num_rows)
+    shared = with_shared(plan, num_rows=case.num_rows)
     assert int(shared.shared.count) == -(-case.ranks[0] // PAGE_RANK)
     apart = dataclasses.replace(plan, shared=shared.shared._replace(count=jnp.int32(0)))
 
@@ -231,8 +241,7 @@ def test_rows_that_share_an_adapter_have_the_same_bits_item_by_item(case):
     ids=str,
 )
 def test_rows_that_do_not_share_an_adapter_are_told(case):
-    shared = case.plan().find_shared(case.num_rows)
-    assert int(shared.count) == 0
+    assert int(with_shared(case.plan(), num_rows=case.num_rows).shared.count) == 0
 
 
 def only(span, x_WD, a_PRD, members, plan):

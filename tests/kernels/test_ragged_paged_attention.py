@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import quick
 from dense_attention import backward_inputs, dense, dense_backward
 
 from pallas_kernels.dispatch import NoImplementation
@@ -35,7 +36,7 @@ def jitted(**settings):
 
 @lru_cache
 def jitted_backward(**settings):
-    return jax.jit(partial(ragged_paged_attention_backward, **settings))
+    return jax.jit(partial(ragged_paged_attention_backward, **settings), compiler_options=quick.OPTIONS)
 
 
 def call(implementation, case, q, k, v, layout):
@@ -118,17 +119,17 @@ HEADS = [  # 64 rows and query heads in a block
 @pytest.mark.parametrize("case", [c for c in CASES if c.name != "padding-only"] + HEADS, ids=str)
 def test_a_rows_bits_depend_on_nothing_but_itself(case):
     """Each sequence alone, in other pages, as decode rows instead of chunks: the same bits."""
-    q, k, v, layout = case.make()
+    q, k, v, layout = jax.tree.map(np.asarray, case.make())
     together = call("xla", case, q, k, v, layout)
     rng = np.random.default_rng(1)
     shuffled_P = rng.permutation(k.shape[0])
     k, v = k[shuffled_P], v[shuffled_P]
-    place_P = np.argsort(shuffled_P)
-    rows = rng.permutation(np.flatnonzero(np.asarray(layout.position_T) >= 0))[:24]
+    place_P = np.argsort(shuffled_P).astype(np.int32)
+    rows = rng.permutation(np.flatnonzero(layout.position_T >= 0))[:24]
     alone = AttentionLayout(
         position_T=layout.position_T[rows],
         sequence_T=layout.sequence_T[rows],
-        page_table_BM=jnp.asarray(place_P)[layout.page_table_BM],
+        page_table_BM=place_P[layout.page_table_BM],
         chunk_rows=0,
         row_block=1,
     )

@@ -27,15 +27,6 @@ SIZES = {
 PLAIN_SGD = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 1.0, "max_grad_norm": None}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """For so small a model others only wait, and for long where another process is busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     return tiny_models.build(tmp_path_factory.mktemp("model") / "m", "llama", tokenizer=False)

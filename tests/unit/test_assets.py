@@ -17,6 +17,8 @@ from jaxserve.models.loader import check_tokenizer, load_config, load_generation
 from jaxserve.tokenizer import load_tokenizer
 from sharding import make_mesh
 
+pytestmark = pytest.mark.quick_compiles
+
 MAX_BYTES = 12_000_000
 BOOK = """[A Book by Somebody 1900]
 

@@ -20,6 +20,8 @@ from jaxserve.models.config import ModelConfig
 from pallas_kernels.cross_entropy import CROSS_ENTROPY, LossRows
 from sharding import make_mesh
 
+pytestmark = pytest.mark.quick_compiles
+
 LENGTH = 24
 
 

@@ -16,6 +16,8 @@ from jaxserve.errors import AdapterError, AdapterNotFound, ConfigError, InvalidR
 from jaxserve.interrupts import deferred_interrupts
 from jaxserve.sampling import SamplingParams
 
+pytestmark = pytest.mark.quick_compiles
+
 
 @pytest.fixture(scope="module")
 def engine():
