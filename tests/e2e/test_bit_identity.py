@@ -122,6 +122,12 @@ def test_fewer_adapter_slots_than_adapters_change_nothing(requests, alone):
     assert engine.stats()["resident_adapters"] < 4
 
 
+@pytest.mark.slow
+def test_an_engine_of_other_sizes_changes_nothing(requests, alone):
+    """128 chunk rows as well, and other numbers of adapters and slots."""
+    check(make_engine(**serving.LARGE), requests, alone)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "qwen3"])
 def test_it_holds_for_windows_soft_caps_and_normed_heads(family):
     path = serving.model_dir(family)
