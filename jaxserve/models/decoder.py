@@ -81,8 +81,9 @@ def _qkv(p, h_TD, config: ModelConfig, rope, linear: Callable) -> tuple[jax.Arra
     y_TO = linear("qkv_proj", p, h_TD)
     num_heads = p["o_proj"].shape[1] // C
     num_kv_heads = (y_TO.shape[1] // C - num_heads) // 2
-    parts = jnp.split(y_TO, (num_heads * C, (num_heads + num_kv_heads) * C), axis=1)
-    q_THC, k_TKC, v_TKC = (part.reshape(part.shape[0], -1, C) for part in parts)
+    y = y_TO.reshape(y_TO.shape[0], -1, C)
+    q_THC, k_TKC, _ = jnp.split(y, (num_heads, num_heads + num_kv_heads), axis=1)
+    v_TKC = y_TO[:, (num_heads + num_kv_heads) * C :].reshape(k_TKC.shape)  # no copy where v is written by itself
     if config.qk_norm:
         q_THC, k_TKC = rms_norm(q_THC, p["q_norm"], config), rms_norm(k_TKC, p["k_norm"], config)
     return rotate(q_THC, *rope), rotate(k_TKC, *rope), v_TKC
