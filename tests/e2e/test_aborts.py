@@ -83,7 +83,7 @@ def soak(num_aborts, seed):
 
 
 def test_after_random_aborts_in_all_phases_everything_was_given_back():
-    phases, finished = soak(num_aborts=250, seed=0)
+    phases, finished = soak(num_aborts=500, seed=0)
     wanted = {"waiting", "preempted", "between chunks", "before its first token", "in flight"}
     assert wanted <= set(phases), phases
     assert min(phases[name] for name in wanted) >= 5, phases
