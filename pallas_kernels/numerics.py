@@ -75,6 +75,12 @@ def never(x: jax.Array) -> jax.Array:
     return x == jnp.finfo(x.dtype).max
 
 
+def rounded(x: jax.Array) -> jax.Array:
+    """x, a product that is to be added to another one, rounded before it is: else XLA's CPU backend makes a fused
+    multiply-add of either of them, by what else there is, and the last bits with it."""
+    return jnp.where(never(x), jnp.zeros_like(x), x)
+
+
 def after(x: jax.Array, others: Iterable[jax.Array]) -> jax.Array:
     """x, from which nothing can be computed before ``others`` are there; on a CPU just x.
 

@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from jaxserve.errors import ModelError
 from jaxserve.models.config import Fields, RopeConfig
+from pallas_kernels.numerics import rounded
 
 _KEYS = {
     "default": set(),
@@ -163,4 +164,4 @@ def rotate(x_THC: jax.Array, cos_TC: jax.Array, sin_TC: jax.Array) -> jax.Array:
     """Rotates the two halves of the head dim against each other."""
     first, second = jnp.split(x_THC, 2, axis=-1)
     turned_THC = jnp.concatenate([-second, first], axis=-1)
-    return x_THC * cos_TC[:, None, :] + turned_THC * sin_TC[:, None, :]
+    return x_THC * cos_TC[:, None, :] + rounded(turned_THC * sin_TC[:, None, :])

@@ -56,6 +56,16 @@ def settled(engine) -> None:
 
 
 def test_requests_and_jobs_do_not_change_each_others_bits(engine):
+    assert_apart(engine)
+
+
+@pytest.mark.slow
+def test_nor_do_those_of_a_model_with_normed_heads(tmp_path):
+    path = tiny_models.build(tmp_path / "m", "qwen3", num_attention_heads=2, head_dim=16, intermediate_size=136)
+    assert_apart(jaxserve.Engine.from_pretrained(path, **SIZES | {"max_num_batched_tokens": 64}))
+
+
+def assert_apart(engine):
     """Fifty requests and four jobs, alone and together."""
     params, seeds = jaxserve.SamplingParams(max_tokens=12, temperature=0.0, logprobs=2), range(1, 5)
     alone = engine.generate(requests(1, 50), params)
