@@ -145,9 +145,9 @@ def _checks(bench: Bench) -> Iterator[tuple[str, Callable[[], float]]]:
         yield f"adapters and gate {case}", check(op, partial(case.make, jnp.bfloat16))
     for case in gate_cases.LINEAR_CASES[few]:
         op = partial(gate.lora_gated_linear, activation=case.activation)
-        yield f"linear and gate {case}", check(op, partial(case.make_linear, jnp.bfloat16))
+        yield f"linear and gate {case}", check(op, partial(case.adapters.make_linear, jnp.bfloat16))
     for case in lora_cases.LINEAR_CASES[few]:
-        yield f"linear {case}", check(lora.lora_linear, partial(_linear_args, case))
+        yield f"linear {case}", check(lora.lora_linear, partial(case.make_linear, jnp.bfloat16))
     for case in [case for case in lora_cases.KERNEL_CASES if case.chunks and not case.singles][few]:
         yield f"adapters backward {case}", check(lora.lora_matmul_backward, partial(_lora_backward_args, case))
 
@@ -171,11 +171,6 @@ def _backward_args(case) -> tuple[Any, ...]:
 def _lora_backward_args(case) -> tuple[Any, ...]:
     x, a, members, plan = case.make(jnp.bfloat16)
     return x, case.make_cotangent(jnp.bfloat16), a, members, plan, jnp.asarray(case.lane_items()), case.make_lanes()
-
-
-def _linear_args(case) -> tuple[Any, ...]:
-    x, *adapters = case.make(jnp.bfloat16)
-    return x, case.make_base(x.dtype), *adapters
 
 
 # fast

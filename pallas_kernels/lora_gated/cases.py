@@ -28,11 +28,6 @@ class LoraGatedCase:
     def __str__(self) -> str:
         return self.adapters.name
 
-    def make_linear(self, dtype: DTypeLike = np.float32) -> tuple[Any, ...]:
-        """Random arguments of the op with the base product."""
-        x, *adapters = self.adapters.make(dtype)
-        return x, self.adapters.make_base(dtype), *adapters
-
     def make(self, dtype: DTypeLike = np.float32, seed: int = 0) -> tuple[Any, ...]:
         """Random arguments of the op; padding has places >= S."""
         rng, case = np.random.default_rng(seed + 1), self.adapters

@@ -79,6 +79,11 @@ class LoraCase:
         arrays = [jnp.asarray(array, dtype) for array in (x_TD, a_PRD, *members)]
         return arrays[0], arrays[1], tuple(arrays[2:]), self.plan()
 
+    def make_linear(self, dtype: DTypeLike = np.float32) -> tuple:
+        """Random arguments of an op with the base product: ``make``'s, and the weight after x."""
+        x, *adapters = self.make(dtype)
+        return x, self.make_base(x.dtype), *adapters
+
     def make_base(self, dtype: DTypeLike = np.float32, seed: int = 0) -> jax.Array:
         """The members' base weights [E, D]."""
         shape = (sum(self.dims_out), self.dim_in)

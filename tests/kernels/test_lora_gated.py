@@ -115,14 +115,14 @@ def test_an_activations_small_values_are_right_too(implementation):
 
 def run_linear(implementation, case, change=lambda *args: args):
     op = jax.jit(partial(lora_gated_linear, activation=case.activation, implementation=implementation))
-    return op(*change(*case.make_linear(jnp.bfloat16)))
+    return op(*change(*case.adapters.make_linear(jnp.bfloat16)))
 
 
 @pytest.mark.parametrize("implementation", ["separate", "reference", *KERNELS])
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 def test_few_rows_are_multiplied_adapted_and_gated(implementation, case, monkeypatch):
     monkeypatch.setattr("pallas_kernels.lora_matmul.mosaic_linear.num_cores", lambda: 3)  # shares of several steps
-    x_TD, w_ED, a_PRD, members, _ = case.make_linear(jnp.bfloat16)
+    x_TD, w_ED, a_PRD, members, _ = case.adapters.make_linear(jnp.bfloat16)
     base_TE = np.asarray(x_TD, np.float64) @ np.asarray(w_ED, np.float64).T
     expected_TF = gated_by_hand(case, base_TE + one_by_one(case.adapters, x_TD, a_PRD, members))
     near(run_linear(implementation, case), expected_TF)
@@ -152,9 +152,6 @@ def test_few_rows_lower_for_cuda_at_production_shapes():
     op = partial(lora_gated_linear, activation=case.activation, implementation=MOSAIC)
     text = jax.jit(op).trace(x, w, a, members, plan).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu") == 2
-
-
-# who gets the kernels
 
 
 def shapes(case: LoraGatedCase):
